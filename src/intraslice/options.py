@@ -1,0 +1,124 @@
+"""The settings of the method: plain frozen dataclasses, validated by `recipe.py`, read by the pure code.
+
+The ablations of the paper's Table 4 are values of these fields:
+    Ada-H  attention.adaptive_heads
+    Pca-A  allocation.pca_attention and allocation.pca_ffn
+    IPca   ffn.iter_pca
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocationOptions:
+    """How much each layer loses (paper section 3.3).
+
+    Attributes:
+        name: "mask_gradient" ranks channels over all layers (Eq. 9-11); "uniform" gives each layer the same share.
+        pca_attention: rotate the mask gradients of `context` into its per-head eigenvectors (Eq. 11).
+        pca_ffn: rotate the mask gradients of `act` into the eigenvectors of blocks of channels (Eq. 11).
+        ffn_bias: lambda_b; the FFN loses ffn_bias times the target sparsity, attention the rest.
+        max_block_sparsity: cap on what one attention or FFN block may lose; the excess goes to other layers.
+        num_ffn_blocks: into how many blocks the channels of `act` are cut for the correction.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic, not a field
+
+    name: Literal["mask_gradient", "uniform"] = "mask_gradient"
+    pca_attention: bool = True
+    pca_ffn: bool = True
+    ffn_bias: float = 1.0
+    max_block_sparsity: float = 0.9
+    num_ffn_blocks: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """How one attention block is compressed (paper section 3.1, Algorithm 2).
+
+    Attributes:
+        adaptive_heads: remove weak heads and shrink the others by PCA; False removes whole heads only.
+        min_head_fraction: heads keep at least this fraction of head_dim (paper: 96 of 128); 0 switches it off.
+        head_multiple: kept head dimensions are a multiple of this (even, because of RoPE pairs).
+        reconstruct: ridge regression into o_proj (Eq. 6); False only drops rows.
+        damping: lambda of Eq. 6, relative to the mean diagonal of the second moment.
+        groups: "ragged" lets query heads of a kv head go one by one; "uniform" keeps one group size per layer.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    adaptive_heads: bool = True
+    min_head_fraction: float = 0.75
+    head_multiple: int = 4
+    reconstruct: bool = True
+    damping: float = 0.01
+    groups: Literal["ragged", "uniform"] = "ragged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFNOptions:
+    """How one FFN block is compressed (paper section 3.2, Algorithm 3).
+
+    Attributes:
+        reconstruct: ridge regression into down_proj (Eq. 8); False only drops columns.
+        damping: lambda of Eq. 8, relative to the mean diagonal of the second moment.
+        ffn_multiple: kept channels are a multiple of this.
+        iter_pca: progressive sliced iterative PCA (Eq. 7) in the layers that lose the most.
+        iter_pca_fraction: the share of layers it is applied to, those with the highest FFN sparsity first.
+        iter_pca_rounds: how often Eq. 7 and Eq. 8 alternate.
+        iter_pca_slice: width of an input slice; 0 cuts the input into four slices.
+        iter_pca_steps: Adam steps a slice.
+        iter_pca_lr: learning rate of the first slice, relative to the size of Q_c's entries.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    reconstruct: bool = True
+    damping: float = 0.01
+    ffn_multiple: int = 8
+    iter_pca: bool = False
+    iter_pca_fraction: float = 0.1
+    iter_pca_rounds: int = 2
+    iter_pca_slice: int = 0
+    iter_pca_steps: int = 20
+    iter_pca_lr: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """Everything that decides which weights come out, given a model and calibration tokens.
+
+    Attributes:
+        sparsity: fraction of the decoder layers' linear weights to remove, in [0, 0.95).
+    """
+
+    sparsity: float
+    allocation: AllocationOptions = AllocationOptions()
+    attention: AttentionOptions = AttentionOptions()
+    ffn: FFNOptions = FFNOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where and how the work is done; never changes what is asked for.
+
+    Attributes:
+        device: "auto", "cpu" or a torch device string.
+        dtype: dtype of the saved weights: "auto" keeps the checkpoint's, or "float32", "bfloat16", "float16".
+        batch_tokens: tokens in one forward batch (at least one sequence).
+        boundary_bytes: memory for the layer-boundary states of the gradient pass; smaller means more passes.
+        hidden_states: "memory" or "disk" for the hidden states between layers.
+        max_shard_bytes: largest weight file of the checkpoint.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch_tokens: int = 2048
+    boundary_bytes: int = 1 << 29
+    hidden_states: Literal["memory", "disk"] = "memory"
+    max_shard_bytes: int = 1 << 30

@@ -1,0 +1,110 @@
+"""What a prune leaves behind to read: the typed content of result.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from intraslice.runtime.configuration_intraslice import LayerShape
+
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecord:
+    """One finished layer.
+
+    Attributes:
+        layer: index of the decoder layer.
+        shape: what the layer is now.
+        num_parameters: stored linear weights of the layer.
+        attention_error: ||dense output - pruned output||^2 / ||dense output||^2 of the attention block, on the
+            calibration tokens and on the inputs that the pruned model gives it.
+        ffn_error: the same for the FFN block.
+        heads: kept query heads, by their number in the dense model.
+        seconds: wall-clock seconds spent on the layer.
+        iter_pca: whether Eq. 7 was applied to its FFN.
+    """
+
+    layer: int
+    shape: LayerShape
+    num_parameters: int
+    attention_error: float
+    ffn_error: float
+    heads: tuple[int, ...]
+    seconds: float
+    iter_pca: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneResult:
+    """The whole run.
+
+    Attributes:
+        output: folder of the checkpoint.
+        model: what was given as the model.
+        family: name of the layout, for example "llama".
+        method: name of the method.
+        requested_sparsity: what was asked for.
+        sparsity: removed fraction of the decoder layers' linear weights, counted on the stored tensors.
+        dense_layer_parameters: linear weights of the dense decoder layers.
+        pruned_layer_parameters: linear weights of the pruned decoder layers.
+        dense_parameters: all parameters of the dense model (tied tensors once).
+        pruned_parameters: all parameters of the pruned model (tied tensors once).
+        dense_bytes: bytes of the dense weight tensors in the dtype of the output.
+        pruned_bytes: bytes of the weight files written.
+        layers: one record per layer.
+        seconds: wall-clock seconds by phase ("calibration", "allocation", "layers", "write", "total").
+        peak_memory_bytes: peak resident memory of the process (CPU), or of the accelerator when one was used.
+        calibration: name, num_samples, seqlen, seed, fingerprint.
+        versions: of intraslice, torch, transformers, python.
+        device: where it ran.
+        dtype: of the saved weights.
+        recipe: the full recipe.
+        command: the command line, or the Python call.
+    """
+
+    output: str
+    model: str
+    family: str
+    method: str
+    requested_sparsity: float
+    sparsity: float
+    dense_layer_parameters: int
+    pruned_layer_parameters: int
+    dense_parameters: int
+    pruned_parameters: int
+    dense_bytes: int
+    pruned_bytes: int
+    layers: tuple[LayerRecord, ...]
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    calibration: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    dtype: str
+    recipe: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PruneResult:
+        """Inverse of `to_dict`."""
+        layers = tuple(layer_record_from_dict(record) for record in data["layers"])
+        return cls(**{**data, "layers": layers})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PruneResult:
+        """Read result.json of a pruned checkpoint."""
+        return cls.from_dict(json.loads((Path(folder) / RESULT_FILE).read_text()))
+
+
+def layer_record_from_dict(data: dict[str, Any]) -> LayerRecord:
+    """Rebuild a `LayerRecord` from its JSON form."""
+    shape = LayerShape.from_dict(data["shape"])
+    return LayerRecord(**{**data, "shape": shape, "heads": tuple(data["heads"])})
