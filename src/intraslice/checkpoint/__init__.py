@@ -1,0 +1,1 @@
+"""Checkpoints on disk: finding and reading dense ones tensor by tensor, writing pruned ones shard by shard."""

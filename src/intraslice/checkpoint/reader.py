@@ -1,0 +1,364 @@
+"""A dense checkpoint on disk, read one decoder layer at a time.
+
+Everything that can be checked without reading weights (config, names, shapes, whole files) is checked when it is
+opened; NaN and Inf are found when a tensor is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+
+from intraslice.checkpoint.writer import DTYPES, INDEX_FILE, WEIGHTS_FILE
+from intraslice.errors import CheckpointError, NumericalError, UnsupportedModelError
+from intraslice.runtime.configuration_intraslice import FAMILIES, FamilySpec
+
+OUTPUT_EMBEDDING = "lm_head.weight"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# Llama checkpoints of 2023 carry this buffer; every version of transformers since then computes it.
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"
+_SAMPLE_BYTES = 1024
+_SAMPLES_PER_TENSOR = 4
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies.
+
+    Attributes:
+        path: safetensors file.
+        name: its name in that file.
+        dtype: safetensors code, for example "BF16".
+        shape: its shape.
+    """
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class Checkpoint:
+    """A dense model as a folder of safetensors files; made by `open_checkpoint` or `open_folder`.
+
+    Attributes:
+        name: the model as the user gave it.
+        folder: local folder with weights, config and tokenizer.
+        config: stock Hugging Face config.
+        spec: where things are in this family.
+        dtype: dtype of the stored decoder-layer matrices.
+        tied: whether the output head is the embedding matrix.
+        trust_remote_code: whether the user allowed code of the model (only a tokenizer can have any).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        config: Any,
+        spec: FamilySpec,
+        tensors: dict[str, StoredTensor],
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name = name
+        self.folder = folder
+        self.config = config
+        self.spec = spec
+        self.trust_remote_code = trust_remote_code
+        self.tied = bool(config.tie_word_embeddings)
+        self._tensors = tensors
+        self._check_against_config()
+        matrices = [
+            t.dtype for key, t in tensors.items() if key.startswith(spec.layers) and len(t.shape) == 2
+        ]
+        self.dtype: torch.dtype = DTYPES[Counter(matrices).most_common(1)[0][0]]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return self.config.num_hidden_layers
+
+    def layer_prefix(self, index: int) -> str:
+        """Return what the names of layer `index` begin with, for example "model.layers.3."."""
+        return f"{self.spec.layers}.{index}."
+
+    def load_layer(self, index: int) -> dict[str, torch.Tensor]:
+        """Load the tensors of one layer into memory of their own, as stored (no cast).
+
+        Args:
+            index: layer, from 0.
+
+        Returns:
+            Tensors by name relative to the layer.
+
+        Raises:
+            NumericalError: a weight is NaN or infinite.
+            CheckpointError: the file cannot be read any more.
+        """
+        prefix = self.layer_prefix(index)
+        names = [name for name in self._tensors if name.startswith(prefix)]
+        return {name[len(prefix) :]: self._load(name, f"layer {index}") for name in names}
+
+    def load_rest(self) -> dict[str, torch.Tensor]:
+        """Load every tensor outside the decoder layers by full name; a tied output head is left out.
+
+        Raises:
+            NumericalError: a weight is NaN or infinite.
+            CheckpointError: the file cannot be read any more.
+        """
+        prefix = f"{self.spec.layers}."
+        return {name: self._load(name) for name in self._tensors if not name.startswith(prefix)}
+
+    def num_parameters(self) -> int:
+        """Return the number of stored parameters, tied tensors once."""
+        return sum(tensor.num_elements for tensor in self._tensors.values())
+
+    def skeleton(self, dtype: torch.dtype | None = None) -> Any:
+        """Return the stock model for causal language modelling without weights (meta device, sdpa attention)."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                self.config, attn_implementation="sdpa", dtype=dtype or self.config.dtype or torch.float32
+            )
+
+    def fingerprint(self) -> str:
+        """Return a sha256 of the config and of names, dtypes, shapes and sampled bytes of all tensors.
+
+        Cheap on a checkpoint of any size; independent of the folder's name and of how tensors are sharded.
+        """
+        digest = hashlib.sha256()
+        digest.update(json.dumps(_plain_config(self.config), sort_keys=True).encode())
+        by_file: dict[Path, list[str]] = {}
+        for name in sorted(self._tensors):
+            by_file.setdefault(self._tensors[name].path, []).append(name)
+        samples: dict[str, bytes] = {}
+        for path, names in by_file.items():
+            offsets = _data_offsets(path)
+            with open(path, "rb") as file:
+                for name in names:
+                    begin, end = offsets[self._tensors[name].name]
+                    step = max((end - begin - _SAMPLE_BYTES) // (_SAMPLES_PER_TENSOR - 1), 1)
+                    for k in range(_SAMPLES_PER_TENSOR):
+                        position = min(begin + k * step, max(end - _SAMPLE_BYTES, begin))
+                        file.seek(position)
+                        samples[name] = samples.get(name, b"") + file.read(min(_SAMPLE_BYTES, end - position))
+        for name in sorted(self._tensors):
+            tensor = self._tensors[name]
+            digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + samples[name])
+        return digest.hexdigest()
+
+    def _load(self, name: str, where: str = "") -> torch.Tensor:
+        stored = self._tensors[name]
+        try:
+            # One opening a tensor: pages of the mapped file count as resident until it is closed.
+            with safe_open(stored.path, framework="pt") as file:
+                tensor = file.get_tensor(stored.name).clone()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read {name!r} from {str(stored.path)!r}: {error}") from error
+        if tensor.numel():
+            # The extremes are NaN if any element is, and need no memory, unlike isfinite on the whole tensor.
+            low, high = torch.aminmax(tensor)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                place = f"{name!r} ({where})" if where else repr(name)
+                raise NumericalError(f"weight {place} of {self.name!r} holds NaN or infinite values")
+        return tensor
+
+    def _check_against_config(self) -> None:
+        expected = {name: tuple(t.shape) for name, t in self.skeleton().state_dict().items()}
+        tensors = self._tensors
+        if not any(name in expected for name in tensors):
+            # Saved from the class without a head: the names lack the attribute of the body.
+            body = self.spec.layers.split(".")[0]
+            if any(f"{body}.{name}" in expected for name in tensors):
+                tensors = {f"{body}.{name}": tensor for name, tensor in tensors.items()}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_IGNORED_SUFFIX)}
+        self._tensors = tensors
+        if self.tied:
+            self._drop_tied_head()
+            expected.pop(OUTPUT_EMBEDDING, None)
+        missing = [name for name in expected if name not in tensors]
+        extra = [name for name in tensors if name not in expected]
+        if missing:
+            raise CheckpointError(
+                f"checkpoint {self.name!r} lacks {_some(missing)} that its config.json asks for; "
+                "download it again or check the config"
+            )
+        if extra:
+            raise CheckpointError(
+                f"checkpoint {self.name!r} holds {_some(extra)} that its config.json does not know; "
+                "check that config and weights belong together"
+            )
+        for name, shape in expected.items():
+            if tensors[name].shape != shape:
+                raise CheckpointError(
+                    f"tensor {name!r} of {self.name!r} has shape {list(tensors[name].shape)}, but its config.json "
+                    f"asks for {list(shape)}; check that config and weights belong together"
+                )
+            if tensors[name].dtype not in _FLOATS:
+                raise UnsupportedModelError(
+                    f"tensor {name!r} of {self.name!r} is stored as {tensors[name].dtype}: quantised checkpoints "
+                    "cannot be pruned; use the model in float32, bfloat16 or float16"
+                )
+
+    def _drop_tied_head(self) -> None:
+        head = self._tensors.pop(OUTPUT_EMBEDDING, None)
+        if head is None:
+            return
+        matrix = next((t for name, t in self._tensors.items() if name.endswith("embed_tokens.weight")), None)
+        if matrix is not None and (head.shape != matrix.shape or not _same(head, matrix)):
+            raise CheckpointError(
+                f"config.json of {self.name!r} ties {OUTPUT_EMBEDDING} to the embeddings, but the stored tensors "
+                "differ; set tie_word_embeddings to false in config.json"
+            )
+
+
+def open_folder(folder: Path, *, name: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+    """Open a local folder with safetensors files and config.json.
+
+    Args:
+        folder: the folder.
+        name: how messages call the model; the folder's name by default.
+        trust_remote_code: whether code of the model's tokenizer may run.
+
+    Raises:
+        UnsupportedModelError: the architecture is not supported, is quantised, or is pruned already.
+        CheckpointError: files are missing, corrupt or unsafe, or contradict the config.
+    """
+    name = name or str(folder)
+    config = read_config(folder, name)
+    tensors = _read_headers(folder, name)
+    return Checkpoint(
+        name, folder, config, FAMILIES[config.model_type], tensors, trust_remote_code=trust_remote_code
+    )
+
+
+def read_config(folder: Path, name: str) -> Any:
+    """Read config.json as the stock config class of a supported family; never runs code of the model.
+
+    Raises:
+        UnsupportedModelError: the architecture is not supported, is quantised, or is pruned already.
+        CheckpointError: the file is missing or not a valid config.
+    """
+    from transformers import CONFIG_MAPPING
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{name!r} has no config.json; give the folder of a Hugging Face model")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"config.json of {name!r} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"config.json of {name!r} is not a JSON object")
+    model_type = str(data.get("model_type", ""))
+    if "intraslice" in data or model_type.startswith("intraslice_"):
+        raise UnsupportedModelError(
+            f"{name!r} is already pruned by intraslice; prune the dense model at the sparsity you want instead"
+        )
+    if model_type not in FAMILIES:
+        code = " and it needs code of its own" if "auto_map" in data else ""
+        raise UnsupportedModelError(
+            f"{name!r} has the architecture {model_type or 'unknown'!r}{code}; supported: {', '.join(FAMILIES)}"
+        )
+    if data.get("quantization_config"):
+        method = data["quantization_config"].get("quant_method", "unknown method")
+        raise UnsupportedModelError(
+            f"{name!r} is quantised ({method}); give the model in float32, bfloat16 or float16"
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(data)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json of {name!r} is not valid: {_one_line(error)}") from error
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """Return the safetensors files of a model folder.
+
+    Raises:
+        CheckpointError: there are none, only pickles, or the index names a file that is missing.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"{name!r} holds its weights only as a pickle ({pickles[0]}), which can run code when it is read; "
+                "convert it to safetensors first"
+            )
+        raise CheckpointError(f"{name!r} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{INDEX_FILE} of {name!r} is corrupt; download the model again") from error
+    for file_name in names:
+        # A name with a folder in it could point outside the checkpoint.
+        if Path(file_name).name != file_name or not (folder / file_name).is_file():
+            raise CheckpointError(
+                f"weight file {file_name!r} of {name!r} is missing; download the model again"
+            )
+    return [folder / file_name for file_name in names]
+
+
+def _read_headers(folder: Path, name: str) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for path in weight_files(folder, name):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    part = file.get_slice(key)
+                    tensors[key] = StoredTensor(path, key, part.get_dtype(), tuple(part.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"weight file {path.name!r} of {name!r} is truncated or corrupt ({_one_line(error)}); "
+                "download the model again"
+            ) from error
+    return tensors
+
+
+def _data_offsets(path: Path) -> dict[str, tuple[int, int]]:
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    start = 8 + length
+    return {
+        name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    # Keys that say where a config came from or who wrote it, not what the model is.
+    ignored = ("_name_or_path", "transformers_version")
+    return {key: value for key, value in config.to_dict().items() if key not in ignored}
+
+
+def _same(a: StoredTensor, b: StoredTensor) -> bool:
+    with safe_open(a.path, framework="pt") as file_a, safe_open(b.path, framework="pt") as file_b:
+        return torch.equal(file_a.get_tensor(a.name), file_b.get_tensor(b.name))
+
+
+def _some(names: list[str]) -> str:
+    return repr(names[0]) + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
