@@ -6,8 +6,10 @@ library, torch, transformers and huggingface_hub.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from transformers import PretrainedConfig
 
 FORMAT_VERSION = 1
 
@@ -81,6 +83,7 @@ class FamilySpec:
         rope: whether query and key are rotated.
         intermediate_size: config attribute of the FFN width.
         sliding_window: config attribute passed on to the attention kernel, or None.
+        qkv_bias, o_bias: whether the projections have biases: a constant, or a config attribute.
     """
 
     name: str
@@ -101,6 +104,8 @@ class FamilySpec:
     rope: bool = True
     intermediate_size: str = "intermediate_size"
     sliding_window: str | None = None
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
 
     def num_parameters(self, shape: LayerShape, hidden_size: int) -> int:
         """Return the number of linear weights (no biases, no norms) of a layer of this shape."""
@@ -111,14 +116,12 @@ class FamilySpec:
         )
 
 
-_LLAMA = FamilySpec(name="llama")
-
 FAMILIES: dict[str, FamilySpec] = {
     spec.name: spec
     for spec in (
-        _LLAMA,
-        replace(_LLAMA, name="mistral", sliding_window="sliding_window"),
-        replace(_LLAMA, name="qwen2", sliding_window="sliding_window"),
+        FamilySpec(name="llama", qkv_bias="attention_bias", o_bias="attention_bias"),
+        FamilySpec(name="mistral", sliding_window="sliding_window"),
+        FamilySpec(name="qwen2", sliding_window="sliding_window", qkv_bias=True),
         FamilySpec(
             name="phi3",
             q=Slot("qkv_proj", 0, ("q", "k", "v")),
@@ -142,6 +145,35 @@ FAMILIES: dict[str, FamilySpec] = {
             norm_first="do_layer_norm_before",
             rope=False,
             intermediate_size="ffn_dim",
+            qkv_bias="enable_bias",
+            o_bias="enable_bias",
         ),
     )
 }
+
+
+def dense_head_dim(config: PretrainedConfig) -> int:
+    """Return the head width of the dense model of a stock or a pruned config."""
+    # vars(): reading an overridden attribute of a config with per-layer values raises.
+    values = vars(config)
+    return values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+
+
+def rotary_dim(config: PretrainedConfig) -> int:
+    """Return how many channels of a dense head are rotated."""
+    rope = vars(config).get("rope_parameters") or {}
+    return int(dense_head_dim(config) * rope.get("partial_rotary_factor", 1.0))
+
+
+def dense_shape(config: PretrainedConfig, spec: FamilySpec) -> LayerShape:
+    """Return the shape of every layer of the dense model of a stock or a pruned config."""
+    values = vars(config)
+    heads = values["num_attention_heads"]
+    kv_heads = values.get("num_key_value_heads") or heads
+    head_dim = dense_head_dim(config)
+    return LayerShape(
+        heads_per_kv=(heads // kv_heads,) * kv_heads,
+        qk_head_dim=head_dim,
+        v_head_dim=head_dim,
+        intermediate_size=values[spec.intermediate_size],
+    )

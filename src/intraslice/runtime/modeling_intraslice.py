@@ -1,0 +1,344 @@
+"""Attention and models of pruned checkpoints.
+
+This file travels with every pruned checkpoint (`trust_remote_code=True`), so it may import only the standard
+library, torch, transformers and its neighbour.
+
+Shapes: B batch, T new tokens, S tokens in the cache, D hidden_size, H query heads, K kv heads, r qk_head_dim,
+p v_head_dim, d head_dim of the dense model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_intraslice import FamilySpec, LayerShape, Slot, dense_head_dim, rotary_dim
+
+
+def pair_channels(rotary_dim: int, head_dim: int) -> torch.Tensor:
+    """Return the two channels of every rotary pair of a dense head.
+
+    Args:
+        rotary_dim: number of rotated channels; they come first.
+        head_dim: width of the dense head. The channels that are not rotated form pairs too, with angle 0.
+
+    Returns:
+        int64 [d/2, 2], rotated pairs first.
+
+    Raises:
+        ValueError: when one of the two widths is odd.
+    """
+    if rotary_dim % 2 or head_dim % 2:
+        raise ValueError(
+            f"head_dim {head_dim} with {rotary_dim} rotated channels has no rotary pairs; both must be even."
+        )
+    rotated = torch.arange(rotary_dim // 2)
+    passed = torch.arange((head_dim - rotary_dim) // 2)
+    first = torch.cat((rotated, rotary_dim + passed))
+    second = torch.cat((rotated + rotary_dim // 2, (head_dim + rotary_dim) // 2 + passed))
+    return torch.stack((first, second), dim=1)
+
+
+def _rotate(x_BTHr: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x_BTHr.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention that also returns its weights.
+
+    Args:
+        module: its `num_key_value_groups` query heads share a kv head.
+        query: [B, H, T, r].
+        key: [B, K, S, r].
+        value: [B, K, S, p].
+        attention_mask: added to the scores, [B or 1, 1, T, S], or None.
+        scaling: factor on the scores.
+        dropout: probability.
+        kwargs: not used; other attention functions take more.
+
+    Returns:
+        context [B, T, H, p] and weights [B, H, T, S].
+    """
+    groups = module.num_key_value_groups
+    if groups > 1:
+        key = key.repeat_interleave(groups, dim=1)
+        value = value.repeat_interleave(groups, dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # [B, H, T, S]
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class PrunedAttention(nn.Module):
+    """Attention of one layer with its own head counts and widths, for every family.
+
+    Linears carry the names of the family. The softmax scale stays that of the dense head. Query heads are sorted
+    by kv head. When query and key keep fewer channels than the dense head and the family has RoPE, the buffer
+    `rope_index` [K, r/2] holds the kept pairs of each kv head (rows of `pair_channels`); a head's rows of q and k
+    are then the first channels of these pairs, followed by the second channels.
+
+    Args:
+        config: of the model (dense or pruned).
+        layer_idx: number of the layer, for the cache.
+        spec: the family.
+        shape: of the layer.
+
+    Raises:
+        ValueError: when the family has RoPE and qk_head_dim is odd or larger than the dense head.
+    """
+
+    def __init__(self, config: PretrainedConfig, layer_idx: int, spec: FamilySpec, shape: LayerShape):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.spec = spec
+        self.shape = shape
+        self.is_causal = True
+        dense_dim = dense_head_dim(config)
+        self.scaling = dense_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+
+        self.num_heads = shape.num_attention_heads
+        self.num_kv_heads = shape.num_key_value_heads
+        self.qk_head_dim = shape.qk_head_dim
+        self.v_head_dim = shape.v_head_dim
+        self.max_group = max(shape.heads_per_kv)
+        self.ragged = min(shape.heads_per_kv) != self.max_group
+        # Attention functions repeat K and V by this number; ragged groups gather before the call instead.
+        self.num_key_value_groups = 1 if self.ragged else self.max_group
+
+        layer_types = getattr(config, "layer_types", None)
+        windowed = spec.sliding_window is not None and (
+            layer_types is None or layer_types[layer_idx] == "sliding_attention"
+        )
+        self.sliding_window = getattr(config, spec.sliding_window) if windowed else None
+
+        hidden = config.hidden_size
+        rows = (self.num_heads * shape.qk_head_dim, self.num_kv_heads * shape.qk_head_dim)
+        rows += (self.num_kv_heads * shape.v_head_dim,)
+        self.qkv_rows = rows
+        qkv_bias = _flag(config, spec.qkv_bias)
+        if spec.q.parts:
+            self.add_module(spec.q.path, nn.Linear(hidden, sum(rows), bias=qkv_bias))
+        else:
+            for slot, size in zip((spec.q, spec.k, spec.v), rows, strict=True):
+                self.add_module(slot.path, nn.Linear(hidden, size, bias=qkv_bias))
+        context_dim = self.num_heads * shape.v_head_dim
+        self.add_module(spec.o.path, nn.Linear(context_dim, hidden, bias=_flag(config, spec.o_bias)))
+
+        # Indices are persistent buffers: others are lost when a model is built on the meta device.
+        self.rotary_half = rotary_dim(config) // 2 if spec.rope else 0
+        self.unrotated_pairs = dense_dim // 2 - self.rotary_half if spec.rope else 0
+        self.rope_index: torch.Tensor | None = None
+        if spec.rope and shape.qk_head_dim != dense_dim:
+            if shape.qk_head_dim % 2 or shape.qk_head_dim > dense_dim:
+                raise ValueError(
+                    f"layer {layer_idx}: qk_head_dim {shape.qk_head_dim} is not even or exceeds {dense_dim}"
+                )
+            pairs = torch.arange(shape.qk_head_dim // 2).expand(self.num_kv_heads, -1)
+            self.register_buffer("rope_index", pairs.clone())
+        self.head_slot: torch.Tensor | None = None
+        if self.ragged:
+            slots = [kv * self.max_group + i for kv, n in enumerate(shape.heads_per_kv) for i in range(n)]
+            self.register_buffer("head_slot", torch.tensor(slots))
+
+    def project(
+        self, hidden_BTD: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return query, key (after RoPE) and value, as they go into the cache.
+
+        Args:
+            hidden_BTD: input of the attention block, [B, T, D].
+            position_embeddings: cos and sin, each [B or 1, T, rotary channels]; None without RoPE.
+
+        Returns:
+            query [B, H, T, r], key [B, K, T, r], value [B, K, T, p].
+        """
+        B, T, _ = hidden_BTD.shape
+        if self.spec.q.parts:
+            query, key, value = getattr(self, self.spec.q.path)(hidden_BTD).split(self.qkv_rows, dim=-1)
+        else:
+            query = getattr(self, self.spec.q.path)(hidden_BTD)
+            key = getattr(self, self.spec.k.path)(hidden_BTD)
+            value = getattr(self, self.spec.v.path)(hidden_BTD)
+        query = query.reshape(B, T, self.num_heads, self.qk_head_dim)
+        key = key.reshape(B, T, self.num_kv_heads, self.qk_head_dim)
+        # vLLM needs contiguous values when their width is not that of the keys.
+        value = value.contiguous().view(B, T, self.num_kv_heads, self.v_head_dim)
+        if self.spec.rope:
+            query, key = self._apply_rope(query, key, position_embeddings)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def _apply_rope(
+        self, query_BTHr: torch.Tensor, key_BTKr: torch.Tensor, position_embeddings: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Both halves of cos and sin are the same angles.
+        cos, sin = (table[..., : self.rotary_half] for table in position_embeddings)
+        if self.unrotated_pairs:
+            cos = nn.functional.pad(cos, (0, self.unrotated_pairs), value=1.0)
+            sin = nn.functional.pad(sin, (0, self.unrotated_pairs))
+        if self.rope_index is None:
+            return self._rotate_dense(query_BTHr, key_BTKr, cos, sin)
+        cos_BTKr, sin_BTKr = cos[..., self.rope_index], sin[..., self.rope_index]
+        key = _rotate(key_BTKr, cos_BTKr, sin_BTKr)
+        if self.head_slot is not None:
+            kv_of_head = self.head_slot // self.max_group
+            cos_BTHr, sin_BTHr = cos_BTKr.index_select(2, kv_of_head), sin_BTKr.index_select(2, kv_of_head)
+            return _rotate(query_BTHr, cos_BTHr, sin_BTHr), key
+        grouped = query_BTHr.unflatten(2, (self.num_kv_heads, self.max_group))
+        return _rotate(grouped, cos_BTKr.unsqueeze(3), sin_BTKr.unsqueeze(3)).flatten(2, 3), key
+
+    def _rotate_dense(
+        self, query_BTHd: torch.Tensor, key_BTKd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+        if not self.unrotated_pairs:
+            return _rotate(query_BTHd, cos, sin), _rotate(key_BTKd, cos, sin)
+        width = 2 * self.rotary_half
+        cos, sin = cos[..., : self.rotary_half], sin[..., : self.rotary_half]
+        query, key = (
+            torch.cat((_rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1)
+            for x in (query_BTHd, key_BTKd)
+        )
+        return query, key
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the input of the output projection, and the attention weights if the kernel has them.
+
+        Args:
+            query: [B, H, T, r].
+            key: [B, K, S, r].
+            value: [B, K, S, p].
+            attention_mask: what the attention function of the config takes.
+            kwargs: passed on to the attention function.
+
+        Returns:
+            context [B, T, H * p], and weights [B, H, T, S] or None.
+        """
+        if self.head_slot is not None:
+            kv_of_head = self.head_slot // self.max_group
+            key, value = key.index_select(1, kv_of_head), value.index_select(1, kv_of_head)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if self.sliding_window is not None:
+            kwargs["sliding_window"] = self.sliding_window
+        context, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return context.flatten(2), weights
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output of the attention block [B, T, D], and the weights if the kernel has them.
+
+        Args:
+            hidden_states: [B, T, D].
+            position_embeddings: cos and sin of the model; None without RoPE.
+            attention_mask: what the attention function of the config takes.
+            past_key_values: cache to read and to extend.
+            kwargs: passed on to the attention function.
+        """
+        query, key, value = self.project(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        context, weights = self.attend(query, key, value, attention_mask, **kwargs)
+        return getattr(self, self.spec.o.path)(context), weights
+
+
+def _flag(config: PretrainedConfig, value: bool | str) -> bool:
+    return getattr(config, value) if isinstance(value, str) else value
+
+
+def apply_layer_shape(
+    layer: nn.Module, config: PretrainedConfig, spec: FamilySpec, layer_idx: int, shape: LayerShape
+) -> None:
+    """Give a decoder layer another shape, in place.
+
+    Its attention becomes a `PrunedAttention`, its FFN Linears are resized. Device and dtype stay (the meta
+    device too). A Linear whose size does not change keeps its parameters, the others hold uninitialised memory
+    and `rope_index` holds the first pairs.
+
+    Args:
+        layer: decoder layer of the stock class, or one that was changed by this function before.
+        config: of the model (dense or pruned).
+        spec: the family.
+        layer_idx: number of the layer.
+        shape: the new shape.
+    """
+    old = layer.get_submodule(spec.attention)
+    weight = next(old.parameters())
+    training = layer.training
+    with torch.device(weight.device):
+        new = PrunedAttention(config, layer_idx, spec, shape)
+    for path in dict.fromkeys(slot.path for slot in (spec.q, spec.k, spec.v, spec.o)):
+        fresh = new.get_submodule(path)
+        new.set_submodule(path, _resized(old.get_submodule(path), fresh.out_features, fresh.in_features))
+    layer.set_submodule(spec.attention, new.train(training))
+
+    mlp = layer.get_submodule(spec.mlp) if spec.mlp else layer
+    for slot in {slot.path: slot for slot in (spec.up, spec.gate, spec.down) if slot is not None}.values():
+        linear = mlp.get_submodule(slot.path)
+        sizes = _ffn_size(slot, spec, shape, config.hidden_size)
+        mlp.set_submodule(slot.path, _resized(linear, *sizes))
+    if spec.mlp:
+        mlp.intermediate_size = shape.intermediate_size
+
+
+def _ffn_size(slot: Slot, spec: FamilySpec, shape: LayerShape, hidden_size: int) -> tuple[int, int]:
+    if slot == spec.down:
+        return hidden_size, shape.intermediate_size
+    return shape.intermediate_size * max(1, len(slot.parts)), hidden_size
+
+
+def _resized(linear: nn.Module, out_features: int, in_features: int) -> nn.Module:
+    if tuple(linear.weight.shape) == (out_features, in_features):
+        return linear
+    new = nn.utils.skip_init(
+        nn.Linear,
+        in_features,
+        out_features,
+        bias=linear.bias is not None,
+        device=linear.weight.device,
+        dtype=linear.weight.dtype,
+    )
+    new.requires_grad_(linear.weight.requires_grad)
+    return new.train(linear.training)
