@@ -1,0 +1,245 @@
+"""The Python interface: what the commands do, as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel
+
+from intraslice.calibration import load_calibration, load_text
+from intraslice.checkpoint.source import open_checkpoint
+from intraslice.checkpoint.writer import check_output
+from intraslice.engine.run import prune_checkpoint
+from intraslice.errors import OutputError, RecipeError
+from intraslice.evaluation.bench import BenchOptions, BenchResult, bench_models
+from intraslice.evaluation.perplexity import Perplexity, measure_perplexity, tokenize
+from intraslice.inspection import ModelInfo, estimate_peak_bytes, inspect_model
+from intraslice.loading import load_model
+from intraslice.progress import Progress, SilentProgress
+from intraslice.recipe import Recipe, load_recipe
+from intraslice.result import PruneResult
+
+
+def prune(
+    model: str | None = None,
+    *,
+    output: str | Path | None = None,
+    sparsity: float | None = None,
+    method: str | None = None,
+    calibration: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    recipe: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Prune a model and write a smaller checkpoint that loads like any other.
+
+    Args:
+        model: hub id, local folder, .gguf file or built-in name.
+        output: folder to write.
+        sparsity: fraction of the decoder layers' linear weights to remove, in [0, 0.95).
+        method: name of a preset; "intraslice" unless given.
+        calibration: data set name, text file, "self" or "builtin"; "builtin" unless given.
+        options: further settings by dotted name, for example {"calibration.num_samples": 64}.
+        recipe: YAML file whose values hold where no argument says otherwise.
+        overwrite: whether an existing output folder is replaced.
+        resume: go on from the last finished layer of an interrupted run.
+        progress: shows how far the work is.
+
+    Raises:
+        IntraSliceError: see errors.py; nothing is left under `output` then.
+    """
+    given: dict[str, Any] = {
+        "model": model,
+        "output": None if output is None else str(output),
+        "sparsity": sparsity,
+        "method": method,
+        "calibration.source": calibration,
+        **(options or {}),
+    }
+    merged = load_recipe(recipe, given)
+    arguments = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+    return prune_recipe(
+        merged,
+        overwrite=overwrite,
+        resume=resume,
+        command=f"intraslice.prune({arguments})",
+        progress=progress,
+    )
+
+
+def prune_recipe(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    command: str = "",
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Run a recipe; the arguments are those of `prune`."""
+    progress = progress or SilentProgress()
+    if recipe.output is None:
+        raise RecipeError("no output is given; name the folder to write with -o.")
+    output = Path(recipe.output).expanduser()
+    _check_output_apart(recipe.model, output)
+    check_output(output, overwrite)
+    checkpoint = open_checkpoint(
+        recipe.model,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+        progress=progress,
+    )
+    wanted = recipe.calibration
+    check_seqlen(checkpoint.config, wanted.seqlen)
+    calibration = load_calibration(
+        wanted.source,
+        AutoTokenizer.from_pretrained(checkpoint.folder),
+        num_samples=wanted.num_samples,
+        seqlen=wanted.seqlen,
+        seed=wanted.seed,
+        vocab_size=checkpoint.config.vocab_size,
+        model_folder=checkpoint.folder,
+        progress=progress,
+        text_field=wanted.text_field,
+    )
+    return prune_checkpoint(
+        checkpoint,
+        calibration,
+        method=recipe.method_options(),
+        run=recipe.run,
+        output=output,
+        overwrite=overwrite,
+        resume=resume,
+        method_name=recipe.method,
+        recipe=recipe.to_dict(),
+        command=command,
+        progress=progress,
+    )
+
+
+def check_seqlen(config: Any, seqlen: int) -> None:
+    """Refuse sequences longer than the model has positions.
+
+    Raises:
+        RecipeError: seqlen is larger than max_position_embeddings.
+    """
+    if seqlen > config.max_position_embeddings:
+        raise RecipeError(
+            f"seqlen {seqlen} is beyond the {config.max_position_embeddings} positions of the model; "
+            f"use --seqlen {config.max_position_embeddings} or less."
+        )
+
+
+def _check_output_apart(model: str, output: Path) -> None:
+    source = Path(model).expanduser()
+    if source.exists() and source.resolve().is_relative_to(output.resolve()):
+        raise OutputError(f"the output {str(output)!r} would replace the input model; choose another folder.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What a prune would do.
+
+    Attributes:
+        dense: the model as it is.
+        target_layer_parameters: linear weights of the decoder layers to keep.
+        target_parameters: all parameters of the pruned model, tied ones once.
+        estimated_peak_bytes: rough peak memory.
+        recipe: every setting.
+    """
+
+    dense: ModelInfo
+    target_layer_parameters: int
+    target_parameters: int
+    estimated_peak_bytes: int
+    recipe: Recipe
+
+
+def dry_run(recipe: Recipe) -> DryRun:
+    """Say what a recipe would do; writes nothing and loads no weights."""
+    info = inspect_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    kept = round((1 - recipe.sparsity) * info.dense_layer_parameters)
+    return DryRun(
+        dense=info,
+        target_layer_parameters=kept,
+        target_parameters=info.num_parameters - info.dense_layer_parameters + kept,
+        estimated_peak_bytes=estimate_peak_bytes(
+            info, recipe.calibration.num_samples, recipe.calibration.seqlen, recipe.run
+        ),
+        recipe=recipe,
+    )
+
+
+def load(path: str | Path, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """Load a saved model, dense or pruned, for generation: the same as AutoModelForCausalLM.from_pretrained.
+
+    Args:
+        path: folder, hub id, .gguf file or built-in name.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu" or a torch device.
+    """
+    return load_model(str(path), dtype=dtype, device=device)[0]
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    text: str = "builtin",
+    seqlen: int = 2048,
+    windows: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    text_field: str | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Measure the perplexity of a saved model, dense or pruned.
+
+    Args:
+        model: folder, hub id, .gguf file or built-in name.
+        text: "builtin", a data set name (its test split) or a text file.
+        seqlen: tokens in a window; windows do not overlap.
+        windows: measure at most so many windows, from the start.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu" or a torch device.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: whether code that comes with the model may be executed.
+        text_field: the column of a .jsonl or .parquet file that holds the text.
+        progress: shows the windows.
+    """
+    # The text comes first: a wrong name must not cost the loading of the model.
+    content = load_text(text, split="test", text_field=text_field)
+    loaded, tokenizer = load_model(
+        str(model),
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    tokens = tokenize(content, tokenizer)
+    return measure_perplexity(loaded, tokens, seqlen=seqlen, windows=windows, progress=progress)
+
+
+def benchmark(
+    model: str | Path,
+    against: str | Path | None = None,
+    *,
+    options: BenchOptions | None = None,
+    progress: Progress | None = None,
+) -> BenchResult:
+    """Measure speed and memory of a saved model, in turns with another one.
+
+    Args:
+        model: folder, hub id, .gguf file or built-in name.
+        against: the base of the ratios, usually the dense model.
+        options: what is run.
+        progress: shows the repetitions.
+    """
+    base = None if against is None else str(against)
+    return bench_models(str(model), base, options=options, progress=progress)

@@ -1,0 +1,90 @@
+"""The `intraslice` command: gathers the commands, turns errors into one line and an exit status.
+
+Nothing here or in the command modules imports torch at the top: `--help` and wrong options answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import cast
+
+import typer
+
+from intraslice.cli import bench, evaluate, inspect, prune
+from intraslice.cli.console import INTERRUPTED_STATUS, complain
+from intraslice.errors import IntraSliceError
+
+ERROR_STATUS = 2
+
+# typer brings its own copy of click or uses the installed one, depending on its version; both have this base.
+_UsageError, _ClickException = cast(
+    "tuple[type[Exception], type[Exception]]", typer.BadParameter.__mro__[1:3]
+)
+
+app = typer.Typer(
+    name="intraslice",
+    help="Prune Hugging Face language models to smaller dense checkpoints that load everywhere.",
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("prune")(prune.prune)
+app.command("eval")(evaluate.evaluate)
+app.command("bench")(bench.bench)
+app.command("inspect")(inspect.inspect)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"intraslice {version('intraslice')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    show_version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version and stop."
+    ),
+) -> None:
+    """Prune Hugging Face language models to smaller dense checkpoints that load everywhere."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0; 2 after a wrong input (one line on standard error); 130 after Ctrl-C.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = app(given, prog_name="intraslice", standalone_mode=False)
+    except IntraSliceError as error:
+        if "--debug" in given:
+            raise
+        return _fail(str(error))
+    except _UsageError as error:
+        return _fail(_usage_sentence(error))
+    except _ClickException as error:
+        return _fail(str(error))
+    except (typer.Abort, KeyboardInterrupt):
+        complain("interrupted.")
+        return INTERRUPTED_STATUS
+    except (OSError, MemoryError) as error:
+        if "--debug" in given:
+            raise
+        return _fail(f"out of memory. {error}" if isinstance(error, MemoryError) else str(error))
+    return status if isinstance(status, int) else 0
+
+
+def _fail(sentence: str) -> int:
+    complain(f"error: {' '.join(sentence.split())}")
+    return ERROR_STATUS
+
+
+def _usage_sentence(error: BaseException) -> str:
+    close = getattr(error, "possibilities", None) or []
+    if close:
+        return f"{getattr(error, 'message', error)}. Did you mean {' or '.join(close)}?"
+    return error.format_message() if isinstance(error, typer.BadParameter) else str(error)

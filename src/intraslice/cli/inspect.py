@@ -1,0 +1,64 @@
+"""`intraslice inspect`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from intraslice.cli.console import (
+    LAYER_COLUMNS,
+    count,
+    layer_row,
+    percent,
+    print_line,
+    print_table,
+    size,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from intraslice.inspection import ModelInfo
+
+
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="Dense or pruned: folder, hub id, .gguf file or smollm2-135m.")
+    ],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the shapes as JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Show the shape of each layer; no weights are loaded."""
+    from intraslice.inspection import inspect_model
+
+    info = inspect_model(model, revision=revision, trust_remote_code=trust_remote_code)
+    if as_json:
+        write_json(info.to_dict())
+    else:
+        _print(info)
+
+
+def _print(info: ModelInfo) -> None:
+    known = any(layer.attention_error is not None for layer in info.layers)
+    width = len(LAYER_COLUMNS) if known else len(LAYER_COLUMNS) - 2
+    rows = [
+        layer_row(
+            layer.layer,
+            layer.shape,
+            layer.num_parameters,
+            layer.kept,
+            (layer.attention_error, layer.ffn_error),
+        )[:width]
+        for layer in info.layers
+    ]
+    how = f"pruned by {info.method}, sparsity {info.sparsity:.4f}" if info.method else "dense"
+    print_table(f"{info.model} ({info.family}, {how})", LAYER_COLUMNS[:width], rows)
+    kept = info.layer_parameters / info.dense_layer_parameters
+    print_line(f"parameters          {count(info.num_parameters)}")
+    print_line(f"in decoder layers   {count(info.layer_parameters)} ({percent(kept)} of the dense model's)")
+    if info.weight_bytes:
+        print_line(f"weights on disk     {size(info.weight_bytes)}")

@@ -1,0 +1,218 @@
+"""`intraslice prune`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from intraslice.cli.console import (
+    INTERRUPTED_STATUS,
+    LAYER_COLUMNS,
+    ConsoleProgress,
+    complain,
+    count,
+    layer_row,
+    percent,
+    print_line,
+    print_table,
+    size,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from intraslice.api import DryRun
+    from intraslice.recipe import Recipe
+    from intraslice.result import PruneResult
+
+
+def prune(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub id, local folder, .gguf file, or the built-in name smollm2-135m."),
+    ] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", help="Folder to write.")] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(metavar="FLOAT", help="Share of the decoder layers' weights to remove, in [0, 0.95)."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="intraslice (default), or its ablations ada-h-pca-a, ada-h, naive."),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|PATH|self",
+            help="Text for the statistics: builtin (default), wikitext2, c4, ptb, alpaca, a .txt, .jsonl or "
+            ".parquet file, or self (sampled from the model).",
+        ),
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Calibration sequences (default: 128).")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a sequence (default: 2048).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random (default: 0).")] = None,
+    text_field: Annotated[
+        str | None, typer.Option(help="Column of a .jsonl or .parquet file that holds the text.")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML file with any of the settings; flags win over it."),
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="A.B=C", help="One setting by its dotted name; wins over all. Repeatable."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto (default: an accelerator if there is one), cpu, or a torch device."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the saved weights: auto (default: as stored), float32, bfloat16 or float16."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let code that comes with the input model run.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes, estimated memory and all settings; write nothing.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last finished layer of an interrupted run.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Prune a model and write a smaller checkpoint that loads like any other."""
+    from intraslice.recipe import load_recipe
+
+    flags = {
+        "model": model,
+        "output": output,
+        "sparsity": sparsity,
+        "method": method,
+        "calibration.source": calibration,
+        "calibration.num_samples": num_samples,
+        "calibration.seqlen": seqlen,
+        "calibration.seed": seed,
+        "calibration.text_field": text_field,
+        "run.device": device,
+        "run.dtype": dtype,
+        "revision": revision,
+        # A flag that is not given must not undo what the recipe says.
+        "trust_remote_code": trust_remote_code or None,
+    }
+    merged = load_recipe(recipe, flags, sets or [])
+    if dry_run:
+        _dry_run(merged, as_json)
+        return
+    try:
+        result = _run(merged, overwrite, resume)
+    except KeyboardInterrupt:
+        complain(
+            f"interrupted; finished layers are kept in {merged.output}.partial: "
+            "repeat the command with --resume to go on."
+        )
+        raise typer.Exit(INTERRUPTED_STATUS) from None
+    if as_json:
+        write_json(result.to_dict())
+    else:
+        print_result(result)
+
+
+def _run(recipe: Recipe, overwrite: bool, resume: bool) -> PruneResult:
+    from intraslice.api import prune_recipe
+
+    with ConsoleProgress() as progress:
+        return prune_recipe(
+            recipe,
+            overwrite=overwrite,
+            resume=resume,
+            command=shlex.join(["intraslice", *sys.argv[1:]]),
+            progress=progress,
+        )
+
+
+def print_result(result: PruneResult) -> None:
+    """Print the table of layers and the totals of a finished run."""
+    dense_layer = result.dense_layer_parameters / len(result.layers)
+    rows = [
+        layer_row(
+            record.layer,
+            record.shape,
+            record.num_parameters,
+            record.num_parameters / dense_layer,
+            (record.attention_error, record.ffn_error),
+        )
+        for record in result.layers
+    ]
+    print_table("Layers (error: relative, squared, on the calibration tokens)", LAYER_COLUMNS, rows)
+    change = [
+        ("parameters", count(result.dense_parameters), count(result.pruned_parameters)),
+        ("in decoder layers", count(result.dense_layer_parameters), count(result.pruned_layer_parameters)),
+        ("weights on disk", size(result.dense_bytes), size(result.pruned_bytes)),
+    ]
+    sizes = (
+        (result.dense_parameters, result.pruned_parameters),
+        (result.dense_layer_parameters, result.pruned_layer_parameters),
+        (result.dense_bytes, result.pruned_bytes),
+    )
+    print_table(
+        f"{result.model} -> {result.output}",
+        ("", "dense", "pruned", "kept"),
+        [(*row, percent(after / before)) for row, (before, after) in zip(change, sizes, strict=True)],
+    )
+    phases = ", ".join(
+        f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items() if name != "total"
+    )
+    print_line(f"sparsity      {result.sparsity:.4f} (asked for {result.requested_sparsity:g})")
+    print_line(f"seconds       {result.seconds.get('total', 0):.1f} ({phases})")
+    print_line(f"peak memory   {size(result.peak_memory_bytes)}")
+    print_line(f"checkpoint    {result.output}")
+
+
+def _dry_run(recipe: Recipe, as_json: bool) -> None:
+    from intraslice.api import dry_run
+
+    plan = dry_run(recipe)
+    if as_json:
+        write_json(
+            {
+                "dense": plan.dense.to_dict(),
+                "target_parameters": plan.target_parameters,
+                "target_layer_parameters": plan.target_layer_parameters,
+                "estimated_peak_bytes": plan.estimated_peak_bytes,
+                "recipe": plan.recipe.to_dict(),
+            }
+        )
+        return
+    _print_plan(plan)
+
+
+def _print_plan(plan: DryRun) -> None:
+    dense = plan.dense
+    shape = dense.layers[0].shape
+    print_line(f"model         {dense.model} ({dense.family}, {len(dense.layers)} layers)")
+    print_line(
+        f"a layer       {shape.num_attention_heads} heads, {shape.num_key_value_heads} kv heads, "
+        f"head dim {shape.qk_head_dim}, FFN {shape.intermediate_size}, hidden {dense.hidden_size}"
+    )
+    print_table(
+        "Sizes",
+        ("", "dense", "target"),
+        [
+            ("parameters", count(dense.num_parameters), count(plan.target_parameters)),
+            ("in decoder layers", count(dense.dense_layer_parameters), count(plan.target_layer_parameters)),
+        ],
+    )
+    print_line(f"peak memory   about {size(plan.estimated_peak_bytes)}")
+    print_line("recipe")
+    for line in plan.recipe.to_yaml().splitlines():
+        print_line(f"  {line}")
+    print_line("dry run: nothing was written.")

@@ -1,0 +1,148 @@
+"""Perplexity of one token stream, cut into windows that do not overlap."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from intraslice.errors import CalibrationError, NumericalError, RecipeError
+from intraslice.progress import Progress, SilentProgress
+from intraslice.runtime.configuration_intraslice import FAMILIES
+
+CHUNK_POSITIONS = 512
+"""Positions whose logits exist at once: a vocabulary of 49k x 512 float32 numbers is 100 MB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """Perplexity and what it was measured on.
+
+    Attributes:
+        perplexity: exp(mean_nll).
+        mean_nll: mean negative log likelihood of a predicted token, in nats.
+        num_windows: windows measured.
+        num_tokens: predicted tokens, seqlen - 1 in each window.
+        seqlen: tokens in a window.
+        seconds: wall-clock seconds of the forward passes.
+    """
+
+    perplexity: float
+    mean_nll: float
+    num_windows: int
+    num_tokens: int
+    seqlen: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+
+def tokenize(text: str, tokenizer: Any) -> Tensor:
+    """Tokenise a whole text at once, with the special tokens that the tokenizer adds by default.
+
+    Returns:
+        int64 token ids, [N].
+    """
+    # verbose=False: the stream is meant to be longer than the model's context.
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def measure_perplexity(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    *,
+    seqlen: int = 2048,
+    windows: int | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Measure the perplexity of a token stream; tokens after the last whole window are left out.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        tokens: int64 [N].
+        seqlen: tokens in a window; the first one of each window is not predicted.
+        windows: measure at most so many windows, from the start; None measures all.
+        progress: shows the windows.
+
+    Raises:
+        CalibrationError: the stream holds no whole window, or ids outside the vocabulary.
+        RecipeError: seqlen or windows is out of range for the model.
+        NumericalError: the model's outputs are not finite.
+    """
+    num_windows = _check(model, tokens, seqlen, windows)
+    blocks = tokens[: num_windows * seqlen].view(num_windows, seqlen)  # [W, T]
+    total = 0.0
+    start = time.perf_counter()
+    with torch.inference_mode(), (progress or SilentProgress()).step("perplexity", num_windows) as advance:
+        for index, block in enumerate(blocks):
+            nll = _window_nll(model, block.to(model.device)[None])
+            if not math.isfinite(nll):
+                raise NumericalError(
+                    f"the model's outputs are not finite in window {index}; try --dtype float32 or bfloat16."
+                )
+            total += nll
+            advance(1)
+    num_tokens = num_windows * (seqlen - 1)
+    mean = total / num_tokens
+    return Perplexity(
+        # A broken model can exceed the largest float; that is a result, not an error.
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        mean_nll=mean,
+        num_windows=num_windows,
+        num_tokens=num_tokens,
+        seqlen=seqlen,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _check(model: PreTrainedModel, tokens: Tensor, seqlen: int, windows: int | None) -> int:
+    if seqlen < 2:
+        raise RecipeError(f"seqlen must be at least 2, got {seqlen}.")
+    if windows is not None and windows < 1:
+        raise RecipeError(f"windows must be at least 1, got {windows}.")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and seqlen > limit:
+        raise RecipeError(
+            f"seqlen {seqlen} is beyond the {limit} positions of the model; use --seqlen {limit}."
+        )
+    available = tokens.numel() // seqlen
+    if available == 0:
+        raise CalibrationError(
+            f"the text has {tokens.numel()} tokens, less than one window of {seqlen}; "
+            "give a longer text or a smaller --seqlen."
+        )
+    largest = int(tokens.max())
+    if largest >= model.config.vocab_size:
+        raise CalibrationError(
+            f"token id {largest} is outside the vocabulary of {model.config.vocab_size}; "
+            "the tokenizer does not belong to the model."
+        )
+    return available if windows is None else min(available, windows)
+
+
+def _window_nll(model: PreTrainedModel, window: Tensor) -> float:
+    """Return the summed negative log likelihood of tokens 1..T-1 of a window [1, T]."""
+    targets = window[0, 1:]
+    family = model.config.model_type.removeprefix("intraslice_")
+    if family not in FAMILIES:
+        # Other models may scale or cap their logits after the head, so only their own forward is right.
+        logits = model(input_ids=window, use_cache=False).logits[0, :-1]  # [T - 1, V]
+        return _summed_nll(logits, targets)
+    decoder: Any = model.base_model
+    head: Any = model.get_output_embeddings()
+    hidden = decoder(input_ids=window, use_cache=False).last_hidden_state[0, :-1]  # [T - 1, D]
+    chunks = zip(hidden.split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS), strict=True)
+    return sum(_summed_nll(head(chunk), target) for chunk, target in chunks)
+
+
+def _summed_nll(logits: Tensor, targets: Tensor) -> float:
+    losses = functional.cross_entropy(logits.float(), targets, reduction="none")  # [T]
+    return float(losses.double().sum())

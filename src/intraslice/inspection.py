@@ -1,0 +1,180 @@
+"""The shape of a model, layer by layer, from its config alone: no weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from intraslice.errors import UnsupportedModelError
+from intraslice.loading import count_parameters, load_config
+from intraslice.options import RunOptions
+from intraslice.placement import choose_device, dtype_from_name, peak_resident_bytes
+from intraslice.result import RESULT_FILE, PruneResult
+from intraslice.runtime.configuration_intraslice import (
+    FAMILIES,
+    FamilySpec,
+    LayerShape,
+    dense_shape,
+)
+
+_PRUNED_PREFIX = "intraslice_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerInfo:
+    """One decoder layer.
+
+    Attributes:
+        layer: its index.
+        shape: its heads, widths and channels.
+        num_parameters: its linear weights.
+        kept: num_parameters over those of the dense layer.
+        attention_error: relative error of the attention block when it was pruned, if known.
+        ffn_error: the same for the FFN.
+    """
+
+    layer: int
+    shape: LayerShape
+    num_parameters: int
+    kept: float
+    attention_error: float | None = None
+    ffn_error: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """A whole model.
+
+    Attributes:
+        model: as it was named.
+        family: name of the layout, for example "llama".
+        method: how it was pruned; None for a dense model.
+        sparsity: removed fraction of the decoder layers' linear weights.
+        hidden_size: width of the residual stream.
+        vocab_size: number of token ids.
+        num_parameters: all parameters, tied ones once.
+        dense_layer_parameters: linear weights of the decoder layers of the dense model.
+        layer_parameters: linear weights of the decoder layers as they are.
+        weight_bytes: size of the weight files; 0 when they are not on this machine.
+        layers: one entry a layer.
+    """
+
+    model: str
+    family: str
+    method: str | None
+    sparsity: float
+    hidden_size: int
+    vocab_size: int
+    num_parameters: int
+    dense_layer_parameters: int
+    layer_parameters: int
+    weight_bytes: int
+    layers: tuple[LayerInfo, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+
+def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelInfo:
+    """Describe a dense or pruned model without loading its weights.
+
+    Args:
+        name: hub id, folder, .gguf file or built-in name.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: whether code that comes with the model may be executed.
+
+    Raises:
+        CheckpointError: there is no such model.
+        UnsupportedModelError: its architecture is not one of ours.
+    """
+    config, files = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    spec = family_of(config)
+    pruned = config.model_type.startswith(_PRUNED_PREFIX)
+    whole = dense_shape(config, spec)
+    count, hidden_size = config.num_hidden_layers, config.hidden_size
+    shapes = tuple(map(LayerShape.from_dict, config.intraslice["layers"])) if pruned else (whole,) * count
+    per_dense_layer = spec.num_parameters(whole, hidden_size)
+    sizes = [spec.num_parameters(shape, hidden_size) for shape in shapes]
+    errors = _errors(Path(name).expanduser())
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    layers = tuple(
+        LayerInfo(
+            layer=layer,
+            shape=shape,
+            num_parameters=size,
+            kept=size / per_dense_layer,
+            attention_error=errors.get(layer, (None, None))[0],
+            ffn_error=errors.get(layer, (None, None))[1],
+        )
+        for layer, (shape, size) in enumerate(zip(shapes, sizes, strict=True))
+    )
+    return ModelInfo(
+        model=name,
+        family=spec.name,
+        method=config.intraslice["method"] if pruned else None,
+        sparsity=1 - sum(sizes) / (per_dense_layer * count),
+        hidden_size=hidden_size,
+        vocab_size=config.vocab_size,
+        num_parameters=count_parameters(skeleton),
+        dense_layer_parameters=per_dense_layer * count,
+        layer_parameters=sum(sizes),
+        weight_bytes=sum(file.stat().st_size for file in weight_files(source))
+        if Path(source).is_dir()
+        else 0,
+        layers=layers,
+    )
+
+
+def family_of(config: Any) -> FamilySpec:
+    """Return the spec of a dense or pruned config.
+
+    Raises:
+        UnsupportedModelError: the architecture is not one of ours.
+    """
+    name = config.model_type.removeprefix(_PRUNED_PREFIX)
+    if name not in FAMILIES:
+        raise UnsupportedModelError(
+            f"architecture {name!r} is not supported; supported are {', '.join(sorted(FAMILIES))}."
+        )
+    return FAMILIES[name]
+
+
+def _errors(folder: Path) -> dict[int, tuple[float, float]]:
+    if not (folder / RESULT_FILE).is_file():
+        return {}
+    return {
+        record.layer: (record.attention_error, record.ffn_error) for record in PruneResult.load(folder).layers
+    }
+
+
+def estimate_peak_bytes(info: ModelInfo, num_samples: int, seqlen: int, run: RunOptions) -> int:
+    """Estimate the peak memory of pruning a model, in bytes; the order of magnitude, not a promise.
+
+    Counted: the process as it is now, embeddings, one layer twice (dense and pruned), the second moments of
+    `act` and of `context` with the copies of a solve, hidden states, layer boundaries of the gradient pass,
+    activations and logits of one batch.
+    """
+    on_cpu = choose_device(run.device).type == "cpu"
+    width = 4 if on_cpu or run.dtype in ("auto", "float32") else dtype_from_name(run.dtype).itemsize
+    tokens = num_samples * seqlen
+    shape = info.layers[0].shape
+    context = shape.num_attention_heads * shape.v_head_dim
+    hidden_states = tokens * info.hidden_size * width
+    batch_tokens = max(run.batch_tokens, seqlen)
+    solve_copies = 4
+    parts = {
+        "process": peak_resident_bytes() if on_cpu else 0,
+        "embeddings": info.vocab_size * info.hidden_size * width,
+        "layer": 2 * info.layers[0].num_parameters * width,
+        "moments": 8 * solve_copies * (shape.intermediate_size**2 + context**2),
+        "hidden_states": hidden_states if run.hidden_states == "memory" else 0,
+        "boundaries": min(run.boundary_bytes, len(info.layers) * hidden_states),
+        "batch": batch_tokens * (2 * info.vocab_size + 6 * shape.intermediate_size + 8 * context) * width,
+    }
+    return sum(parts.values())

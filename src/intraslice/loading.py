@@ -1,0 +1,140 @@
+"""Load a saved model, dense or pruned, to use it or to look at its config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from intraslice.checkpoint.folder import read_headers, weight_files
+from intraslice.checkpoint.source import BUILT_IN, find_built_in, resolve_model
+from intraslice.errors import CheckpointError
+from intraslice.placement import choose_device, dtype_from_name
+from intraslice.progress import Progress
+from intraslice.runtime import register
+
+# What transformers raises for a config, tokenizer or weights that are missing, corrupt or not understood.
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    HFValidationError,
+    HfHubHTTPError,
+)
+
+
+def load_config(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, list[Path]]:
+    """Read the config of a dense or pruned model; no weights are loaded, downloaded or converted.
+
+    Returns:
+        The transformers config, and the weight files when the model is on this machine.
+
+    Raises:
+        CheckpointError: there is no such model, its config cannot be read, or its folder holds no weights.
+    """
+    register()
+    extra: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    path = Path(name).expanduser()
+    gguf = find_built_in(name) if name in BUILT_IN else path
+    files: list[Path] = []
+    source = name
+    if path.is_dir():
+        files, source = weight_files(path, name), str(path)
+    elif gguf.is_file() and gguf.suffix.lower() == ".gguf":
+        files, source, extra = [gguf], str(gguf.parent), {"gguf_file": gguf.name}
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise CheckpointError(f"there is no folder or file {name!r}")
+    try:
+        with _quiet_transformers():
+            return AutoConfig.from_pretrained(source, **extra), files
+    except _LOADING_ERRORS as error:
+        raise CheckpointError(_reason(name, error)) from error
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """Load a dense or pruned model and its tokenizer, in evaluation mode.
+
+    Args:
+        name: hub id, local folder, .gguf file or built-in name.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu" or a torch device.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: whether code that comes with the model may be executed.
+        progress: shows the conversion of a GGUF file.
+
+    Raises:
+        CheckpointError: the model is missing, corrupt, unsafe, or its weights do not fit its config.
+        RecipeError: dtype or device is unknown.
+    """
+    register()
+    chosen_device = choose_device(device)
+    chosen_dtype: Any = "auto" if dtype == "auto" else dtype_from_name(dtype)
+    folder = resolve_model(name, revision=revision, progress=progress)
+    # Also finds truncated files, and refuses pickles.
+    read_headers(folder, name)
+    # The stubs know nothing of output_loading_info, with which a pair is returned.
+    auto: Any = AutoModelForCausalLM
+    try:
+        with _quiet_transformers():
+            model, info = auto.from_pretrained(
+                folder,
+                dtype=chosen_dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise CheckpointError(_reason(name, error)) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        # transformers fills these with random numbers and goes on; a perplexity of that means nothing.
+        raise CheckpointError(f"{name!r} lacks {len(missing)} weights, the first is {missing[0]!r}")
+    return model.to(chosen_device).eval(), tokenizer
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    # Whatever matters in the warnings of transformers is raised as an error here.
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _reason(name: str, error: Exception) -> str:
+    # Messages of transformers run over many lines; the first one says what is wrong.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{name!r} cannot be loaded: {lines[0] if lines else type(error).__name__}"
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Return the number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
