@@ -12,6 +12,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
+
 from tiny import make_tiny, tiny_tokenizer
 
 # Two threads gain nothing on models this small, and one makes every number repeatable.
@@ -25,7 +26,7 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a function (family, **overrides) -> folder of a saved model; equal calls share one folder, so only read it."""
+    """Return a function (family, **overrides) -> folder of a saved model, shared by calls: read only."""
     made: dict[str, Path] = {}
 
     def get(family: str, **overrides: object) -> Path:

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: finding and reading dense ones tensor by tensor, writing pruned ones shard by shard."""
+"""Checkpoints on disk: finding and reading dense ones tensor by tensor, writing pruned ones by shards."""

@@ -1,24 +1,22 @@
 """A dense checkpoint on disk, read one decoder layer at a time.
 
-Everything that can be checked without reading weights (config, names, shapes, whole files) is checked when it is
-opened; NaN and Inf are found when a tensor is loaded.
+Everything that can be checked without reading weights (config, names, shapes, whole files) is checked when it
+is opened; NaN and Inf are found when a tensor is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from intraslice.checkpoint.writer import DTYPES, INDEX_FILE, WEIGHTS_FILE
+from intraslice.checkpoint.folder import StoredTensor, data_offsets, read_config, read_headers
+from intraslice.checkpoint.tensorfile import DTYPES
 from intraslice.errors import CheckpointError, NumericalError, UnsupportedModelError
 from intraslice.runtime.configuration_intraslice import FAMILIES, FamilySpec
 
@@ -28,28 +26,6 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 _SAMPLE_BYTES = 1024
 _SAMPLES_PER_TENSOR = 4
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor lies.
-
-    Attributes:
-        path: safetensors file.
-        name: its name in that file.
-        dtype: safetensors code, for example "BF16".
-        shape: its shape.
-    """
-
-    path: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_elements(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
 
 
 class Checkpoint:
@@ -129,7 +105,7 @@ class Checkpoint:
         return sum(tensor.num_elements for tensor in self._tensors.values())
 
     def skeleton(self, dtype: torch.dtype | None = None) -> Any:
-        """Return the stock model for causal language modelling without weights (meta device, sdpa attention)."""
+        """Return the stock causal language model without weights (meta device, sdpa attention)."""
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
@@ -149,7 +125,7 @@ class Checkpoint:
             by_file.setdefault(self._tensors[name].path, []).append(name)
         samples: dict[str, bytes] = {}
         for path, names in by_file.items():
-            offsets = _data_offsets(path)
+            offsets = data_offsets(path)
             with open(path, "rb") as file:
                 for name in names:
                     begin, end = offsets[self._tensors[name].name]
@@ -207,13 +183,13 @@ class Checkpoint:
         for name, shape in expected.items():
             if tensors[name].shape != shape:
                 raise CheckpointError(
-                    f"tensor {name!r} of {self.name!r} has shape {list(tensors[name].shape)}, but its config.json "
-                    f"asks for {list(shape)}; check that config and weights belong together"
+                    f"tensor {name!r} of {self.name!r} has shape {list(tensors[name].shape)}, but its "
+                    f"config.json asks for {list(shape)}; check that config and weights belong together"
                 )
             if tensors[name].dtype not in _FLOATS:
                 raise UnsupportedModelError(
-                    f"tensor {name!r} of {self.name!r} is stored as {tensors[name].dtype}: quantised checkpoints "
-                    "cannot be pruned; use the model in float32, bfloat16 or float16"
+                    f"tensor {name!r} of {self.name!r} is stored as {tensors[name].dtype}: quantised "
+                    "checkpoints cannot be pruned; use the model in float32, bfloat16 or float16"
                 )
 
     def _drop_tied_head(self) -> None:
@@ -223,8 +199,8 @@ class Checkpoint:
         matrix = next((t for name, t in self._tensors.items() if name.endswith("embed_tokens.weight")), None)
         if matrix is not None and (head.shape != matrix.shape or not _same(head, matrix)):
             raise CheckpointError(
-                f"config.json of {self.name!r} ties {OUTPUT_EMBEDDING} to the embeddings, but the stored tensors "
-                "differ; set tie_word_embeddings to false in config.json"
+                f"config.json of {self.name!r} ties {OUTPUT_EMBEDDING} to the embeddings, but the stored "
+                "tensors differ; set tie_word_embeddings to false in config.json"
             )
 
 
@@ -242,107 +218,10 @@ def open_folder(folder: Path, *, name: str | None = None, trust_remote_code: boo
     """
     name = name or str(folder)
     config = read_config(folder, name)
-    tensors = _read_headers(folder, name)
+    tensors = read_headers(folder, name)
     return Checkpoint(
         name, folder, config, FAMILIES[config.model_type], tensors, trust_remote_code=trust_remote_code
     )
-
-
-def read_config(folder: Path, name: str) -> Any:
-    """Read config.json as the stock config class of a supported family; never runs code of the model.
-
-    Raises:
-        UnsupportedModelError: the architecture is not supported, is quantised, or is pruned already.
-        CheckpointError: the file is missing or not a valid config.
-    """
-    from transformers import CONFIG_MAPPING
-
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{name!r} has no config.json; give the folder of a Hugging Face model")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"config.json of {name!r} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"config.json of {name!r} is not a JSON object")
-    model_type = str(data.get("model_type", ""))
-    if "intraslice" in data or model_type.startswith("intraslice_"):
-        raise UnsupportedModelError(
-            f"{name!r} is already pruned by intraslice; prune the dense model at the sparsity you want instead"
-        )
-    if model_type not in FAMILIES:
-        code = " and it needs code of its own" if "auto_map" in data else ""
-        raise UnsupportedModelError(
-            f"{name!r} has the architecture {model_type or 'unknown'!r}{code}; supported: {', '.join(FAMILIES)}"
-        )
-    if data.get("quantization_config"):
-        method = data["quantization_config"].get("quant_method", "unknown method")
-        raise UnsupportedModelError(
-            f"{name!r} is quantised ({method}); give the model in float32, bfloat16 or float16"
-        )
-    try:
-        return CONFIG_MAPPING[model_type].from_dict(data)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(f"config.json of {name!r} is not valid: {_one_line(error)}") from error
-
-
-def weight_files(folder: Path, name: str) -> list[Path]:
-    """Return the safetensors files of a model folder.
-
-    Raises:
-        CheckpointError: there are none, only pickles, or the index names a file that is missing.
-    """
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        if pickles:
-            raise CheckpointError(
-                f"{name!r} holds its weights only as a pickle ({pickles[0]}), which can run code when it is read; "
-                "convert it to safetensors first"
-            )
-        raise CheckpointError(f"{name!r} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{INDEX_FILE} of {name!r} is corrupt; download the model again") from error
-    for file_name in names:
-        # A name with a folder in it could point outside the checkpoint.
-        if Path(file_name).name != file_name or not (folder / file_name).is_file():
-            raise CheckpointError(
-                f"weight file {file_name!r} of {name!r} is missing; download the model again"
-            )
-    return [folder / file_name for file_name in names]
-
-
-def _read_headers(folder: Path, name: str) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
-    for path in weight_files(folder, name):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    part = file.get_slice(key)
-                    tensors[key] = StoredTensor(path, key, part.get_dtype(), tuple(part.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"weight file {path.name!r} of {name!r} is truncated or corrupt ({_one_line(error)}); "
-                "download the model again"
-            ) from error
-    return tensors
-
-
-def _data_offsets(path: Path) -> dict[str, tuple[int, int]]:
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    start = 8 + length
-    return {
-        name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
 
 
 def _plain_config(config: Any) -> dict[str, Any]:
@@ -358,7 +237,3 @@ def _same(a: StoredTensor, b: StoredTensor) -> bool:
 
 def _some(names: list[str]) -> str:
     return repr(names[0]) + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

