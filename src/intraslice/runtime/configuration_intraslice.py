@@ -6,10 +6,13 @@ library, torch, transformers and huggingface_hub.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import PretrainedConfig
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig, MistralConfig, OPTConfig, Phi3Config, PretrainedConfig, Qwen2Config
 
 FORMAT_VERSION = 1
 
@@ -176,4 +179,200 @@ def dense_shape(config: PretrainedConfig, spec: FamilySpec) -> LayerShape:
         qk_head_dim=head_dim,
         v_head_dim=head_dim,
         intermediate_size=values[spec.intermediate_size],
+    )
+
+
+@contextmanager
+def dense_sizes(config: PretrainedConfig) -> Iterator[None]:
+    """Let stock code read the dense sizes of a config, which raises while there are values per layer."""
+    per_layer = config.to_dict().get("per_layer_config")
+    config.per_layer_config = None
+    try:
+        yield
+    finally:
+        config.per_layer_config = per_layer
+
+
+class _PrunedConfig:
+    """What the configs of all families add to the stock class.
+
+    The global sizes are those of the dense model. `per_layer_config` holds the sizes that caches and serving
+    engines read, `intraslice` the exact shapes and where they came from.
+    """
+
+    family: ClassVar[str]
+    _auto_class = "AutoConfig"
+    # Splitting heads over devices would need equal groups.
+    base_model_tp_plan = None
+
+    @property
+    def layer_shapes(self) -> tuple[LayerShape, ...]:
+        """Shape of every layer; dense when the config says nothing."""
+        if self.intraslice is None:
+            return (dense_shape(self, FAMILIES[self.family]),) * self.num_hidden_layers
+        return tuple(LayerShape.from_dict(layer) for layer in self.intraslice["layers"])
+
+    def validate_architecture(self) -> None:
+        """Check that there is a shape for each layer, in a format that this code knows.
+
+        Raises:
+            ValueError: when there is not.
+        """
+        if self.intraslice is None:
+            return
+        version = self.intraslice.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"This checkpoint has format version {version}, this code reads version {FORMAT_VERSION}; "
+                "install a matching release of intraslice."
+            )
+        layers = len(self.intraslice["layers"])
+        if layers != self.num_hidden_layers:
+            raise ValueError(
+                f"config.json has shapes of {layers} layers, but {self.num_hidden_layers} layers."
+            )
+
+    def validate_rope(self) -> None:
+        """Check the RoPE settings against the dense head."""
+        with dense_sizes(self):
+            super().validate_rope()
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what config.json holds: also the RoPE keys that older readers know."""
+        rope = vars(self).get("rope_parameters")
+        if not rope:
+            return super().to_diff_dict()
+        # Without rope_theta, older readers silently take the default angles.
+        keys = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        scaled = rope.get("rope_type", "default") != "default"
+        return {**super().to_diff_dict(), **keys, "rope_scaling": dict(rope) if scaled else None}
+
+
+@strict
+class IntraSliceLlamaConfig(_PrunedConfig, LlamaConfig):
+    """Llama whose layers have their own shapes."""
+
+    model_type = "intraslice_llama"
+    family = "llama"
+    intraslice: dict | None = None
+
+
+@strict
+class IntraSliceMistralConfig(_PrunedConfig, MistralConfig):
+    """Mistral whose layers have their own shapes."""
+
+    model_type = "intraslice_mistral"
+    family = "mistral"
+    intraslice: dict | None = None
+
+
+@strict
+class IntraSliceQwen2Config(_PrunedConfig, Qwen2Config):
+    """Qwen2 whose layers have their own shapes."""
+
+    model_type = "intraslice_qwen2"
+    family = "qwen2"
+    intraslice: dict | None = None
+
+
+@strict
+class IntraSlicePhi3Config(_PrunedConfig, Phi3Config):
+    """Phi3 whose layers have their own shapes."""
+
+    model_type = "intraslice_phi3"
+    family = "phi3"
+    intraslice: dict | None = None
+
+
+@strict
+class IntraSliceOPTConfig(_PrunedConfig, OPTConfig):
+    """OPT whose layers have their own shapes."""
+
+    model_type = "intraslice_opt"
+    family = "opt"
+    intraslice: dict | None = None
+
+
+_DENSE_CONFIGS = {
+    "llama": (LlamaConfig, IntraSliceLlamaConfig),
+    "mistral": (MistralConfig, IntraSliceMistralConfig),
+    "qwen2": (Qwen2Config, IntraSliceQwen2Config),
+    "phi3": (Phi3Config, IntraSlicePhi3Config),
+    "opt": (OPTConfig, IntraSliceOPTConfig),
+}
+# What belongs to one class or one file, not to the model.
+_NOT_CARRIED_OVER = (
+    "model_type",
+    "architectures",
+    "auto_map",
+    "transformers_version",
+    "per_layer_config",
+    "intraslice",
+    "quantization_config",
+    "_name_or_path",
+)
+
+
+def _carried_over(config: PretrainedConfig) -> dict[str, Any]:
+    # to_dict() has the dense sizes also when there are values per layer.
+    values = {key: value for key, value in config.to_dict().items() if key not in _NOT_CARRIED_OVER}
+    return {**values, "attn_implementation": config._attn_implementation}
+
+
+def dense_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a copy of a pruned config as the stock class, with the dense sizes."""
+    family = config.model_type.removeprefix("intraslice_")
+    stock, _ = _DENSE_CONFIGS[family]
+    values = _carried_over(config)
+    return stock(**values, architectures=[stock.__name__.replace("Config", "ForCausalLM")])
+
+
+def pruned_config(
+    dense: PretrainedConfig,
+    spec: FamilySpec,
+    shapes: Sequence[LayerShape],
+    *,
+    method: str,
+    recipe: Mapping[str, Any],
+) -> PretrainedConfig:
+    """Return the config of a pruned model.
+
+    Args:
+        dense: stock config of the dense model.
+        spec: its family.
+        shapes: of every layer.
+        method: name, for the record.
+        recipe: all settings as JSON types, for the record.
+
+    Returns:
+        The IntraSlice config of the family, complete for config.json.
+    """
+    _, pruned = _DENSE_CONFIGS[spec.name]
+    name = pruned.__name__.removesuffix("Config")
+    per_layer = {
+        layer_idx: {
+            "num_attention_heads": shape.num_attention_heads,
+            "num_key_value_heads": shape.num_key_value_heads,
+            # Engines with one width for keys and values must take the larger one.
+            "head_dim": max(shape.qk_head_dim, shape.v_head_dim),
+            spec.intermediate_size: shape.intermediate_size,
+        }
+        for layer_idx, shape in enumerate(shapes)
+    }
+    return pruned(
+        **_carried_over(dense),
+        architectures=[f"{name}ForCausalLM"],
+        auto_map={
+            "AutoConfig": f"configuration_intraslice.{pruned.__name__}",
+            "AutoModel": f"modeling_intraslice.{name}Model",
+            "AutoModelForCausalLM": f"modeling_intraslice.{name}ForCausalLM",
+        },
+        per_layer_config=per_layer,
+        intraslice={
+            "format_version": FORMAT_VERSION,
+            "family": spec.name,
+            "method": method,
+            "recipe": dict(recipe),
+            "layers": [shape.to_dict() for shape in shapes],
+        },
     )

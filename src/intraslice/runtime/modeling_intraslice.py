@@ -10,15 +10,34 @@ p v_head_dim, d head_dim of the dense model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
+from transformers.models.opt.modeling_opt import OPTDecoder, OPTDecoderLayer, OPTForCausalLM, OPTModel
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3ForCausalLM, Phi3Model
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
 
-from .configuration_intraslice import FamilySpec, LayerShape, Slot, dense_head_dim, rotary_dim
+from .configuration_intraslice import (
+    FAMILIES,
+    FamilySpec,
+    IntraSliceLlamaConfig,
+    IntraSliceMistralConfig,
+    IntraSliceOPTConfig,
+    IntraSlicePhi3Config,
+    IntraSliceQwen2Config,
+    LayerShape,
+    dense_config,
+    dense_head_dim,
+    dense_sizes,
+    rotary_dim,
+)
 
 
 def pair_channels(rotary_dim: int, head_dim: int) -> torch.Tensor:
@@ -87,13 +106,17 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+# What an attention function sees instead of the module when the heads of a group are laid out as tokens.
+_PACKED = SimpleNamespace(num_key_value_groups=1, is_causal=False, training=False)
+
+
 class PrunedAttention(nn.Module):
     """Attention of one layer with its own head counts and widths, for every family.
 
-    Linears carry the names of the family. The softmax scale stays that of the dense head. Query heads are sorted
-    by kv head. When query and key keep fewer channels than the dense head and the family has RoPE, the buffer
-    `rope_index` [K, r/2] holds the kept pairs of each kv head (rows of `pair_channels`); a head's rows of q and k
-    are then the first channels of these pairs, followed by the second channels.
+    Linears carry the names of the family. The softmax scale stays that of the dense head. Query heads are
+    sorted by kv head. When query and key keep fewer channels than the dense head and the family has RoPE, the
+    buffer `rope_index` [K, r/2] holds the kept pairs of each kv head (rows of `pair_channels`); a head's rows
+    of q and k are then the first channels of these pairs, followed by the second channels.
 
     Args:
         config: of the model (dense or pruned).
@@ -104,6 +127,9 @@ class PrunedAttention(nn.Module):
     Raises:
         ValueError: when the family has RoPE and qk_head_dim is odd or larger than the dense head.
     """
+
+    rope_index: torch.Tensor | None
+    head_slot: torch.Tensor | None
 
     def __init__(self, config: PretrainedConfig, layer_idx: int, spec: FamilySpec, shape: LayerShape):
         super().__init__()
@@ -144,21 +170,47 @@ class PrunedAttention(nn.Module):
         context_dim = self.num_heads * shape.v_head_dim
         self.add_module(spec.o.path, nn.Linear(context_dim, hidden, bias=_flag(config, spec.o_bias)))
 
-        # Indices are persistent buffers: others are lost when a model is built on the meta device.
         self.rotary_half = rotary_dim(config) // 2 if spec.rope else 0
         self.unrotated_pairs = dense_dim // 2 - self.rotary_half if spec.rope else 0
-        self.rope_index: torch.Tensor | None = None
-        if spec.rope and shape.qk_head_dim != dense_dim:
-            if shape.qk_head_dim % 2 or shape.qk_head_dim > dense_dim:
-                raise ValueError(
-                    f"layer {layer_idx}: qk_head_dim {shape.qk_head_dim} is not even or exceeds {dense_dim}"
-                )
-            pairs = torch.arange(shape.qk_head_dim // 2).expand(self.num_kv_heads, -1)
-            self.register_buffer("rope_index", pairs.clone())
-        self.head_slot: torch.Tensor | None = None
-        if self.ragged:
-            slots = [kv * self.max_group + i for kv, n in enumerate(shape.heads_per_kv) for i in range(n)]
-            self.register_buffer("head_slot", torch.tensor(slots))
+        self.selects_pairs = spec.rope and shape.qk_head_dim != dense_dim
+        if self.selects_pairs and (shape.qk_head_dim % 2 or shape.qk_head_dim > dense_dim):
+            raise ValueError(
+                f"layer {layer_idx}: qk_head_dim {shape.qk_head_dim} is not even or exceeds {dense_dim}"
+            )
+        self.register_indices()
+
+    def register_indices(self) -> None:
+        """Create the index buffers on the default device: the first pairs, and the place of each head.
+
+        They are persistent, because others are lost when a model is built on the meta device.
+        """
+        pairs = torch.arange(self.qk_head_dim // 2).repeat(self.num_kv_heads, 1)
+        self.register_buffer("rope_index", pairs if self.selects_pairs else None)
+        groups = enumerate(self.shape.heads_per_kv)
+        slots = torch.tensor([kv * self.max_group + i for kv, size in groups for i in range(size)])
+        self.register_buffer("head_slot", slots if self.ragged else None)
+
+    def has_shape(self, shape: LayerShape) -> bool:
+        """Return whether the attention part of `shape` is that of this module."""
+        return (shape.heads_per_kv, shape.qk_head_dim, shape.v_head_dim) == (
+            self.shape.heads_per_kv,
+            self.shape.qk_head_dim,
+            self.shape.v_head_dim,
+        )
+
+    def set_rope_pairs(self, pairs: torch.Tensor) -> None:
+        """Choose the kept pairs of each kv head.
+
+        Args:
+            pairs: int64 [K, r/2], rows of `pair_channels`.
+
+        Raises:
+            ValueError: when the layer keeps all pairs, or has another number of them.
+        """
+        if self.rope_index is None or tuple(pairs.shape) != tuple(self.rope_index.shape):
+            wanted = "no" if self.rope_index is None else tuple(self.rope_index.shape)
+            raise ValueError(f"layer {self.layer_idx} takes {wanted} rotary pairs, not {tuple(pairs.shape)}")
+        self.rope_index.copy_(pairs)
 
     def project(
         self, hidden_BTD: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -240,16 +292,24 @@ class PrunedAttention(nn.Module):
         Returns:
             context [B, T, H * p], and weights [B, H, T, S] or None.
         """
-        if self.head_slot is not None:
+        name = self.config._attn_implementation or "eager"
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        B, _, T, _ = query.shape
+        one_token = T == 1 and name in ("sdpa", "eager") and not self.training
+        packed = one_token and self.max_group > 1
+        if packed:
+            query, kwargs = self._pack(query), {**kwargs, "is_causal": False}
+        elif self.head_slot is not None:
             kv_of_head = self.head_slot // self.max_group
             key, value = key.index_select(1, kv_of_head), value.index_select(1, kv_of_head)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        if self.qk_head_dim != self.v_head_dim and name != "eager" and not one_token:
+            # Fast kernels want one width. Copying the cache for a single token costs more than it gains.
+            width = max(self.qk_head_dim, self.v_head_dim)
+            query, key, value = (_widened(x, width) for x in (query, key, value))
         if self.sliding_window is not None:
             kwargs["sliding_window"] = self.sliding_window
         context, weights = attention(
-            self,
+            _PACKED if packed else self,
             query,
             key,
             value,
@@ -258,7 +318,29 @@ class PrunedAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
+        if packed:
+            return self._unpack(context.transpose(1, 2)).flatten(1).unsqueeze(1), self._unpack(weights)
+        context = context.reshape(B, T, self.num_heads, -1)
+        if context.shape[-1] != self.v_head_dim:
+            context = context[..., : self.v_head_dim]
         return context.flatten(2), weights
+
+    def _pack(self, query_BH1r: torch.Tensor) -> torch.Tensor:
+        """Lay the heads of a group out as tokens, [B, K, G, r], so that the cache is not copied."""
+        query = query_BH1r.squeeze(2)
+        if self.head_slot is not None:
+            slots = query.new_zeros(query.shape[0], self.num_kv_heads * self.max_group, query.shape[2])
+            query = slots.index_copy(1, self.head_slot, query)
+        return query.unflatten(1, (self.num_kv_heads, self.max_group))
+
+    def _unpack(self, x_BKGe: Any) -> Any:
+        """Return [B, H, 1, e] for what an attention function gave for packed queries."""
+        if x_BKGe is None:
+            return None
+        heads = x_BKGe.flatten(1, 2)
+        if self.head_slot is not None:
+            heads = heads.index_select(1, self.head_slot)
+        return heads.unsqueeze(2)
 
     def forward(
         self,
@@ -284,6 +366,10 @@ class PrunedAttention(nn.Module):
         return getattr(self, self.spec.o.path)(context), weights
 
 
+def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
+    return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
 def _flag(config: PretrainedConfig, value: bool | str) -> bool:
     return getattr(config, value) if isinstance(value, str) else value
 
@@ -293,9 +379,9 @@ def apply_layer_shape(
 ) -> None:
     """Give a decoder layer another shape, in place.
 
-    Its attention becomes a `PrunedAttention`, its FFN Linears are resized. Device and dtype stay (the meta
-    device too). A Linear whose size does not change keeps its parameters, the others hold uninitialised memory
-    and `rope_index` holds the first pairs.
+    Its attention becomes a `PrunedAttention` (one that has the shape already is left alone), its FFN Linears
+    are resized. Device and dtype stay, the meta device too. A Linear whose size does not change keeps its
+    parameters, the others hold uninitialised memory; a new `rope_index` holds the first pairs.
 
     Args:
         layer: decoder layer of the stock class, or one that was changed by this function before.
@@ -305,40 +391,196 @@ def apply_layer_shape(
         shape: the new shape.
     """
     old = layer.get_submodule(spec.attention)
-    weight = next(old.parameters())
-    training = layer.training
-    with torch.device(weight.device):
-        new = PrunedAttention(config, layer_idx, spec, shape)
-    for path in dict.fromkeys(slot.path for slot in (spec.q, spec.k, spec.v, spec.o)):
-        fresh = new.get_submodule(path)
-        new.set_submodule(path, _resized(old.get_submodule(path), fresh.out_features, fresh.in_features))
-    layer.set_submodule(spec.attention, new.train(training))
+    if isinstance(old, PrunedAttention) and old.has_shape(shape):
+        old.shape = shape
+    else:
+        with torch.device("meta"):
+            new = PrunedAttention(config, layer_idx, spec, shape)
+        with torch.device(next(old.parameters()).device):
+            new.register_indices()
+        for path in dict.fromkeys(slot.path for slot in (spec.q, spec.k, spec.v, spec.o)):
+            fresh = new.get_submodule(path)
+            new.set_submodule(path, _resized(old.get_submodule(path), fresh.out_features, fresh.in_features))
+        layer.set_submodule(spec.attention, new.train(layer.training))
 
     mlp = layer.get_submodule(spec.mlp) if spec.mlp else layer
-    for slot in {slot.path: slot for slot in (spec.up, spec.gate, spec.down) if slot is not None}.values():
-        linear = mlp.get_submodule(slot.path)
-        sizes = _ffn_size(slot, spec, shape, config.hidden_size)
-        mlp.set_submodule(slot.path, _resized(linear, *sizes))
+    hidden, ffn = config.hidden_size, shape.intermediate_size
+    for slot in (spec.up, spec.gate):
+        if slot is not None:
+            rows = ffn * max(1, len(slot.parts))
+            mlp.set_submodule(slot.path, _resized(mlp.get_submodule(slot.path), rows, hidden))
+    mlp.set_submodule(spec.down.path, _resized(mlp.get_submodule(spec.down.path), hidden, ffn))
     if spec.mlp:
-        mlp.intermediate_size = shape.intermediate_size
-
-
-def _ffn_size(slot: Slot, spec: FamilySpec, shape: LayerShape, hidden_size: int) -> tuple[int, int]:
-    if slot == spec.down:
-        return hidden_size, shape.intermediate_size
-    return shape.intermediate_size * max(1, len(slot.parts)), hidden_size
+        mlp.intermediate_size = ffn
 
 
 def _resized(linear: nn.Module, out_features: int, in_features: int) -> nn.Module:
     if tuple(linear.weight.shape) == (out_features, in_features):
         return linear
-    new = nn.utils.skip_init(
-        nn.Linear,
-        in_features,
-        out_features,
-        bias=linear.bias is not None,
-        device=linear.weight.device,
-        dtype=linear.weight.dtype,
-    )
-    new.requires_grad_(linear.weight.requires_grad)
-    return new.train(linear.training)
+    weight = linear.weight
+    # Under the meta device nothing is initialised, to_empty allocates only.
+    new = nn.Linear(in_features, out_features, linear.bias is not None, device="meta", dtype=weight.dtype)
+    new = new.to_empty(device=weight.device) if weight.device.type != "meta" else new
+    return new.requires_grad_(weight.requires_grad).train(linear.training)
+
+
+def _shape_layers(model: PreTrainedModel, config: Any) -> None:
+    """Give the layers of a dense stock model (or OPT decoder) the shapes of the config."""
+    spec = FAMILIES[config.family]
+    for layer_idx, (layer, shape) in enumerate(zip(model.layers, config.layer_shapes, strict=True)):
+        apply_layer_shape(layer, config, spec, layer_idx, shape)
+    if spec.rope:
+        # Scaled RoPE recomputes its frequencies while the model runs, from the dense head_dim.
+        model.rotary_emb.config = dense_config(config)
+    model.post_init()
+
+
+def _add_head(model: PreTrainedModel, base: PreTrainedModel, in_features: int) -> None:
+    model.model = base
+    model.vocab_size = model.config.vocab_size
+    model.lm_head = nn.Linear(in_features, model.vocab_size, bias=False)
+    model.post_init()
+
+
+class IntraSliceLlamaModel(LlamaModel):
+    """Llama whose layers have their own shapes."""
+
+    config_class = IntraSliceLlamaConfig
+    _auto_class = "AutoModel"
+    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": PrunedAttention}
+
+    def __init__(self, config: IntraSliceLlamaConfig):
+        with dense_sizes(config):
+            super().__init__(config)
+        _shape_layers(self, config)
+
+
+class IntraSliceLlamaForCausalLM(LlamaForCausalLM):
+    """Llama with a language head, whose layers have their own shapes."""
+
+    config_class = IntraSliceLlamaConfig
+    _auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config: IntraSliceLlamaConfig):
+        # Not the constructor of the stock class, which would build the dense layers first.
+        PreTrainedModel.__init__(self, config)
+        _add_head(self, IntraSliceLlamaModel(config), config.hidden_size)
+
+
+class IntraSliceMistralModel(MistralModel):
+    """Mistral whose layers have their own shapes."""
+
+    config_class = IntraSliceMistralConfig
+    _auto_class = "AutoModel"
+    _can_record_outputs = {"hidden_states": MistralDecoderLayer, "attentions": PrunedAttention}
+
+    def __init__(self, config: IntraSliceMistralConfig):
+        with dense_sizes(config):
+            super().__init__(config)
+        _shape_layers(self, config)
+
+
+class IntraSliceMistralForCausalLM(MistralForCausalLM):
+    """Mistral with a language head, whose layers have their own shapes."""
+
+    config_class = IntraSliceMistralConfig
+    _auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config: IntraSliceMistralConfig):
+        # Not the constructor of the stock class, which would build the dense layers first.
+        PreTrainedModel.__init__(self, config)
+        _add_head(self, IntraSliceMistralModel(config), config.hidden_size)
+
+
+class IntraSliceQwen2Model(Qwen2Model):
+    """Qwen2 whose layers have their own shapes."""
+
+    config_class = IntraSliceQwen2Config
+    _auto_class = "AutoModel"
+    _can_record_outputs = {"hidden_states": Qwen2DecoderLayer, "attentions": PrunedAttention}
+
+    def __init__(self, config: IntraSliceQwen2Config):
+        with dense_sizes(config):
+            super().__init__(config)
+        _shape_layers(self, config)
+
+
+class IntraSliceQwen2ForCausalLM(Qwen2ForCausalLM):
+    """Qwen2 with a language head, whose layers have their own shapes."""
+
+    config_class = IntraSliceQwen2Config
+    _auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config: IntraSliceQwen2Config):
+        # Not the constructor of the stock class, which would build the dense layers first.
+        PreTrainedModel.__init__(self, config)
+        _add_head(self, IntraSliceQwen2Model(config), config.hidden_size)
+
+
+class IntraSlicePhi3Model(Phi3Model):
+    """Phi3 whose layers have their own shapes."""
+
+    config_class = IntraSlicePhi3Config
+    _auto_class = "AutoModel"
+    _can_record_outputs = {"hidden_states": Phi3DecoderLayer, "attentions": PrunedAttention}
+
+    def __init__(self, config: IntraSlicePhi3Config):
+        with dense_sizes(config):
+            super().__init__(config)
+        _shape_layers(self, config)
+
+
+class IntraSlicePhi3ForCausalLM(Phi3ForCausalLM):
+    """Phi3 with a language head, whose layers have their own shapes."""
+
+    config_class = IntraSlicePhi3Config
+    _auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config: IntraSlicePhi3Config):
+        # Not the constructor of the stock class, which would build the dense layers first.
+        PreTrainedModel.__init__(self, config)
+        _add_head(self, IntraSlicePhi3Model(config), config.hidden_size)
+
+
+class IntraSliceOPTDecoder(OPTDecoder):
+    """Decoder of OPT whose layers have their own shapes."""
+
+    config_class = IntraSliceOPTConfig
+    _can_record_outputs = {"hidden_states": OPTDecoderLayer, "attentions": PrunedAttention}
+
+    def __init__(self, config: IntraSliceOPTConfig):
+        with dense_sizes(config):
+            super().__init__(config)
+        _shape_layers(self, config)
+
+
+class IntraSliceOPTModel(OPTModel):
+    """OPT whose layers have their own shapes."""
+
+    config_class = IntraSliceOPTConfig
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: IntraSliceOPTConfig):
+        PreTrainedModel.__init__(self, config)
+        self.decoder = IntraSliceOPTDecoder(config)
+        self.post_init()
+
+
+class IntraSliceOPTForCausalLM(OPTForCausalLM):
+    """OPT with a language head, whose layers have their own shapes."""
+
+    config_class = IntraSliceOPTConfig
+    _auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config: IntraSliceOPTConfig):
+        PreTrainedModel.__init__(self, config)
+        _add_head(self, IntraSliceOPTModel(config), config.word_embed_proj_dim)
+
+
+MODELS = (
+    (IntraSliceLlamaModel, IntraSliceLlamaForCausalLM),
+    (IntraSliceMistralModel, IntraSliceMistralForCausalLM),
+    (IntraSliceQwen2Model, IntraSliceQwen2ForCausalLM),
+    (IntraSlicePhi3Model, IntraSlicePhi3ForCausalLM),
+    (IntraSliceOPTModel, IntraSliceOPTForCausalLM),
+)
