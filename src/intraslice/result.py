@@ -92,6 +92,10 @@ class PruneResult:
         """Return plain JSON types."""
         return json.loads(json.dumps(asdict(self)))
 
+    def to_json(self) -> str:
+        """Return the content of result.json."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PruneResult:
         """Inverse of `to_dict`."""

@@ -1,0 +1,9 @@
+"""Global allocation: how many linear weights each attention and FFN block may keep. Pure tensors."""
+
+from __future__ import annotations
+
+from intraslice.allocators.base import Allocation, BlockSizes
+from intraslice.allocators.mask_gradient import MaskScores, allocate_by_mask_gradient
+from intraslice.allocators.uniform import allocate_uniform
+
+__all__ = ["Allocation", "BlockSizes", "MaskScores", "allocate_by_mask_gradient", "allocate_uniform"]

@@ -1,0 +1,106 @@
+"""Global ranking of channels by their mask gradients; Paper: section 3.3, Eq. 9-11.
+
+Shapes: S calibration sequences, C channels of a tap (H * d for `context`, F for `act`), w width of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from intraslice.allocators.base import Allocation, BlockSizes, split_sparsity
+from intraslice.linalg import eigh_descending, rotate_blocks
+from intraslice.options import AllocationOptions
+
+
+@dataclass(frozen=True)
+class MaskScores:
+    """What the gradient pass measured, one entry a layer.
+
+    Attributes:
+        context_grad: gradients of the loss of each sequence with respect to a mask on `context`, [S, H * d].
+        act_grad: the same on `act`, [S, F].
+        context_moment: second moment of `context` in blocks of one head, [H, d, d].
+        act_moment: second moment of `act` in blocks of neighbouring channels, [F / w, w, w].
+    """
+
+    context_grad: tuple[Tensor, ...]
+    act_grad: tuple[Tensor, ...]
+    context_moment: tuple[Tensor, ...]
+    act_moment: tuple[Tensor, ...]
+
+
+def channel_importance(grad_SC: Tensor, moment_bww: Tensor | None) -> Tensor:
+    """Return the sum over sequences of the squared gradient, [C]; Paper: Eq. 10, or Eq. 11 with a moment.
+
+    Args:
+        grad_SC: mask gradients, one row a sequence.
+        moment_bww: second moments of blocks of channels; their eigenvectors are the blocks of Q_s. None: Eq. 10.
+    """
+    if moment_bww is not None:
+        _, vectors = eigh_descending(moment_bww)
+        grad_SC = rotate_blocks(grad_SC, vectors)
+    return grad_SC.square().sum(0)
+
+
+def keep_fractions(importance: Sequence[Tensor], sizes: Sequence[int], sparsity: float, cap: float) -> list[float]:
+    """Return the fraction of units that each layer keeps when the most important units of all layers stay.
+
+    A threshold on the importance is searched such that the kept weights, with no layer losing more than `cap`,
+    meet the target; ties and rounding are spread over the layers that are free to move.
+
+    Args:
+        importance: one tensor of unit importances a layer.
+        sizes: linear weights of each layer's block.
+        sparsity: fraction of all these weights to remove.
+        cap: largest fraction that one layer may lose.
+    """
+    target = (1.0 - sparsity) * sum(sizes)
+    floor = 1.0 - cap
+
+    def fractions(threshold: float) -> list[float]:
+        return [max(floor, float((unit > threshold).double().mean())) for unit in importance]
+
+    thresholds = torch.cat([unit.flatten() for unit in importance]).sort().values
+    low, high = 0, len(thresholds) - 1  # kept weights fall as the index rises
+    while low < high:
+        middle = (low + high) // 2
+        kept = sum(f * size for f, size in zip(fractions(float(thresholds[middle])), sizes, strict=True))
+        low, high = (middle + 1, high) if kept > target else (low, middle)
+    result = fractions(float(thresholds[low]))
+    for _ in range(len(sizes)):
+        missing = target - sum(f * size for f, size in zip(result, sizes, strict=True))
+        free = [i for i, f in enumerate(result) if (f < 1.0 if missing > 0 else f > floor)]
+        room = sum(sizes[i] for i in free)
+        if not room or abs(missing) < 0.5:
+            break
+        for i in free:
+            result[i] = min(1.0, max(floor, result[i] + missing / room))
+    return result
+
+
+def allocate_by_mask_gradient(
+    scores: MaskScores, sizes: BlockSizes, sparsity: float, options: AllocationOptions
+) -> Allocation:
+    """Rank attention units against attention units and FFN units against FFN units over all layers.
+
+    Raises:
+        BudgetError: the sparsity cannot be reached under the cap.
+    """
+    attention, ffn = split_sparsity(sizes, sparsity, options)
+
+    def importance(grads: Sequence[Tensor], moments: Sequence[Tensor], rotate: bool) -> list[Tensor]:
+        return [
+            channel_importance(grad, moment if rotate else None) for grad, moment in zip(grads, moments, strict=True)
+        ]
+
+    context = importance(scores.context_grad, scores.context_moment, options.pca_attention)
+    act = importance(scores.act_grad, scores.act_moment, options.pca_ffn)
+    cap = options.max_block_sparsity
+    return Allocation(
+        tuple(keep_fractions(context, sizes.attention, attention, cap)),
+        tuple(keep_fractions(act, sizes.ffn, ffn, cap)),
+    )

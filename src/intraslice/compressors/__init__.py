@@ -1,0 +1,1 @@
+"""Local compression: from second moments of one block to an edit of its weights. Pure tensors."""

@@ -1,0 +1,59 @@
+"""Hidden states of all calibration tokens between two layers, in memory or on disk.
+
+Shapes: N sequences, T tokens a sequence, D hidden_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class HiddenStates:
+    """A [N, T, D] buffer that is read and overwritten batch by batch.
+
+    Args:
+        shape: (N, T, D).
+        dtype: dtype of the states.
+        batch: sequences in one batch.
+        device: compute device; the buffer itself stays on the host.
+        path: file to keep the states in; None keeps them in memory.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        batch: int,
+        device: torch.device,
+        path: Path | None = None,
+    ) -> None:
+        self._batch = batch
+        self._device = device
+        if path is None:
+            self._states = torch.empty(shape, dtype=dtype)
+        else:
+            # A shared mapping: pages are written back by the operating system and need not stay in memory.
+            size = shape[0] * shape[1] * shape[2]
+            self._states = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches a pass has."""
+        return -(-self._states.shape[0] // self._batch)
+
+    def slices(self) -> Iterator[slice]:
+        """Yield the sequences of each batch, in order."""
+        for start in range(0, self._states.shape[0], self._batch):
+            yield slice(start, min(start + self._batch, self._states.shape[0]))
+
+    def read(self, part: slice) -> Tensor:
+        """Return the states of some sequences on the compute device, [B, T, D]."""
+        return self._states[part].to(self._device)
+
+    def write(self, part: slice, states_BTD: Tensor) -> None:
+        """Overwrite the states of some sequences."""
+        self._states[part].copy_(states_BTD)

@@ -1,0 +1,295 @@
+"""Prunes one decoder layer: measure, choose, measure again, solve, write, propagate.
+
+Shapes: B sequences of a batch, T tokens, N = B * T, D hidden_size, H query heads, K kv heads, d head_dim,
+F intermediate_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from intraslice.blocks import DecoderBlock, read_attention, read_ffn
+from intraslice.compressors.attention import AttentionStats, ContextMoments, choose_qk, solve_value
+from intraslice.compressors.ffn import select_channels, solve_down
+from intraslice.compressors.iter_pca import iterate_pca
+from intraslice.edits import attention_shape, fuse_ffn, fuse_qk, fuse_value
+from intraslice.engine.hidden import HiddenStates
+from intraslice.engine.model import StreamedModel
+from intraslice.errors import NumericalError
+from intraslice.options import AttentionOptions, FFNOptions
+from intraslice.runtime.configuration_intraslice import LayerShape, rotary_dim
+from intraslice.runtime.modeling_intraslice import PrunedAttention, pair_channels
+from intraslice.selection import round_to_multiple
+from intraslice.stats import BlockSecondMoment, SecondMoment, Sum
+from intraslice.surgery import write_attention, write_ffn
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """Linear weights that the two blocks of a layer may keep.
+
+    Attributes:
+        attention: for q, k, v and o.
+        ffn: for up, gate and down, before what attention left over (or overdrew) is added.
+        iter_pca: whether Eq. 7 is applied to the FFN.
+    """
+
+    attention: float
+    ffn: float
+    iter_pca: bool
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """What pruning a layer produced.
+
+    Attributes:
+        shape: its new shape.
+        heads: kept query heads.
+        attention_error, ffn_error: relative squared errors of the two blocks.
+        leftover: linear weights of the budget that were not spent (negative when overdrawn).
+    """
+
+    shape: LayerShape
+    heads: tuple[int, ...]
+    attention_error: float
+    ffn_error: float
+    leftover: float
+
+
+@torch.no_grad()
+def prune_layer(
+    model: StreamedModel,
+    block: DecoderBlock,
+    index: int,
+    hidden: HiddenStates,
+    budget: LayerBudget,
+    attention_options: AttentionOptions,
+    ffn_options: FFNOptions,
+) -> PrunedLayer:
+    """Prune the layer in `block` in place, and advance `hidden` through the pruned layer.
+
+    Args:
+        model: the streamed model the layer belongs to.
+        block: the layer at its dense shape.
+        index: number of the layer.
+        hidden: inputs of the layer, as the layers pruned before give them; overwritten by its outputs.
+        budget: weights that may stay.
+        attention_options, ffn_options: settings.
+
+    Raises:
+        NumericalError: activations are NaN or infinite, or a system cannot be solved.
+    """
+    try:
+        attention = _prune_attention(model, block, index, hidden, budget.attention, attention_options)
+        act_FF = _propagate_attention(model, block, index, hidden, measure=True)
+        assert act_FF is not None
+        spent = _attention_cost(model, attention.shape)
+        keep = _channels_to_keep(model, budget.ffn + budget.attention - spent, ffn_options.ffn_multiple)
+        ffn_error = _prune_ffn(model, block, index, hidden, act_FF, attention.shape, keep, budget.iter_pca, ffn_options)
+        propagate_ffn(model, block, hidden)
+    except NumericalError as error:
+        raise NumericalError(f"layer {index}: {error}") from error
+    shape = replace(attention.shape, intermediate_size=keep)
+    total = model.spec.num_parameters(shape, model.config.hidden_size)
+    return PrunedLayer(
+        shape, attention.heads, attention.error, ffn_error, budget.attention + budget.ffn - total
+    )
+
+
+@torch.no_grad()
+def propagate_layer(model: StreamedModel, block: DecoderBlock, index: int, hidden: HiddenStates) -> None:
+    """Advance `hidden` through a finished layer with the same operations that `prune_layer` uses."""
+    _propagate_attention(model, block, index, hidden, measure=False)
+    propagate_ffn(model, block, hidden)
+
+
+@dataclass(frozen=True)
+class _PrunedAttentionBlock:
+    shape: LayerShape
+    heads: tuple[int, ...]
+    error: float
+
+
+def _pairs(model: StreamedModel) -> Tensor | None:
+    if not model.spec.rope:
+        return None
+    return pair_channels(rotary_dim(model.config), model.dense_shape.qk_head_dim)
+
+
+def _prune_attention(
+    model: StreamedModel,
+    block: DecoderBlock,
+    index: int,
+    hidden: HiddenStates,
+    budget: float,
+    options: AttentionOptions,
+) -> _PrunedAttentionBlock:
+    dense = block.attention
+    weights = read_attention(block, model.dense_shape)
+    stats = _attention_stats(model, block, index, hidden)
+    pairs = _pairs(model)
+    edit = choose_qk(weights, stats, budget, options, pairs)
+    trial, per_kv = fuse_qk(weights, edit, pairs)
+    ffn_width = model.dense_shape.intermediate_size
+    dense_out = block.out_projection
+    write_attention(
+        block, model.config, index, attention_shape(per_kv, trial, ffn_width), trial, edit.rope_pairs
+    )
+    moments = _context_moments(model, block, index, hidden, dense, dense_out.weight)
+    dense_dims = model.dense_shape.num_attention_heads * model.dense_shape.qk_head_dim
+    whole = len(edit.heads) * edit.qk_head_dim == dense_dims
+    value_edit, error = solve_value(trial.o, per_kv, edit.v_head_dim, moments, options, whole=whole)
+    fused = fuse_value(trial, value_edit)
+    shape = attention_shape(per_kv, fused, ffn_width)
+    write_attention(block, model.config, index, shape, fused, edit.rope_pairs)
+    _round_to_saved(model, block.attention)
+    return _PrunedAttentionBlock(shape, edit.heads, error)
+
+
+def _attention_stats(
+    model: StreamedModel, block: DecoderBlock, index: int, hidden: HiddenStates
+) -> AttentionStats:
+    shape, kwargs = model.dense_shape, model.layer_kwargs[index]
+    device, dtype = model.placement.device, model.placement.stat_dtype
+    num_heads, num_kv = shape.num_attention_heads, shape.num_key_value_heads
+    qk, v = shape.qk_head_dim, shape.v_head_dim
+    context_moment = BlockSecondMoment(num_heads, v, device, dtype)
+    query_moment, key_moment = BlockSecondMoment(num_heads, qk, device, dtype), BlockSecondMoment(num_kv, qk, device, dtype)
+    key_sum, key_abs = (Sum(num_kv, qk, device=device, dtype=dtype) for _ in range(2))
+    query_abs = Sum(num_heads, qk, device=device, dtype=dtype)
+    num_tokens = 0
+    for part in hidden.slices():
+        query, key, value = block.attention.project(
+            block.attention_input(hidden.read(part)), kwargs.get("position_embeddings")
+        )
+        context, _ = block.attention.attend(query, key, value, kwargs.get("attention_mask"))
+        context_moment.update(context.flatten(0, 1))
+        query_abs.update(query.abs().sum((0, 2)))
+        key_abs.update(key.abs().sum((0, 2)))
+        if not model.spec.rope:
+            key_sum.update(key.sum((0, 2)))
+            query_moment.update(query.transpose(1, 2).flatten(0, 1).flatten(1))
+            key_moment.update(key.transpose(1, 2).flatten(0, 1).flatten(1))
+        num_tokens += context.shape[0] * context.shape[1]
+    stats = AttentionStats(
+        context=context_moment.value,
+        query=query_moment.value,
+        key=key_moment.value,
+        key_sum=key_sum.value,
+        query_abs=query_abs.value,
+        key_abs=key_abs.value,
+        num_tokens=num_tokens,
+    )
+    if not torch.isfinite(stats.context).all() or not torch.isfinite(stats.query_abs).all():
+        raise NumericalError("the attention activations contain NaN or infinite values.")
+    return stats
+
+
+def _context_moments(
+    model: StreamedModel,
+    block: DecoderBlock,
+    index: int,
+    hidden: HiddenStates,
+    dense: PrunedAttention,
+    dense_out_weight: Tensor,
+) -> ContextMoments:
+    """Measure the context of the trial attention in `block` against the output of the dense attention."""
+    kwargs = model.layer_kwargs[index]
+    device, dtype = model.placement.device, model.placement.stat_dtype
+    rows = block.out_projection.in_features
+    context_moment = SecondMoment(rows, None, device, dtype)
+    target_moment = SecondMoment(rows, dense_out_weight.shape[0], device, dtype)
+    energy = 0.0
+    for part in hidden.slices():
+        normed = block.attention_input(hidden.read(part))
+        target = (block.context(dense, normed, kwargs) @ dense_out_weight.T).flatten(0, 1)
+        context = block.context(block.attention, normed, kwargs).flatten(0, 1)
+        context_moment.update(context)
+        target_moment.update(context, target)
+        energy += float(target.float().square().sum(dtype=torch.float64))
+    return ContextMoments(context=context_moment.value, target=target_moment.value, target_energy=energy)
+
+
+def _propagate_attention(
+    model: StreamedModel, block: DecoderBlock, index: int, hidden: HiddenStates, *, measure: bool
+) -> Tensor | None:
+    """Advance `hidden` through the attention block; with `measure`, return the second moment of the dense act."""
+    kwargs = model.layer_kwargs[index]
+    moment = None
+    if measure:
+        width = model.dense_shape.intermediate_size
+        moment = SecondMoment(width, None, model.placement.device, model.placement.stat_dtype)
+    for part in hidden.slices():
+        states = block.attention_step(hidden.read(part), kwargs)
+        hidden.write(part, states)
+        if moment is not None:
+            moment.update(block.act(block.ffn_input(states)).flatten(0, 1))
+    if moment is None:
+        return None
+    value = moment.value
+    if not torch.isfinite(value).all():
+        raise NumericalError("the FFN activations contain NaN or infinite values.")
+    return value
+
+
+def propagate_ffn(model: StreamedModel, block: DecoderBlock, hidden: HiddenStates) -> None:
+    """Advance `hidden` through the FFN block."""
+    for part in hidden.slices():
+        hidden.write(part, block.ffn_step(hidden.read(part)))
+
+
+def _attention_cost(model: StreamedModel, shape: LayerShape) -> int:
+    return model.spec.num_parameters(replace(shape, intermediate_size=0), model.config.hidden_size)
+
+
+def _channels_to_keep(model: StreamedModel, budget: float, multiple: int) -> int:
+    per_channel = model.config.hidden_size * (2 if model.spec.gate is None else 3)
+    width = model.dense_shape.intermediate_size
+    return round_to_multiple(budget / per_channel, multiple, min(multiple, width), width)
+
+
+def _prune_ffn(
+    model: StreamedModel,
+    block: DecoderBlock,
+    index: int,
+    hidden: HiddenStates,
+    act_FF: Tensor,
+    shape: LayerShape,
+    keep: int,
+    iterate: bool,
+    options: FFNOptions,
+) -> float:
+    weights = read_ffn(block, shape)
+    channels = select_channels(act_FF, weights.down, keep)
+    edit, error = solve_down(act_FF, weights.down, channels, options)
+    if iterate and keep < shape.intermediate_size:
+        edit, error = iterate_pca(_Preactivations(block, hidden), act_FF, weights.down, edit, error, options)
+    write_ffn(block, model.config, index, replace(shape, intermediate_size=keep), fuse_ffn(weights, edit))
+    _round_to_saved(model, block.ffn)
+    return error
+
+
+class _Preactivations:
+    """Replays the outputs of up and gate, batch by batch; nothing is stored."""
+
+    def __init__(self, block: DecoderBlock, hidden: HiddenStates) -> None:
+        self._block = block
+        self._hidden = hidden
+        self.activation = block.activation
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for part in self._hidden.slices():
+            up, gate = self._block.preactivations(self._block.ffn_input(self._hidden.read(part)))
+            yield up.flatten(0, 1), None if gate is None else gate.flatten(0, 1)
+
+
+def _round_to_saved(model: StreamedModel, module: torch.nn.Module) -> None:
+    """Round weights to the dtype they are stored in, so that later layers, and a resumed run, see what is saved."""
+    if model.placement.save_dtype != model.placement.compute_dtype:
+        for parameter in module.parameters():
+            parameter.copy_(parameter.to(model.placement.save_dtype))

@@ -1,0 +1,295 @@
+"""The whole prune as one readable function: allocate, prune layer by layer, write, publish."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from intraslice import __version__
+from intraslice.allocators import Allocation, BlockSizes, allocate_by_mask_gradient, allocate_uniform
+from intraslice.calibration import Calibration
+from intraslice.checkpoint.reader import Checkpoint
+from intraslice.checkpoint.writer import assemble, check_output, publish, save_side_files, write_text
+from intraslice.engine.hidden import HiddenStates
+from intraslice.engine.layerwise import LayerBudget, propagate_layer, prune_layer
+from intraslice.engine.model import StreamedModel
+from intraslice.engine.rundir import RunDir
+from intraslice.engine.scan import scan_mask_gradients
+from intraslice.errors import BudgetError
+from intraslice.model_card import render
+from intraslice.options import MethodOptions, RunOptions
+from intraslice.placement import Placement, dtype_name
+from intraslice.progress import Progress
+from intraslice.result import RESULT_FILE, LayerRecord, PruneResult
+from intraslice.runtime.configuration_intraslice import LayerShape, pruned_config
+
+
+def prune_checkpoint(
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    *,
+    method: MethodOptions,
+    run: RunOptions,
+    output: Path,
+    overwrite: bool,
+    resume: bool,
+    method_name: str,
+    recipe: dict[str, Any],
+    command: str,
+    progress: Progress,
+) -> PruneResult:
+    """Prune a checkpoint and write the smaller one to `output`.
+
+    Work happens in `<output>.partial`; the output folder appears under its name when it is whole. Layers are
+    processed in order, and the statistics of a layer come from the outputs of the layers already pruned.
+
+    Args:
+        checkpoint: the opened dense checkpoint.
+        calibration: token ids [N, T] and where they come from.
+        method: what decides the weights.
+        run: where and how.
+        output: folder to write.
+        overwrite: replace an existing output, and drop an interrupted run.
+        resume: go on with an interrupted run.
+        method_name: name for the record.
+        recipe: the full recipe for the record.
+        command: the command line for the record.
+        progress: shows what is going on.
+
+    Raises:
+        IntraSliceError: whatever a user can mend; nothing appears under `output` then.
+    """
+    check_output(output, overwrite, source=checkpoint.folder)
+    started = time.monotonic()
+    placement = Placement.choose(run.device, run.dtype, checkpoint.dtype)
+    placement.reset_peak()
+    tokens = calibration.tokens
+    batch = _batch_size(tokens.shape[0], tokens.shape[1], run.batch_tokens)
+    identity = {
+        "model": checkpoint.fingerprint(),
+        "calibration": calibration.fingerprint,
+        "method": asdict(method),
+        "dtype": dtype_name(placement.save_dtype),
+        "device": placement.device.type,
+        "batch_tokens": batch * tokens.shape[1],
+    }
+    work = RunDir(output, identity, resume=resume, overwrite=overwrite)
+    if work.records or work.allocation:
+        progress.note(f"resuming: {len(work.records)} of {checkpoint.num_layers} layers are finished")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(calibration.seed)
+        model = StreamedModel(checkpoint, placement)
+        sizes = _block_sizes(model)
+        if work.allocation is None:
+            work.allocation = _allocate(model, sizes, calibration, method, run, batch, work, progress)
+            work.save()
+        allocation_seconds = time.monotonic() - started
+        _prune_layers(model, sizes, calibration, method, run, batch, work, progress)
+    layers_seconds = time.monotonic() - started - allocation_seconds
+
+    config = pruned_config(
+        checkpoint.config, checkpoint.spec, [record.shape for record in work.records], method_name, recipe
+    )
+    config.dtype = placement.save_dtype
+    rest = {name: tensor.to(placement.save_dtype) for name, tensor in checkpoint.load_rest().items()}
+    written = assemble(
+        work.staging,
+        [work.layer_path(index) for index in range(checkpoint.num_layers)],
+        [checkpoint.layer_prefix(index) for index in range(checkpoint.num_layers)],
+        rest,
+        run.max_shard_bytes,
+    )
+    del rest
+    save_side_files(work.staging, config, checkpoint.folder)
+    dense_layers = sum(sizes.attention) + sum(sizes.ffn)
+    kept = sum(record.num_parameters for record in work.records)
+    dense_parameters = checkpoint.num_parameters()
+    seconds = work.seconds + time.monotonic() - started
+    result = PruneResult(
+        output=str(output),
+        model=checkpoint.name,
+        family=checkpoint.spec.name,
+        method=method_name,
+        requested_sparsity=method.sparsity,
+        sparsity=1.0 - kept / dense_layers,
+        dense_layer_parameters=dense_layers,
+        pruned_layer_parameters=kept,
+        dense_parameters=dense_parameters,
+        pruned_parameters=_count_parameters(work.staging),
+        dense_bytes=dense_parameters * placement.save_dtype.itemsize,
+        pruned_bytes=written,
+        layers=tuple(work.records),
+        seconds={
+            "allocation": round(allocation_seconds, 3),
+            "layers": round(layers_seconds, 3),
+            "total": round(seconds, 3),
+        },
+        peak_memory_bytes=placement.peak_memory_bytes(),
+        calibration={
+            "source": calibration.source,
+            "num_samples": tokens.shape[0],
+            "seqlen": tokens.shape[1],
+            "seed": calibration.seed,
+            "fingerprint": calibration.fingerprint,
+        },
+        versions={
+            "intraslice": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        device=str(placement.device),
+        dtype=dtype_name(placement.save_dtype),
+        recipe=recipe,
+        command=command,
+    )
+    write_text(work.staging / RESULT_FILE, result.to_json())
+    write_text(work.staging / "README.md", render(result))
+    publish(work.staging, output, overwrite)
+    work.remove()
+    return result
+
+
+def _batch_size(num_sequences: int, seqlen: int, batch_tokens: int) -> int:
+    """Return the largest divisor of the number of sequences that fits: all batches then share masks and shapes."""
+    wanted = max(1, batch_tokens // seqlen)
+    return max(size for size in range(1, num_sequences + 1) if num_sequences % size == 0 and size <= wanted)
+
+
+def _block_sizes(model: StreamedModel) -> BlockSizes:
+    hidden = model.config.hidden_size
+    shape = model.dense_shape
+    total = model.spec.num_parameters(shape, hidden)
+    ffn = shape.intermediate_size * hidden * (2 if model.spec.gate is None else 3)
+    return BlockSizes((total - ffn,) * model.num_layers, (ffn,) * model.num_layers)
+
+
+def _allocate(
+    model: StreamedModel,
+    sizes: BlockSizes,
+    calibration: Calibration,
+    method: MethodOptions,
+    run: RunOptions,
+    batch: int,
+    work: RunDir,
+    progress: Progress,
+) -> Allocation:
+    options = method.allocation
+    # Both allocators refuse an unreachable budget; asking the cheap one first costs no gradient pass.
+    uniform = allocate_uniform(sizes, method.sparsity, options)
+    if options.name == "uniform" or method.sparsity == 0:
+        return uniform
+    scores = scan_mask_gradients(
+        model,
+        calibration.tokens,
+        batch=batch,
+        boundary_bytes=run.boundary_bytes,
+        num_ffn_blocks=options.num_ffn_blocks,
+        save_path=work.scan_path,
+        progress=progress,
+    )
+    return allocate_by_mask_gradient(scores, sizes, method.sparsity, options)
+
+
+def _prune_layers(
+    model: StreamedModel,
+    sizes: BlockSizes,
+    calibration: Calibration,
+    method: MethodOptions,
+    run: RunOptions,
+    batch: int,
+    work: RunDir,
+    progress: Progress,
+) -> None:
+    assert work.allocation is not None
+    tokens = calibration.tokens
+    hidden = HiddenStates(
+        (tokens.shape[0], tokens.shape[1], model.config.hidden_size),
+        model.placement.compute_dtype,
+        batch,
+        model.placement.device,
+        work.hidden_path if run.hidden_states == "disk" else None,
+    )
+    for part in hidden.slices():
+        hidden.write(part, model.embed(tokens[part]))
+    model.release()
+    iterated = _layers_to_iterate(work.allocation.ffn, method)
+    base_seconds, started = work.seconds, time.monotonic()
+    with progress.step("layers", total=model.num_layers) as advance:
+        for index in range(model.num_layers):
+            if index < len(work.records):
+                _replay(model, index, work, hidden)
+                advance(1)
+                continue
+            layer_started = time.monotonic()
+            block = model.load_layer(index)
+            carry = work.carry
+            budget = LayerBudget(
+                attention=work.allocation.attention[index] * sizes.attention[index],
+                ffn=work.allocation.ffn[index] * sizes.ffn[index] + carry,
+                iter_pca=index in iterated,
+            )
+            pruned = prune_layer(model, block, index, hidden, budget, method.attention, method.ffn)
+            model.placement.synchronize()
+            record = LayerRecord(
+                layer=index,
+                shape=pruned.shape,
+                num_parameters=model.spec.num_parameters(pruned.shape, model.config.hidden_size),
+                attention_error=pruned.attention_error,
+                ffn_error=pruned.ffn_error,
+                heads=pruned.heads,
+                seconds=round(time.monotonic() - layer_started, 3),
+                iter_pca=budget.iter_pca,
+            )
+            tensors = _stored_tensors(model, block)
+            work.commit(record, tensors, pruned.leftover, base_seconds + time.monotonic() - started)
+            advance(1)
+    kept = sum(record.num_parameters for record in work.records)
+    reached = 1.0 - kept / (sum(sizes.attention) + sum(sizes.ffn))
+    if abs(reached - method.sparsity) > 0.005:
+        raise BudgetError(
+            f"sparsity {method.sparsity:g} was asked for, but the widths that attention.head_multiple = "
+            f"{method.attention.head_multiple} and ffn.ffn_multiple = {method.ffn.ffn_multiple} allow reach only "
+            f"{reached:.4f}; lower the multiples or change the sparsity."
+        )
+
+
+def _layers_to_iterate(ffn_fractions: Sequence[float], method: MethodOptions) -> set[int]:
+    """Return the layers whose FFN loses the most: the share of layers that iter_pca_fraction names."""
+    if not method.ffn.iter_pca:
+        return set()
+    count = max(1, round(method.ffn.iter_pca_fraction * len(ffn_fractions)))
+    return set(sorted(range(len(ffn_fractions)), key=lambda index: (ffn_fractions[index], index))[:count])
+
+
+def _replay(model: StreamedModel, index: int, work: RunDir, hidden: HiddenStates) -> None:
+    from safetensors.torch import load_file
+
+    block = model.load_pruned_layer(index, work.records[index].shape, load_file(work.layer_path(index)))
+    propagate_layer(model, block, index, hidden)
+
+
+def _stored_tensors(model: StreamedModel, block: Any) -> dict[str, torch.Tensor]:
+    save = model.placement.save_dtype
+    return {
+        name: tensor.detach().to("cpu", save if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in block.layer.state_dict().items()
+    }
+
+
+def _count_parameters(folder: Path) -> int:
+    from intraslice.checkpoint.writer import read_slots
+
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        total += sum(
+            torch.Size(slot.shape).numel() for slot in read_slots(path).values() if slot.dtype.is_floating_point
+        )
+    return total

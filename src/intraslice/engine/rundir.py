@@ -1,0 +1,114 @@
+"""The work folder of a run: what is finished, so that an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from intraslice.allocators import Allocation
+from intraslice.checkpoint.writer import write_tensors, write_text
+from intraslice.errors import CheckpointError, OutputError, ResumeMismatchError
+from intraslice.result import LayerRecord, layer_record_from_dict
+
+_MANIFEST = "manifest.json"
+
+
+def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one with dotted names, to say precisely which field differs."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+class RunDir:
+    """`<output>.partial`: the manifest, the gradient pass, one file per finished layer.
+
+    The manifest is rewritten after each layer, by renaming, so a run killed at any moment leaves a valid one.
+
+    Args:
+        output: the final folder.
+        identity: everything that decides the result; a resumed run must have the same.
+        resume: go on with an interrupted run when there is one.
+        overwrite: drop an interrupted run.
+
+    Raises:
+        OutputError: an interrupted run is there and neither resume nor overwrite was asked for.
+        ResumeMismatchError: the interrupted run had another identity.
+    """
+
+    def __init__(self, output: Path, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+        self.path = output.with_name(output.name + ".partial")
+        self.scan_path = self.path / "scan.safetensors"
+        self.hidden_path = self.path / "hidden.bin"
+        self.staging = self.path / "checkpoint"
+        self._identity = json.loads(json.dumps(flatten(identity)))
+        self.records: list[LayerRecord] = []
+        self.carry = 0.0
+        self.allocation: Allocation | None = None
+        self.seconds = 0.0
+        manifest = self.path / _MANIFEST
+        if manifest.exists() and resume:
+            self._load(manifest)
+        elif self.path.exists() and any(self.path.iterdir()):
+            if not (overwrite or resume) or not manifest.exists() and not overwrite:
+                raise OutputError(
+                    f"an interrupted run is in {str(self.path)!r}; pass --resume to continue it, or --overwrite "
+                    "to start again."
+                )
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self.save()
+
+    def _load(self, manifest: Path) -> None:
+        try:
+            data = json.loads(manifest.read_text())
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{manifest} is not readable ({error}); pass --overwrite to start again.") from error
+        old, new = data["identity"], self._identity
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                raise ResumeMismatchError(
+                    f"the interrupted run in {str(self.path)!r} has {name} = {old.get(name)!r}, this one has "
+                    f"{new.get(name)!r}; repeat the first command with --resume, or pass --overwrite to start again."
+                )
+        self.records = [layer_record_from_dict(record) for record in data["records"]]
+        self.carry = data["carry"]
+        self.seconds = data["seconds"]
+        self.allocation = None if data["allocation"] is None else Allocation.from_dict(data["allocation"])
+
+    def save(self) -> None:
+        """Write the manifest."""
+        data = {
+            "identity": self._identity,
+            "allocation": None if self.allocation is None else self.allocation.to_dict(),
+            "records": [asdict(record) for record in self.records],
+            "carry": self.carry,
+            "seconds": self.seconds,
+        }
+        write_text(self.path / _MANIFEST, json.dumps(data, indent=1))
+
+    def layer_path(self, index: int) -> Path:
+        """Return the file of one finished layer."""
+        return self.path / "layers" / f"{index:05d}.safetensors"
+
+    def commit(self, record: LayerRecord, tensors: dict[str, Tensor], carry: float, seconds: float) -> None:
+        """Store a finished layer: first its tensors, then the manifest that names it."""
+        write_tensors(self.layer_path(record.layer), tensors)
+        self.records.append(record)
+        self.carry = carry
+        self.seconds = seconds
+        self.save()
+
+    def remove(self) -> None:
+        """Delete the work folder."""
+        shutil.rmtree(self.path)

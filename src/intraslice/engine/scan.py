@@ -1,0 +1,196 @@
+"""The gradient pass: mask gradients of every channel, one backward per sequence, one layer in memory.
+
+A chunk of sequences runs forward through all layers, keeping only the states at the layer boundaries; then each
+layer is loaded again, last to first, and recomputed with autograd. Chunks are as large as `boundary_bytes` allows.
+
+Shapes: S sequences, B sequences of a batch, T tokens, D hidden_size, C channels of a tap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from intraslice.allocators import MaskScores
+from intraslice.blocks import DecoderBlock
+from intraslice.checkpoint.writer import write_tensors
+from intraslice.engine.model import StreamedModel
+from intraslice.errors import NumericalError
+from intraslice.progress import Progress
+from intraslice.stats import BlockSecondMoment
+
+
+@dataclass
+class _Accumulators:
+    """What the pass has gathered so far; saved after each chunk so that an interrupted run goes on from there."""
+
+    context_grad: Tensor  # [L, S, H * d]
+    act_grad: Tensor  # [L, S, F]
+    context_moment: Tensor  # [L, H, d, d]
+    act_moment: Tensor  # [L, F / w, w, w]
+    done: int = 0
+
+    def save(self, path: Path) -> None:
+        """Write the sums and how many sequences they cover."""
+        write_tensors(
+            path,
+            {
+                "context_grad": self.context_grad,
+                "act_grad": self.act_grad,
+                "context_moment": self.context_moment,
+                "act_moment": self.act_moment,
+                "done": torch.tensor(self.done),
+            },
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> _Accumulators:
+        """Read what `save` wrote."""
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+        return cls(**{**tensors, "done": int(tensors["done"])})  # type: ignore[arg-type]
+
+    def scores(self) -> MaskScores:
+        """Return the sums layer by layer."""
+        return MaskScores(
+            tuple(self.context_grad), tuple(self.act_grad), tuple(self.context_moment), tuple(self.act_moment)
+        )
+
+
+def block_width(channels: int, blocks: int) -> int:
+    """Return the width of equal blocks of channels: the divisor of `channels` nearest to channels / blocks."""
+    wanted = max(1, channels // blocks)
+    return min((w for w in range(1, channels + 1) if channels % w == 0), key=lambda w: (abs(w - wanted), w))
+
+
+def scan_mask_gradients(
+    model: StreamedModel,
+    tokens_ST: Tensor,
+    *,
+    batch: int,
+    boundary_bytes: int,
+    num_ffn_blocks: int,
+    save_path: Path,
+    progress: Progress,
+) -> MaskScores:
+    """Return the mask gradients and block moments of all layers; Paper: Eq. 9-11, Algorithm 1 part 1.
+
+    Args:
+        model: the streamed dense model.
+        tokens_ST: calibration token ids, [S, T].
+        batch: sequences in one forward batch.
+        boundary_bytes: memory for the states at the layer boundaries of one chunk.
+        num_ffn_blocks: into how many blocks the channels of `act` are cut.
+        save_path: file that holds the sums of the finished chunks.
+        progress: shows the passes.
+
+    Raises:
+        NumericalError: a loss or gradient is NaN or infinite.
+    """
+    num_sequences, seqlen = tokens_ST.shape
+    shape, spec = model.dense_shape, model.spec
+    context_dim = shape.num_attention_heads * shape.v_head_dim
+    width = block_width(shape.intermediate_size, num_ffn_blocks)
+    layers = model.num_layers
+    if save_path.exists():
+        sums = _Accumulators.load(save_path)
+    else:
+        sums = _Accumulators(
+            torch.zeros(layers, num_sequences, context_dim, dtype=torch.float64),
+            torch.zeros(layers, num_sequences, shape.intermediate_size, dtype=torch.float64),
+            torch.zeros(layers, shape.num_attention_heads, shape.v_head_dim, shape.v_head_dim, dtype=torch.float64),
+            torch.zeros(layers, shape.intermediate_size // width, width, width, dtype=torch.float64),
+        )
+    itemsize = model.placement.compute_dtype.itemsize
+    per_sequence = (layers + 2) * seqlen * model.config.hidden_size * itemsize
+    chunk = max(batch, boundary_bytes // per_sequence // batch * batch)
+    with progress.step("mask gradients", total=num_sequences * layers * 2) as advance:
+        advance(sums.done * layers * 2)
+        while sums.done < num_sequences:
+            stop = min(sums.done + chunk, num_sequences)
+            _scan_chunk(model, tokens_ST, slice(sums.done, stop), batch, sums, advance)
+            sums.done = stop
+            sums.save(save_path)
+    for name, grads in (("attention", sums.context_grad), ("FFN", sums.act_grad)):
+        bad = (~torch.isfinite(grads)).flatten(1).any(1).nonzero().flatten().tolist()
+        if bad:
+            raise NumericalError(f"the {name} mask gradients of layer {bad[0]} are NaN or infinite.")
+    return sums.scores()
+
+
+def _scan_chunk(
+    model: StreamedModel,
+    tokens_ST: Tensor,
+    chunk: slice,
+    batch: int,
+    sums: _Accumulators,
+    advance: Callable[[int], None],
+) -> None:
+    device, stat_dtype = model.placement.device, model.placement.stat_dtype
+    parts = [slice(start, min(start + batch, chunk.stop)) for start in range(chunk.start, chunk.stop, batch)]
+    # boundaries[b][l]: input of layer l for batch b; the last entry is the output of the last layer.
+    boundaries = [[model.embed(tokens_ST[part])] for part in parts]
+    for index in range(model.num_layers):
+        block, kwargs = model.load_layer(index), model.layer_kwargs[index]
+        context_moment = BlockSecondMoment(*sums.context_moment.shape[1:3], device, stat_dtype)
+        act_moment = BlockSecondMoment(*sums.act_moment.shape[1:3], device, stat_dtype)
+        for part, states in zip(parts, boundaries, strict=True):
+            states.append(_forward(block, states[-1], kwargs, context_moment, act_moment))
+            advance(part.stop - part.start)
+        sums.context_moment[index] += context_moment.value
+        sums.act_moment[index] += act_moment.value
+    gradients = []
+    for part, states in zip(parts, boundaries, strict=True):
+        gradients.append(model.loss_gradient(tokens_ST[part], states.pop())[1])
+    for index in reversed(range(model.num_layers)):
+        block, kwargs = model.load_layer(index), model.layer_kwargs[index]
+        for number, part in enumerate(parts):
+            gradients[number], context_grad, act_grad = _backward(
+                block, boundaries[number].pop(), gradients[number], kwargs
+            )
+            sums.context_grad[index, part] = context_grad.to("cpu", torch.float64)
+            sums.act_grad[index, part] = act_grad.to("cpu", torch.float64)
+            advance(part.stop - part.start)
+
+
+@torch.no_grad()
+def _forward(
+    block: DecoderBlock,
+    hidden_BTD: Tensor,
+    kwargs: dict,
+    context_moment: BlockSecondMoment,
+    act_moment: BlockSecondMoment,
+) -> Tensor:
+    context = block.context(block.attention, block.attention_input(hidden_BTD), kwargs)
+    context_moment.update(context.flatten(0, 1))
+    middle = block.add_attention(hidden_BTD, block.out_projection(context))
+    act = block.act(block.ffn_input(middle))
+    act_moment.update(act.flatten(0, 1))
+    return block.add_ffn(middle, block.down_projection(act))
+
+
+def _backward(
+    block: DecoderBlock, hidden_BTD: Tensor, gradient_BTD: Tensor, kwargs: dict
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gradients of the loss at the layer's input, and of a mask on `context` and on `act` per sequence.
+
+    A mask m multiplies every token's channel, so dL/dm_c is the sum over tokens of x_tc * dL/dx_tc.
+    """
+    with torch.enable_grad():
+        hidden = hidden_BTD.detach().requires_grad_(True)
+        context = block.context(block.attention, block.attention_input(hidden), kwargs)
+        middle = block.add_attention(hidden, block.out_projection(context))
+        act = block.act(block.ffn_input(middle))
+        output = block.add_ffn(middle, block.down_projection(act))
+        grad_hidden, grad_context, grad_act = torch.autograd.grad(output, (hidden, context, act), gradient_BTD)
+    with torch.no_grad():
+        return (
+            grad_hidden,
+            (context.detach() * grad_context).float().sum(1),
+            (act.detach() * grad_act).float().sum(1),
+        )

@@ -1,0 +1,88 @@
+"""Pure float64 linear algebra. Symmetric matrices are second moments (sums of x^T x, uncentred).
+
+Shapes: P kept channels, C channels, M targets, d head_dim, r kept head_dim.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from intraslice.errors import NumericalError
+
+logger = logging.getLogger(__name__)
+
+
+def eigh_descending(moment_CC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues [..., C] (largest first, clipped at 0) and eigenvectors [..., C, C] (columns)."""
+    values, vectors = torch.linalg.eigh(moment_CC)
+    return values.flip(-1).clamp_min(0.0), vectors.flip(-1)
+
+
+def ridge_solve(gram_PP: Tensor, cross_PM: Tensor, damping: float) -> Tensor:
+    """Solve (G + lambda I) W = B for W [P, M]; Paper: Eq. 6 and Eq. 8.
+
+    Args:
+        gram_PP: second moment Z^T Z of the kept channels.
+        cross_PM: cross moment Z^T Y with the target.
+        damping: lambda relative to the mean diagonal of the second moment.
+
+    Raises:
+        NumericalError: the system stays singular with a thousand times the damping.
+    """
+    scale = gram_PP.diagonal().mean()
+    if not torch.isfinite(scale) or not torch.isfinite(cross_PM).all():
+        raise NumericalError("the second moments of the activations contain NaN or infinite values.")
+    if scale <= 0:
+        # Dead channels: nothing to reconstruct from, and the zero map is the least-squares answer.
+        return torch.zeros_like(cross_PM)
+    identity = torch.eye(gram_PP.shape[0], dtype=gram_PP.dtype)
+    for attempt in (damping, max(damping, 1e-6) * 1e3):
+        factor, info = torch.linalg.cholesky_ex(gram_PP + attempt * scale * identity)
+        if int(info) == 0:
+            return torch.cholesky_solve(cross_PM, factor)
+        logger.warning("second moment is singular with damping %g; trying more", attempt)
+    raise NumericalError(
+        f"the ridge system of {gram_PP.shape[0]} channels cannot be solved with damping {damping}; raise it."
+    )
+
+
+def residual_energy(target_energy: float, gram_PP: Tensor, cross_PM: Tensor, solution_PM: Tensor) -> float:
+    """Return ||Y - Z W||^2 from second moments: ||Y||^2 - 2 <Z^T Y, W> + <W, Z^T Z W>."""
+    fitted = (solution_PM * (gram_PP @ solution_PM)).sum()
+    return float(target_energy - 2.0 * (cross_PM * solution_PM).sum() + fitted)
+
+
+def low_rank_scores(query_dd: Tensor, key_dd: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return bases A, B [d, r] that minimise ||Q K^T - (Q A)(K B)^T||_F over all pairs of tokens.
+
+    With Q^T Q = L L^T and K^T K = R R^T the best rank-r scores are the truncated SVD of L^T R = U S V^T, so
+    A = L^-T U_r S_r^(1/2) and B = R^-T V_r S_r^(1/2). This is Q_1 of the paper where no RoPE stands between.
+
+    Args:
+        query_dd: second moment of the queries, summed over the query heads that share the key head.
+        key_dd: second moment of the keys (centred: a constant added to all keys cancels in the softmax).
+        rank: r.
+    """
+    width = query_dd.shape[0]
+    identity = torch.eye(width, dtype=query_dd.dtype)
+
+    def factor(moment: Tensor) -> Tensor:
+        scale = moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
+        return torch.linalg.cholesky(moment + 1e-8 * scale * identity)
+
+    query_factor, key_factor = factor(query_dd), factor(key_dd)
+    left, singular, right_t = torch.linalg.svd(query_factor.T @ key_factor)
+    root = singular[:rank].sqrt()
+    query_basis = torch.linalg.solve_triangular(query_factor.T, left[:, :rank] * root, upper=True)
+    key_basis = torch.linalg.solve_triangular(key_factor.T, right_t[:rank].T * root, upper=True)
+    return query_basis, key_basis
+
+
+def rotate_blocks(vectors_NC: Tensor, bases_bww: Tensor) -> Tensor:
+    """Multiply rows [N, C] by a block-diagonal matrix given as blocks [C / w, w, w]; Paper: g Q_s in Eq. 11."""
+    blocks, width, _ = bases_bww.shape
+    rotated = torch.einsum("nbw,bwv->nbv", vectors_NC.view(-1, blocks, width), bases_bww)
+    return rotated.reshape(vectors_NC.shape)

@@ -1,0 +1,97 @@
+"""Devices and dtypes are decided here and nowhere else."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from intraslice.errors import RecipeError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_from_name(name: str) -> torch.dtype:
+    """Return the torch dtype for "float32", "bfloat16" or "float16"."""
+    if name not in _DTYPES:
+        raise RecipeError(f"dtype {name!r} is unknown; use one of auto, {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "float32" for torch.float32, and so on."""
+    return str(dtype).removeprefix("torch.")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the device to compute on: the accelerator when there is one, unless `name` says otherwise.
+
+    Raises:
+        RecipeError: the device does not exist on this machine.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"device {name!r} is not a torch device; use auto, cpu or cuda:0.") from error
+    if device.type == "cpu" or (accelerator is not None and device.type == accelerator.type):
+        return device
+    present = accelerator.type if accelerator is not None else "none"
+    raise RecipeError(f"device {name!r} is not available (accelerator here: {present}); use --device auto.")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where tensors live and in which precision the work is done.
+
+    Attributes:
+        device: where layers run.
+        compute_dtype: dtype of weights and activations while layers run.
+        save_dtype: dtype of the stored weights.
+        stat_dtype: dtype in which sums over tokens are kept; solves are always float64 on the CPU.
+    """
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    save_dtype: torch.dtype
+    stat_dtype: torch.dtype
+
+    @classmethod
+    def choose(cls, device: str, dtype: str, stored: torch.dtype) -> Placement:
+        """Decide for a checkpoint whose weights are stored in `stored`.
+
+        A CPU computes in float32 whatever the checkpoint stores: half precision is slower there and loses digits
+        that the statistics need. An accelerator computes in the stored dtype.
+        """
+        chosen = choose_device(device)
+        save = stored if dtype == "auto" else dtype_from_name(dtype)
+        on_cpu = chosen.type == "cpu"
+        # float64 checkpoints (tests) stay float64.
+        compute = stored if (not on_cpu or stored == torch.float64) else torch.float32
+        return cls(chosen, compute, save, torch.float64)
+
+    def reset_peak(self) -> None:
+        """Start a new measurement of accelerator memory."""
+        if self.device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(self.device)
+
+    def peak_memory_bytes(self) -> int:
+        """Return the peak memory: of the process on a CPU, of the allocator on an accelerator."""
+        if self.device.type != "cpu":
+            return int(torch.accelerator.max_memory_allocated(self.device))
+        return peak_resident_bytes()
+
+    def synchronize(self) -> None:
+        """Wait for the accelerator, so that wall-clock times mean something."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+
+def peak_resident_bytes() -> int:
+    """Return the largest resident set of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

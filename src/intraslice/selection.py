@@ -1,0 +1,186 @@
+"""Discrete choices: which heads, RoPE pairs and channels stay, and how many.
+
+Shapes: H query heads, K kv heads, d head_dim, F intermediate_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from intraslice.errors import BudgetError
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """Which query heads stay and how wide they are.
+
+    Attributes:
+        heads: kept query heads (numbers of the dense model, ascending).
+        width: kept dimensions a head before rounding, P / |kappa|.
+    """
+
+    heads: tuple[int, ...]
+    width: float
+
+
+def kept_kv_heads(heads: Sequence[int], group: int) -> tuple[int, ...]:
+    """Return the kv heads that still serve a query head, ascending."""
+    return tuple(sorted({head // group for head in heads}))
+
+
+def heads_per_kv(heads: Sequence[int], group: int) -> tuple[int, ...]:
+    """Return how many kept query heads each kept kv head serves."""
+    return tuple(sum(head // group == kv for head in heads) for kv in kept_kv_heads(heads, group))
+
+
+def reconstruction_score(scores_H: Tensor, spectrum_Hd: Tensor, heads: Sequence[int], width: float) -> Tensor:
+    """Return R_h^p of each head in `heads`; Paper: Eq. 3, linear between whole dimensions.
+
+    Args:
+        scores_H: R_h, the importance of each head (Eq. 2).
+        spectrum_Hd: eigenvalues of each head's second moment, largest first.
+        heads: heads to score.
+        width: p, may be fractional.
+    """
+    spectrum = spectrum_Hd[list(heads)]
+    total = spectrum.sum(-1).clamp_min(torch.finfo(spectrum.dtype).tiny)
+    whole = int(width)
+    part = spectrum[:, :whole].sum(-1)
+    if whole < spectrum.shape[1]:
+        part = part + (width - whole) * spectrum[:, whole]
+    return scores_H[list(heads)] * part / total
+
+
+def removable_units(heads: Sequence[int], group: int, groups: str) -> list[tuple[int, ...]]:
+    """Return the sets of query heads that may go together without breaking the group policy.
+
+    "ragged": any single head. "uniform": every group keeps the same size, so either all heads of one kv head go,
+    or one head of each group; the caller's scores decide which.
+    """
+    if groups == "ragged":
+        return [(head,) for head in heads]
+    kv_heads = kept_kv_heads(heads, group)
+    members = {kv: [head for head in heads if head // group == kv] for kv in kv_heads}
+    return [tuple(members[kv]) for kv in kv_heads] if len(kv_heads) > 1 else []
+
+
+def _weakest_of_each_group(heads: Sequence[int], group: int, scores: dict[int, float]) -> tuple[int, ...] | None:
+    kv_heads = kept_kv_heads(heads, group)
+    members = {kv: [head for head in heads if head // group == kv] for kv in kv_heads}
+    if min(len(group_heads) for group_heads in members.values()) < 2:
+        return None
+    return tuple(min(group_heads, key=lambda head: scores[head]) for group_heads in members.values())
+
+
+def adaptive_heads(
+    scores_H: Tensor, spectrum_Hd: Tensor, *, budget_dims: float, group: int, min_width: float, groups: str
+) -> HeadChoice:
+    """Choose the heads to keep by greedy removal; Paper: Eq. 4-5, Algorithm 2.
+
+    A query head and a kv head cost the same weights per dimension, so the budget is shared by both: with grouped
+    queries p = budget / (|query heads| + |kv heads|), which is the paper's P / |kappa| for one kv head a query head.
+
+    Args:
+        scores_H: R_h of each query head.
+        spectrum_Hd: eigenvalues of each head's second moment, largest first.
+        budget_dims: head dimensions to share: query and kv heads times their width.
+        group: query heads a kv head in the dense model.
+        min_width: heads are removed as long as they would be narrower than this.
+        groups: "ragged" or "uniform".
+    """
+    num_heads, head_dim = spectrum_Hd.shape
+
+    def width_of(heads: Sequence[int]) -> float:
+        return min(float(head_dim), budget_dims / (len(heads) + len(kept_kv_heads(heads, group))))
+
+    kept = list(range(num_heads))
+    width = width_of(kept)
+    while len(kept) > 1:
+        current = reconstruction_score(scores_H, spectrum_Hd, kept, width)
+        by_head = dict(zip(kept, current.tolist(), strict=True))
+        units = removable_units(kept, group, groups)
+        if groups == "uniform":
+            weakest_each = _weakest_of_each_group(kept, group, by_head)
+            units += [weakest_each] if weakest_each is not None else []
+        if not units:
+            break
+        # The weakest unit per query head it removes; single heads in the ragged case, as in Algorithm 2.
+        unit = min(units, key=lambda heads: sum(by_head[head] for head in heads) / len(heads))
+        rest = [head for head in kept if head not in unit]
+        rest_width = width_of(rest)
+        gain = float(reconstruction_score(scores_H, spectrum_Hd, rest, rest_width).sum() - current.sum())
+        if gain <= 0 and width >= min_width:
+            break
+        kept, width = rest, rest_width
+    return HeadChoice(tuple(kept), width)
+
+
+def whole_heads(scores_H: Tensor, *, budget_dims: float, head_dim: int, group: int, groups: str) -> HeadChoice:
+    """Choose whole heads: remove the weakest until the cost is as near to the budget as it gets (Table 4, no Ada-H).
+
+    Args:
+        scores_H: R_h of each query head (Eq. 2).
+        budget_dims: as in `adaptive_heads`.
+        head_dim: d, which every kept head keeps.
+        group: query heads a kv head.
+        groups: "ragged" or "uniform".
+    """
+    by_head = dict(enumerate(scores_H.tolist()))
+
+    def cost(heads: Sequence[int]) -> float:
+        return head_dim * (len(heads) + len(kept_kv_heads(heads, group)))
+
+    kept = list(range(len(by_head)))
+    while len(kept) > 1 and cost(kept) > budget_dims:
+        units = removable_units(kept, group, groups)
+        if groups == "uniform":
+            weakest_each = _weakest_of_each_group(kept, group, by_head)
+            units += [weakest_each] if weakest_each is not None else []
+        if not units:
+            break
+        unit = min(units, key=lambda heads: sum(by_head[head] for head in heads) / len(heads))
+        rest = [head for head in kept if head not in unit]
+        if abs(cost(rest) - budget_dims) > abs(cost(kept) - budget_dims):
+            break
+        kept = rest
+    return HeadChoice(tuple(kept), float(head_dim))
+
+
+def round_widths(sum_widths: float, head_dim: int, multiple: int) -> tuple[int, int]:
+    """Split the dimensions of a head between query/key and value, in multiples.
+
+    Args:
+        sum_widths: wanted qk_head_dim + v_head_dim.
+        head_dim: the dense width, an upper limit for each.
+        multiple: both are a multiple of this (or head_dim itself).
+
+    Returns:
+        (qk_head_dim, v_head_dim) with a sum as near as possible to the wanted one; an odd step goes to the value
+        side, where a dimension is a principal component, unless it is full.
+    """
+    steps = [width for width in range(multiple, head_dim, multiple)] + [head_dim]
+    pairs = [(qk, v) for i, qk in enumerate(steps) for v in steps[i : i + 2]]
+    return min(pairs, key=lambda pair: (abs(sum(pair) - sum_widths), pair[1] - pair[0]))
+
+
+def round_to_multiple(value: float, multiple: int, low: int, high: int) -> int:
+    """Return the multiple nearest to `value` within [low, high]; `high` itself is allowed even when it is no multiple.
+
+    Raises:
+        BudgetError: low > high.
+    """
+    if low > high:
+        raise BudgetError(f"no width between {low} and {high} exists; lower ffn_multiple or head_multiple.")
+    if value >= high - multiple / 2 and abs(high - value) <= abs(round(value / multiple) * multiple - value):
+        return high
+    return int(min(high // multiple * multiple, max(-(-low // multiple) * multiple, round(value / multiple) * multiple)))
+
+
+def top_indices(scores_C: Tensor, count: int) -> Tensor:
+    """Return the indices of the `count` largest scores, ascending (stable: ties go to the lower index)."""
+    order = torch.argsort(scores_C, descending=True, stable=True)
+    return order[:count].sort().values
