@@ -124,9 +124,7 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
         num_parameters=count_parameters(skeleton),
         dense_layer_parameters=per_dense_layer * count,
         layer_parameters=sum(sizes),
-        weight_bytes=sum(file.stat().st_size for file in weight_files(source))
-        if Path(source).is_dir()
-        else 0,
+        weight_bytes=sum(file.stat().st_size for file in files),
         layers=layers,
     )
 

@@ -80,5 +80,6 @@ def _print(result: BenchResult) -> None:
     options = result.options
     print_line(
         f"prompt {options.prompt_tokens}, decoded {options.decode_tokens}, batch {options.batch_size}, "
-        f"{result.model.dtype} on {result.model.device}; medians of {options.repetitions} interleaved repetitions"
+        f"{result.model.dtype} on {result.model.device}; "
+        f"medians of {options.repetitions} interleaved repetitions"
     )
