@@ -17,8 +17,7 @@ RUNTIME_FILES = (Path(configuration_intraslice.__file__), Path(modeling_intrasli
 
 def register() -> None:
     """Register all pruned architectures with the Auto classes; again is harmless."""
-    for model, causal_lm in modeling_intraslice.MODELS:
-        config = model.config_class
+    for config, model, causal_lm in modeling_intraslice.MODELS:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
         AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)

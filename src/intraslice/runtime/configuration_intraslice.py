@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, MistralConfig, OPTConfig, Phi3Config, PretrainedConfig, Qwen2Config
@@ -193,7 +193,13 @@ def dense_sizes(config: PretrainedConfig) -> Iterator[None]:
         config.per_layer_config = per_layer
 
 
-class _PrunedConfig:
+if TYPE_CHECKING:
+    _ConfigBase = PretrainedConfig
+else:
+    _ConfigBase = object
+
+
+class _PrunedConfig(_ConfigBase):
     """What the configs of all families add to the stock class.
 
     The global sizes are those of the dense model. `per_layer_config` holds the sizes that caches and serving
@@ -201,6 +207,8 @@ class _PrunedConfig:
     """
 
     family: ClassVar[str]
+    num_hidden_layers: int
+    intraslice: dict[str, Any] | None
     _auto_class = "AutoConfig"
     # Splitting heads over devices would need equal groups.
     base_model_tp_plan = None

@@ -70,7 +70,7 @@ def _rotate(x_BTHr: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -152,10 +152,9 @@ class PrunedAttention(nn.Module):
         self.num_key_value_groups = 1 if self.ragged else self.max_group
 
         layer_types = getattr(config, "layer_types", None)
-        windowed = spec.sliding_window is not None and (
-            layer_types is None or layer_types[layer_idx] == "sliding_attention"
-        )
-        self.sliding_window = getattr(config, spec.sliding_window) if windowed else None
+        full = layer_types is not None and layer_types[layer_idx] != "sliding_attention"
+        windowed = spec.sliding_window is not None and not full
+        self.sliding_window = vars(config)[spec.sliding_window] if windowed else None
 
         hidden = config.hidden_size
         rows = (self.num_heads * shape.qk_head_dim, self.num_kv_heads * shape.qk_head_dim)
@@ -399,11 +398,11 @@ def apply_layer_shape(
         with torch.device(next(old.parameters()).device):
             new.register_indices()
         for path in dict.fromkeys(slot.path for slot in (spec.q, spec.k, spec.v, spec.o)):
-            fresh = new.get_submodule(path)
+            fresh: Any = new.get_submodule(path)
             new.set_submodule(path, _resized(old.get_submodule(path), fresh.out_features, fresh.in_features))
         layer.set_submodule(spec.attention, new.train(layer.training))
 
-    mlp = layer.get_submodule(spec.mlp) if spec.mlp else layer
+    mlp: Any = layer.get_submodule(spec.mlp) if spec.mlp else layer
     hidden, ffn = config.hidden_size, shape.intermediate_size
     for slot in (spec.up, spec.gate):
         if slot is not None:
@@ -414,7 +413,7 @@ def apply_layer_shape(
         mlp.intermediate_size = ffn
 
 
-def _resized(linear: nn.Module, out_features: int, in_features: int) -> nn.Module:
+def _resized(linear: Any, out_features: int, in_features: int) -> nn.Module:
     if tuple(linear.weight.shape) == (out_features, in_features):
         return linear
     weight = linear.weight
@@ -424,7 +423,7 @@ def _resized(linear: nn.Module, out_features: int, in_features: int) -> nn.Modul
     return new.requires_grad_(weight.requires_grad).train(linear.training)
 
 
-def _shape_layers(model: PreTrainedModel, config: Any) -> None:
+def _shape_layers(model: Any, config: Any) -> None:
     """Give the layers of a dense stock model (or OPT decoder) the shapes of the config."""
     spec = FAMILIES[config.family]
     for layer_idx, (layer, shape) in enumerate(zip(model.layers, config.layer_shapes, strict=True)):
@@ -574,13 +573,13 @@ class IntraSliceOPTForCausalLM(OPTForCausalLM):
 
     def __init__(self, config: IntraSliceOPTConfig):
         PreTrainedModel.__init__(self, config)
-        _add_head(self, IntraSliceOPTModel(config), config.word_embed_proj_dim)
+        _add_head(self, IntraSliceOPTModel(config), vars(config)["word_embed_proj_dim"])
 
 
 MODELS = (
-    (IntraSliceLlamaModel, IntraSliceLlamaForCausalLM),
-    (IntraSliceMistralModel, IntraSliceMistralForCausalLM),
-    (IntraSliceQwen2Model, IntraSliceQwen2ForCausalLM),
-    (IntraSlicePhi3Model, IntraSlicePhi3ForCausalLM),
-    (IntraSliceOPTModel, IntraSliceOPTForCausalLM),
+    (IntraSliceLlamaConfig, IntraSliceLlamaModel, IntraSliceLlamaForCausalLM),
+    (IntraSliceMistralConfig, IntraSliceMistralModel, IntraSliceMistralForCausalLM),
+    (IntraSliceQwen2Config, IntraSliceQwen2Model, IntraSliceQwen2ForCausalLM),
+    (IntraSlicePhi3Config, IntraSlicePhi3Model, IntraSlicePhi3ForCausalLM),
+    (IntraSliceOPTConfig, IntraSliceOPTModel, IntraSliceOPTForCausalLM),
 )
