@@ -101,6 +101,8 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         raise CheckpointError(f"{INDEX_FILE} of {name!r} is corrupt; download the model again") from error
     for file_name in names:
         # A name with a folder in it could point outside the checkpoint.
+        if not isinstance(file_name, str):
+            raise CheckpointError(f"{INDEX_FILE} of {name!r} is corrupt; download the model again")
         if Path(file_name).name != file_name or not (folder / file_name).is_file():
             raise CheckpointError(
                 f"weight file {file_name!r} of {name!r} is missing; download the model again"

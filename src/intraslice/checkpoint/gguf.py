@@ -1,7 +1,7 @@
 """GGUF files, converted once into a safetensors folder that everything else can read layer by layer.
 
-Config and tokenizer come from transformers' own GGUF reading; weights are dequantised here in blocks of rows, so
-that memory stays at one tensor. Whatever transformers would drop silently (scaled RoPE, tensors without a
+Config and tokenizer come from transformers' own GGUF reading; weights are dequantised here in blocks of rows,
+so that memory stays at one tensor. Whatever transformers would drop silently (scaled RoPE, tensors without a
 counterpart) is refused.
 """
 
@@ -165,8 +165,8 @@ def _complete_config(config: Any, reader: Any, name: str) -> None:
     rotary_dim = _field(reader, "rope.dimension_count")
     if rotary_dim not in (None, head_dim):
         raise CheckpointError(
-            f"GGUF file {name!r} rotates {rotary_dim} of {head_dim} head channels, which the conversion would "
-            "lose; use the safetensors version of the model"
+            f"GGUF file {name!r} rotates {rotary_dim} of {head_dim} head channels, which the "
+            "conversion would lose; use the safetensors version of the model"
         )
     window = _field(reader, "attention.sliding_window")
     if config.model_type == "phi3" and window:

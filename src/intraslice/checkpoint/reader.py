@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from intraslice.checkpoint.folder import StoredTensor, data_offsets, read_config, read_headers
+from intraslice.checkpoint.folder import StoredTensor, data_offsets, one_line, read_config, read_headers
 from intraslice.checkpoint.tensorfile import DTYPES
 from intraslice.errors import CheckpointError, NumericalError, UnsupportedModelError
 from intraslice.runtime.configuration_intraslice import FAMILIES, FamilySpec
@@ -113,6 +113,21 @@ class Checkpoint:
                 self.config, attn_implementation="sdpa", dtype=dtype or self.config.dtype or torch.float32
             )
 
+    def load_tokenizer(self) -> Any:
+        """Return the tokenizer of the model.
+
+        Raises:
+            CheckpointError: there is none, it cannot be read, or it needs code that was not allowed.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            raise CheckpointError(
+                f"the tokenizer of {self.name!r} is missing or cannot be read: {one_line(error)[:150]}"
+            ) from error
+
     def fingerprint(self) -> str:
         """Return a sha256 of the config and of names, dtypes, shapes and sampled bytes of all tensors.
 
@@ -156,7 +171,14 @@ class Checkpoint:
         return tensor
 
     def _check_against_config(self) -> None:
-        expected = {name: tuple(t.shape) for name, t in self.skeleton().state_dict().items()}
+        try:
+            skeleton = self.skeleton()
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            # Values that only a model finds impossible, such as an unknown activation.
+            raise CheckpointError(
+                f"config.json of {self.name!r} is not valid: {type(error).__name__} {one_line(error)}"
+            ) from error
+        expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         tensors = self._tensors
         if not any(name in expected for name in tensors):
             # Saved from the class without a head: the names lack the attribute of the body.

@@ -1,0 +1,290 @@
+"""Text by name or path: data sets of the hub, local files, and a text that every Python brings along."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from intraslice.errors import CalibrationError, MissingExtraError, nearest
+from intraslice.progress import Progress
+
+BUILT_IN = "builtin"
+SELF = "self"
+FILE_TYPES = (".txt", ".jsonl", ".parquet")
+# A tokenizer holds a whole text several times over; no calibration or evaluation needs more than this.
+MAX_CHARS = 1 << 25
+# Shorter docstrings are fragments such as "Return x."
+_MIN_DOCSTRING = 200
+_SKIPPED_PACKAGES = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "__pycache__"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubText:
+    """Where a data set of the hub has its text.
+
+    Attributes:
+        path: id of the data set.
+        config: its configuration, if it has several.
+        column: the column with the text.
+        joiner: what to put between rows.
+        splits: the names of "train" and "test" text in this data set.
+        data_files: file pattern of a split, for data sets without a usable configuration.
+        revision: branch, if not the main one.
+    """
+
+    path: str
+    config: str | None = None
+    column: str = "text"
+    joiner: str = "\n\n"
+    splits: dict[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
+    data_files: dict[str, str] | None = None
+    revision: str | None = None
+
+
+HUB_TEXTS = {
+    "wikitext2": HubText(path="Salesforce/wikitext", config="wikitext-2-raw-v1"),
+    "c4": HubText(
+        path="allenai/c4",
+        joiner=" ",
+        splits={"train": "train", "test": "validation"},
+        data_files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+    ),
+    # The main branch holds a loading script, which `datasets` no longer runs; the hub keeps this conversion.
+    "ptb": HubText(
+        path="ptb-text-only/ptb_text_only",
+        column="sentence",
+        joiner=" ",
+        data_files={
+            "train": "penn_treebank/train/*.parquet",
+            "test": "penn_treebank/test/*.parquet",
+        },
+        revision="refs/convert/parquet",
+    ),
+    "alpaca": HubText(path="tatsu-lab/alpaca", splits={"train": "train", "test": "train"}),
+}
+
+
+def check_source(source: str) -> None:
+    """Refuse an unknown name or a missing file, without reading anything.
+
+    Raises:
+        CalibrationError: `source` is neither a known name nor a text file.
+    """
+    if source in (BUILT_IN, SELF) or source in HUB_TEXTS:
+        return
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix.lower() not in FILE_TYPES:
+            raise CalibrationError(
+                f"text file {source!r} is not of a known type; use one of {', '.join(FILE_TYPES)}"
+            )
+        return
+    if path.is_dir():
+        raise CalibrationError(f"{source!r} is a folder; give one text file ({', '.join(FILE_TYPES)})")
+    if path.suffix.lower() in FILE_TYPES or len(path.parts) > 1:
+        raise CalibrationError(f"there is no text file {source!r}")
+    names = (BUILT_IN, SELF, *HUB_TEXTS)
+    raise CalibrationError(
+        f"text {source!r} is unknown; use {', '.join(names)} or a file ({', '.join(FILE_TYPES)})."
+        + nearest(source, names)
+    )
+
+
+def load_text(
+    source: str,
+    *,
+    split: str = "train",
+    text_field: str | None = None,
+    min_chars: int = 0,
+    progress: Progress | None = None,
+) -> str:
+    """Return one long text.
+
+    Args:
+        source: "builtin", the name of a data set, or a .txt, .jsonl or .parquet file.
+        split: "train" or "test"; only data sets have both.
+        text_field: column of a .jsonl or .parquet file; by default "text", or the only column of strings.
+        min_chars: how much is needed; the built-in text grows by docstrings up to it, other texts ignore it.
+        progress: where a cut of a very long text is reported.
+
+    Raises:
+        CalibrationError: unknown name, missing, unreadable or empty text.
+        MissingExtraError: `datasets` or `pyarrow` is not installed.
+    """
+    check_source(source)
+    if source == SELF:
+        raise CalibrationError("'self' is sampled from a model and is no text by itself; use it to calibrate")
+    if source in HUB_TEXTS:
+        documents, joiner = _hub_documents(source, split), HUB_TEXTS[source].joiner
+    elif source == BUILT_IN:
+        documents, joiner = _built_in_documents(min_chars), "\n\n"
+    else:
+        documents, joiner = _file_documents(Path(source).expanduser(), text_field), "\n\n"
+    text, whole = _join(documents, joiner)
+    if not text.strip():
+        raise CalibrationError(f"text {source!r} is empty")
+    if not whole and progress is not None:
+        progress.note(f"Only the first {MAX_CHARS} characters of {source!r} are used")
+    return text
+
+
+def _join(documents: Iterator[str], joiner: str) -> tuple[str, bool]:
+    kept: list[str] = []
+    size = 0
+    for document in documents:
+        kept.append(document)
+        size += len(document) + len(joiner)
+        if size > MAX_CHARS:
+            return joiner.join(kept)[:MAX_CHARS], False
+    return joiner.join(kept), True
+
+
+def _built_in_documents(min_chars: int) -> Iterator[str]:
+    """The Python language reference; then, as far as needed, the docstrings of the standard library."""
+    from pydoc_data.topics import topics
+
+    size = 0
+    for name in sorted(topics):
+        size += len(topics[name])
+        yield topics[name]
+    if size >= min_chars:
+        return
+    for document in _docstrings():
+        size += len(document)
+        yield document
+        if size >= min_chars:
+            return
+
+
+def _docstrings() -> Iterator[str]:
+    library = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(library.rglob("*.py"), key=lambda path: (len(path.parts), str(path)))
+    for path in paths:
+        if _SKIPPED_PACKAGES.intersection(path.relative_to(library).parts):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            # The library ships templates and broken examples that are not meant to be parsed.
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                document = ast.get_docstring(node)
+                if document and len(document) >= _MIN_DOCSTRING:
+                    yield document
+
+
+def _hub_documents(name: str, split: str) -> Iterator[str]:
+    try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise MissingExtraError(
+            f"text {name!r} needs the package datasets: pip install 'intraslice[data]'"
+        ) from error
+    source = HUB_TEXTS[name]
+    wanted = source.splits[split]
+    arguments: dict[str, Any] = {"split": wanted, "revision": source.revision}
+    if source.data_files:
+        arguments["data_files"] = {wanted: source.data_files[wanted]}
+    try:
+        rows = datasets.load_dataset(source.path, source.config, **arguments)
+        for row in rows:
+            yield row[source.column]  # type: ignore[index]
+    # RuntimeError and ValueError are how `datasets` says that nothing is cached or a format is too old.
+    except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CalibrationError(
+            f"data set {name!r} ({source.path}) cannot be loaded: {reason}; without a network use "
+            "'builtin', 'self' or a local file"
+        ) from error
+
+
+def _file_documents(path: Path, text_field: str | None) -> Iterator[str]:
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".txt":
+            with open(path, encoding="utf-8-sig") as file:
+                yield file.read(MAX_CHARS + 1)
+        elif suffix == ".jsonl":
+            yield from _json_lines(path, text_field)
+        else:
+            yield from _parquet_rows(path, text_field)
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"text file {str(path)!r} is not UTF-8 (byte {error.start})") from error
+    except OSError as error:
+        raise CalibrationError(
+            f"text file {str(path)!r} cannot be read: {error.strerror or error}"
+        ) from error
+
+
+def _json_lines(path: Path, text_field: str | None) -> Iterator[str]:
+    column = text_field
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise CalibrationError(f"line {number} of {str(path)!r} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise CalibrationError(f"line {number} of {str(path)!r} is not a JSON object")
+            if column is None:
+                strings = [key for key, value in row.items() if isinstance(value, str)]
+                column = _choose_column(strings, path)
+            if not isinstance(row.get(column), str):
+                raise CalibrationError(
+                    f"line {number} of {str(path)!r} has no text in {column!r}; "
+                    f"it has {', '.join(row) or 'nothing'}"
+                )
+            yield row[column]
+
+
+def _parquet_rows(path: Path, text_field: str | None) -> Iterator[str]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingExtraError(
+            "reading .parquet files needs the package pyarrow: pip install 'intraslice[data]'"
+        ) from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            strings = [
+                column.name
+                for column in file.schema_arrow
+                if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+            ]
+            if text_field is not None and text_field not in strings:
+                raise CalibrationError(
+                    f"{str(path)!r} has no text column {text_field!r}; it has {', '.join(strings) or 'none'}"
+                )
+            column = text_field or _choose_column(strings, path)
+            for batch in file.iter_batches(columns=[column]):
+                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+    except pyarrow.ArrowInvalid as error:
+        raise CalibrationError(f"text file {str(path)!r} is not a parquet file: {error}") from error
+
+
+def _choose_column(strings: list[str], path: Path) -> str:
+    if "text" in strings:
+        return "text"
+    if len(strings) == 1:
+        return strings[0]
+    found = ", ".join(strings) or "none"
+    raise CalibrationError(
+        f"{str(path)!r} has no column 'text' and not exactly one other text column ({found}); "
+        "name one with text_field"
+    )
