@@ -251,9 +251,12 @@ class _PrunedConfig(_ConfigBase):
         if not rope:
             return super().to_diff_dict()
         # Without rope_theta, older readers silently take the default angles.
-        keys = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
         scaled = rope.get("rope_type", "default") != "default"
-        return {**super().to_diff_dict(), **keys, "rope_scaling": dict(rope) if scaled else None}
+        return {
+            **super().to_diff_dict(),
+            "rope_theta": rope["rope_theta"],
+            "rope_scaling": dict(rope) if scaled else None,
+        }
 
 
 @strict

@@ -152,9 +152,9 @@ class PrunedAttention(nn.Module):
         self.num_key_value_groups = 1 if self.ragged else self.max_group
 
         layer_types = getattr(config, "layer_types", None)
-        full = layer_types is not None and layer_types[layer_idx] != "sliding_attention"
-        windowed = spec.sliding_window is not None and not full
-        self.sliding_window = vars(config)[spec.sliding_window] if windowed else None
+        self.sliding_window = vars(config).get(spec.sliding_window) if spec.sliding_window else None
+        if layer_types is not None and layer_types[layer_idx] != "sliding_attention":
+            self.sliding_window = None
 
         hidden = config.hidden_size
         rows = (self.num_heads * shape.qk_head_dim, self.num_kv_heads * shape.qk_head_dim)
