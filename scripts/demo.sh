@@ -3,6 +3,7 @@
 # dense model. Needs Python 3.10 or later and the Python package index, no GPU.
 #   DEMO_VENV  the environment      (.venv-demo in the repository)
 #   DEMO_OUT   where results go     (out/demo in the repository)
+#   DEMO_MODEL another model        (smollm2-135m)
 #   PYTHON     the interpreter      (python3)
 set -euo pipefail
 
@@ -10,8 +11,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${DEMO_VENV:-$root/.venv-demo}
 out=${DEMO_OUT:-$root/out/demo}
 python=${PYTHON:-python3}
-model=smollm2-135m
-pruned=$out/smollm2-135m-30
+model=${DEMO_MODEL:-smollm2-135m}
+pruned=$out/$(basename "$model")-pruned
 
 step() { printf '\n== %s\n' "$*"; }
 

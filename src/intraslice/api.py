@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
-from intraslice.calibration import load_calibration, load_text
+from intraslice.calibration import load_calibration
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.writer import check_output
 from intraslice.engine.run import prune_checkpoint
@@ -21,6 +21,7 @@ from intraslice.loading import load_model
 from intraslice.progress import Progress, SilentProgress
 from intraslice.recipe import Recipe, load_recipe
 from intraslice.result import PruneResult
+from intraslice.text import check_source, load_text
 
 
 def prune(
@@ -87,6 +88,8 @@ def prune_recipe(
     output = Path(recipe.output).expanduser()
     _check_output_apart(recipe.model, output)
     check_output(output, overwrite)
+    # Before the model is opened, which may mean a long download: a wrong name must answer at once.
+    check_source(recipe.calibration.source)
     checkpoint = open_checkpoint(
         recipe.model,
         revision=recipe.revision,
@@ -105,6 +108,7 @@ def prune_recipe(
         model_folder=checkpoint.folder,
         progress=progress,
         text_field=wanted.text_field,
+        device=recipe.run.device,
     )
     return prune_checkpoint(
         checkpoint,

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from intraslice.errors import RecipeError
+from intraslice.options import MethodOptions
+from intraslice.recipe import METHODS, Recipe, load_recipe, option_names
+
+BASE = {"model": "m", "sparsity": 0.3}
+
+
+def message(flags: dict | None = None, sets: tuple[str, ...] = (), path: Path | None = None) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, {**BASE, **(flags or {})}, sets)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_defaults_are_those_of_the_options():
+    recipe = load_recipe(None, BASE)
+    assert recipe.method == "intraslice"
+    assert recipe.method_options() == MethodOptions(sparsity=0.3, ffn=recipe.ffn)
+    assert (recipe.calibration.source, recipe.calibration.num_samples, recipe.calibration.seqlen) == (
+        "builtin",
+        128,
+        2048,
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "adaptive", "pca", "iter_pca"),
+    [
+        ("intraslice", True, True, True),
+        ("ada-h-pca-a", True, True, False),
+        ("ada-h", True, False, False),
+        ("naive", False, False, False),
+    ],
+)
+def test_presets_are_the_ablations(method: str, adaptive: bool, pca: bool, iter_pca: bool):
+    options = load_recipe(None, {**BASE, "method": method}).method_options()
+    assert options.attention.adaptive_heads is adaptive
+    assert options.allocation.pca_attention is pca
+    assert options.allocation.pca_ffn is pca
+    assert options.ffn.iter_pca is iter_pca
+
+
+def test_presets_name_existing_options():
+    for name in METHODS:
+        load_recipe(None, {**BASE, "method": name})
+
+
+def test_later_sources_win(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: from-file\nsparsity: 0.1\nmethod: naive\n"
+        "attention: {adaptive_heads: true}\ncalibration: {seed: 1, num_samples: 2}\n"
+    )
+    alone = load_recipe(path)
+    assert (alone.model, alone.sparsity, alone.attention.adaptive_heads) == ("from-file", 0.1, True)
+    # The preset still gives what the file leaves out.
+    assert alone.allocation.pca_ffn is False
+    flags = {"sparsity": "0.2", "calibration.seed": 5, "calibration.num_samples": None}
+    merged = load_recipe(path, flags, ["calibration.seed=7", "ffn.iter_pca_lr=1e-4"])
+    assert (merged.sparsity, merged.calibration.seed, merged.calibration.num_samples) == (0.2, 7, 2)
+    assert merged.ffn.iter_pca_lr == 1e-4
+
+
+def test_yaml_and_json_round_trip(tmp_path: Path):
+    recipe = load_recipe(None, {**BASE, "method": "ada-h", "calibration.text_field": "body"})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    assert load_recipe(path) == recipe
+    assert Recipe.model_validate(recipe.to_dict()) == recipe
+
+
+def test_set_reaches_every_option():
+    flat = yaml.safe_load(load_recipe(None, BASE).to_yaml())
+    names = {
+        f"{section}.{name}" if isinstance(value, dict) else section
+        for section, value in flat.items()
+        for name in (value if isinstance(value, dict) else [""])
+    }
+    assert set(option_names()) == names
+
+
+@pytest.mark.parametrize("value", [0.95, 1, -0.1, "nan", "inf", "a lot"])
+def test_sparsity_out_of_range(value: object):
+    assert "[0, 0.95)" in message({"sparsity": value})
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 0.9499, "0.5"])
+def test_sparsity_in_range(value: float):
+    assert load_recipe(None, {**BASE, "sparsity": value}).sparsity == float(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("allocation.ffn_bias", 0),
+        ("allocation.max_block_sparsity", 1),
+        ("allocation.max_block_sparsity", 0),
+        ("attention.min_head_fraction", 1.1),
+        ("attention.head_multiple", 3),
+        ("attention.damping", 0),
+        ("ffn.damping", -1),
+        ("ffn.ffn_multiple", 0),
+        ("ffn.iter_pca_rounds", 0),
+        ("calibration.num_samples", 0),
+        ("calibration.seqlen", 1),
+        ("calibration.seed", -1),
+        ("run.batch_tokens", 0),
+    ],
+)
+def test_out_of_range_options_are_named(name: str, value: float):
+    text = message(sets=(f"{name}={value}",))
+    assert name in text and str(value) in text
+
+
+@pytest.mark.parametrize(
+    ("sets", "expected"),
+    [
+        ("ffn.iterpca=true", "'ffn.iter_pca'"),
+        ("iter_pca=true", "'ffn.iter_pca'"),
+        ("calibration.sedd=1", "'calibration.seed'"),
+        ("sparsty=0.2", "'sparsity'"),
+    ],
+)
+def test_unknown_option_has_nearest_match(sets: str, expected: str):
+    assert f"Did you mean {expected}?" in message(sets=(sets,))
+
+
+def test_unknown_method_has_nearest_match():
+    assert "Did you mean 'intraslice'?" in message({"method": "intraslce"})
+
+
+def test_unknown_name_in_file(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("calibration:\n  num_sample: 3\n")
+    assert "Did you mean 'calibration.num_samples'?" in message(path=path)
+    path.write_text("calibraton:\n  num_samples: 3\n")
+    assert "unknown option 'calibraton'" in message(path=path)
+
+
+@pytest.mark.parametrize(
+    ("sets", "expected"),
+    [
+        ("ffn.damping=much", "ffn.damping"),
+        ("run.dtype=int8", "'bfloat16'"),
+        ("allocation.name=random", "'mask_gradient'"),
+        ("calibration.num_samples=1.5", "calibration.num_samples"),
+        ("ffn.damping", "name=value"),
+        ("ffn.damping=[", "ffn.damping"),
+    ],
+)
+def test_wrong_values(sets: str, expected: str):
+    assert expected in message(sets=(sets,))
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "just text", "a: [", "ffn: 3\n"])
+def test_files_that_are_no_recipe(tmp_path: Path, content: str):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    assert "recipe" in message(path=path)
+
+
+def test_missing_file_and_missing_values(tmp_path: Path):
+    assert "cannot be read" in message(path=tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="no model"):
+        load_recipe(None, {"sparsity": 0.3})
+    with pytest.raises(RecipeError, match="no sparsity"):
+        load_recipe(None, {"model": "m"})
+
+
+def test_checked_without_torch():
+    code = "import sys, intraslice.recipe; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
