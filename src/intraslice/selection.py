@@ -162,7 +162,7 @@ def round_widths(sum_widths: float, head_dim: int, multiple: int) -> tuple[int, 
         (qk_head_dim, v_head_dim) with a sum as near as possible to the wanted one; an odd step goes to the value
         side, where a dimension is a principal component, unless it is full.
     """
-    steps = [width for width in range(multiple, head_dim, multiple)] + [head_dim]
+    steps = [*range(multiple, head_dim, multiple), head_dim]
     pairs = [(qk, v) for i, qk in enumerate(steps) for v in steps[i : i + 2]]
     return min(pairs, key=lambda pair: (abs(sum(pair) - sum_widths), pair[1] - pair[0]))
 
@@ -175,9 +175,8 @@ def round_to_multiple(value: float, multiple: int, low: int, high: int) -> int:
     """
     if low > high:
         raise BudgetError(f"no width between {low} and {high} exists; lower ffn_multiple or head_multiple.")
-    if value >= high - multiple / 2 and abs(high - value) <= abs(round(value / multiple) * multiple - value):
-        return high
-    return int(min(high // multiple * multiple, max(-(-low // multiple) * multiple, round(value / multiple) * multiple)))
+    steps = [*range(-(-low // multiple) * multiple, high, multiple), high]
+    return min(steps, key=lambda width: abs(width - value))
 
 
 def top_indices(scores_C: Tensor, count: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from intraslice.options import MethodOptions, RunOptions
 from intraslice.placement import Placement, dtype_name
 from intraslice.progress import Progress
 from intraslice.result import RESULT_FILE, LayerRecord, PruneResult
-from intraslice.runtime.configuration_intraslice import LayerShape, pruned_config
+from intraslice.runtime.configuration_intraslice import pruned_config
 
 
 def prune_checkpoint(
@@ -95,7 +95,11 @@ def prune_checkpoint(
     layers_seconds = time.monotonic() - started - allocation_seconds
 
     config = pruned_config(
-        checkpoint.config, checkpoint.spec, [record.shape for record in work.records], method_name, recipe
+        checkpoint.config,
+        checkpoint.spec,
+        [record.shape for record in work.records],
+        method=method_name,
+        recipe=recipe,
     )
     config.dtype = placement.save_dtype
     rest = {name: tensor.to(placement.save_dtype) for name, tensor in checkpoint.load_rest().items()}
@@ -133,7 +137,7 @@ def prune_checkpoint(
         },
         peak_memory_bytes=placement.peak_memory_bytes(),
         calibration={
-            "source": calibration.source,
+            "name": calibration.source,
             "num_samples": tokens.shape[0],
             "seqlen": tokens.shape[1],
             "seed": calibration.seed,

@@ -1,0 +1,290 @@
+"""The engine on tiny models of every family, through the same function that the command calls."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import intraslice  # noqa: F401 - registers the pruned classes
+from intraslice.calibration import Calibration
+from intraslice.checkpoint.source import open_checkpoint
+from intraslice.engine.run import prune_checkpoint
+from intraslice.errors import NumericalError, OutputError, ResumeMismatchError
+from intraslice.options import AllocationOptions, AttentionOptions, FFNOptions, MethodOptions, RunOptions
+from intraslice.progress import SilentProgress
+from intraslice.result import PruneResult
+from tiny import FAMILIES, VOCAB_SIZE, make_tiny
+
+SMALL = AttentionOptions(head_multiple=2), FFNOptions(ffn_multiple=1)
+
+
+def calibration(num: int = 8, seqlen: int = 32, seed: int = 0) -> Calibration:
+    generator = torch.Generator().manual_seed(seed)
+    # A walk over the vocabulary: neighbouring tokens are related, so the gradients mean something.
+    steps = torch.randint(0, 5, (num, seqlen), generator=generator)
+    tokens = (steps.cumsum(1) + torch.randint(0, VOCAB_SIZE, (num, 1), generator=generator)) % VOCAB_SIZE
+    return Calibration(tokens=tokens, source="walk", seed=seed, fingerprint=f"walk-{num}-{seqlen}-{seed}")
+
+
+def run(folder: Path, output: Path, sparsity: float = 0.3, **changes) -> PruneResult:
+    method = changes.pop("method", None) or MethodOptions(
+        sparsity=sparsity,
+        allocation=changes.pop("allocation", AllocationOptions()),
+        attention=changes.pop("attention", SMALL[0]),
+        ffn=changes.pop("ffn", SMALL[1]),
+    )
+    return prune_checkpoint(
+        open_checkpoint(str(folder)),
+        changes.pop("calibration", None) or calibration(),
+        method=method,
+        run=changes.pop("run", RunOptions(batch_tokens=64)),
+        output=output,
+        overwrite=changes.pop("overwrite", False),
+        resume=changes.pop("resume", False),
+        method_name="intraslice",
+        recipe={},
+        command="test",
+        progress=changes.pop("progress", SilentProgress()),
+    )
+
+
+def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(load_file(path))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prune_meets_the_budget_and_loads(family, tiny_folder, tmp_path):
+    folder, out = tiny_folder(family), tmp_path / "out"
+    result = run(folder, out)
+    assert abs(result.sparsity - 0.3) <= 0.005
+    stored = weights_of(out)
+    in_layers = sum(
+        tensor.numel()
+        for name, tensor in stored.items()
+        if "layers." in name and tensor.dim() == 2 and tensor.is_floating_point()
+    )
+    assert in_layers == result.pruned_layer_parameters == sum(record.num_parameters for record in result.layers)
+    assert sum(tensor.numel() for tensor in stored.values() if tensor.is_floating_point()) == result.pruned_parameters
+    assert PruneResult.load(out).to_dict() == result.to_dict()
+    assert not (tmp_path / "out.partial").exists()
+    tokens = calibration().tokens[:2]
+    assert torch.isfinite(logits(out, tokens)).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sparsity_zero_is_the_identity(family, tiny_folder, tmp_path):
+    folder, out = tiny_folder(family), tmp_path / "out"
+    result = run(folder, out, sparsity=0.0)
+    assert result.sparsity == 0.0
+    tokens = calibration().tokens[:2]
+    assert torch.allclose(logits(out, tokens), logits(folder, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_model_beats_removal_without_repair(family, tiny_folder, tmp_path):
+    """Reconstruction must lower the error of every block against plain removal (same shapes, same order)."""
+    folder = tiny_folder(family)
+    uniform = AllocationOptions(name="uniform")
+    repaired = run(folder, tmp_path / "a", allocation=uniform)
+    plain = run(
+        folder,
+        tmp_path / "b",
+        allocation=uniform,
+        attention=AttentionOptions(head_multiple=2, reconstruct=False),
+        ffn=FFNOptions(ffn_multiple=1, reconstruct=False),
+    )
+    first, bare = repaired.layers[0], plain.layers[0]
+    assert first.shape.heads_per_kv == bare.shape.heads_per_kv
+    assert first.attention_error <= bare.attention_error + 1e-9
+    assert first.ffn_error < bare.ffn_error
+
+
+def test_streaming_gives_the_gradients_of_the_whole_model(tiny_folder, tmp_path):
+    """Mask gradients of the layer-streamed pass equal autograd through the resident model."""
+    from intraslice.engine.model import StreamedModel
+    from intraslice.engine.scan import scan_mask_gradients
+    from intraslice.placement import Placement
+
+    folder = make_tiny("llama", tmp_path / "m", dtype=torch.float64)
+    checkpoint = open_checkpoint(str(folder))
+    model = StreamedModel(checkpoint, Placement.choose("cpu", "auto", torch.float64))
+    tokens = calibration(4, 16).tokens
+    scores = scan_mask_gradients(
+        model,
+        tokens,
+        batch=1,
+        boundary_bytes=1,  # one batch a chunk
+        num_ffn_blocks=8,
+        save_path=tmp_path / "scan.safetensors",
+        progress=SilentProgress(),
+    )
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    masks: dict[str, torch.Tensor] = {}
+
+    def masked(name: str, width: int):
+        masks[name] = torch.ones(width, dtype=torch.float64, requires_grad=True)
+        return lambda module, inputs: (inputs[0] * masks[name],)
+
+    for index, layer in enumerate(stock.model.layers):
+        layer.self_attn.o_proj.register_forward_pre_hook(masked(f"context{index}", 32))
+        layer.mlp.down_proj.register_forward_pre_hook(masked(f"act{index}", 64))
+    for sequence in range(4):
+        row = tokens[sequence : sequence + 1]
+        loss = stock(row, labels=row).loss
+        grads = dict(zip(masks, torch.autograd.grad(loss, list(masks.values())), strict=True))
+        for index in range(3):
+            assert torch.allclose(scores.context_grad[index][sequence], grads[f"context{index}"], rtol=1e-4, atol=1e-7)
+            assert torch.allclose(scores.act_grad[index][sequence], grads[f"act{index}"], rtol=1e-4, atol=1e-7)
+
+
+def test_chunks_and_disk_change_nothing(tiny_folder, tmp_path):
+    folder = tiny_folder("llama")
+    run(folder, tmp_path / "a")
+    run(folder, tmp_path / "b", run=RunOptions(batch_tokens=64, boundary_bytes=1, hidden_states="disk"))
+    first, second = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_same_seed_gives_the_same_bytes(tiny_folder, tmp_path):
+    folder = tiny_folder("qwen2")
+    for name in ("a", "b"):
+        run(folder, tmp_path / name, ffn=FFNOptions(ffn_multiple=1, iter_pca=True))
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+class _StopAt(SilentProgress):
+    """Interrupts the run like Ctrl-C when a step has advanced so far."""
+
+    def __init__(self, description: str, units: int) -> None:
+        self.description, self.left = description, units
+
+    def step(self, description: str, total: int):
+        from contextlib import contextmanager
+
+        @contextmanager
+        def stepping():
+            def advance(units: int) -> None:
+                if description == self.description:
+                    self.left -= units
+                    if self.left < 0:
+                        raise KeyboardInterrupt
+
+            yield advance
+
+        return stepping()
+
+
+@pytest.mark.parametrize("step,units", [("layers", 0), ("layers", 1), ("mask gradients", 20), ("mask gradients", 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_interrupted_run_resumes_with_the_same_result(step, units, dtype, tmp_path):
+    folder = make_tiny("llama", tmp_path / "m", dtype=dtype)
+    options = RunOptions(batch_tokens=64, boundary_bytes=1)
+    run(folder, tmp_path / "whole", run=options)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "out", run=options, progress=_StopAt(step, units))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OutputError, match="--resume"):
+        run(folder, tmp_path / "out", run=options)
+    run(folder, tmp_path / "out", run=options, resume=True)
+    whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "out")
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+@pytest.mark.parametrize(
+    "changes,field",
+    [
+        ({"sparsity": 0.4}, "method.sparsity"),
+        ({"attention": AttentionOptions(head_multiple=2, damping=0.5)}, "method.attention.damping"),
+        ({"calibration": calibration(seed=1)}, "calibration"),
+    ],
+)
+def test_resume_with_something_else_says_which_field(changes, field, tiny_folder, tmp_path):
+    folder, out = tiny_folder("llama"), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, out, progress=_StopAt("layers", 0))
+    with pytest.raises(ResumeMismatchError, match=field):
+        run(folder, out, resume=True, **changes)
+    run(folder, out, overwrite=True, **changes)  # starting again is always possible
+
+
+def test_resume_with_another_model_is_refused(tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_folder("llama"), out, progress=_StopAt("layers", 0))
+    with pytest.raises(ResumeMismatchError, match="model"):
+        run(tiny_folder("llama", seed=5), out, resume=True)
+
+
+@pytest.mark.parametrize(
+    "name,method",
+    [
+        ("naive", {"attention": AttentionOptions(adaptive_heads=False)}),
+        ("uniform groups", {"attention": AttentionOptions(head_multiple=2, groups="uniform")}),
+        ("uniform", {"allocation": AllocationOptions(name="uniform")}),
+        ("no pca", {"allocation": AllocationOptions(pca_attention=False, pca_ffn=False)}),
+        ("bias", {"allocation": AllocationOptions(ffn_bias=0.9)}),
+        ("iter", {"ffn": FFNOptions(ffn_multiple=1, iter_pca=True, iter_pca_fraction=0.5)}),
+    ],
+)
+def test_every_setting_meets_the_budget(name, method, tiny_folder, tmp_path):
+    # Sixteen heads: whole heads are then fine enough to land on the budget.
+    folder = tiny_folder("llama", num_attention_heads=16, num_key_value_heads=8, head_dim=4, hidden_size=64)
+    result = run(folder, tmp_path / "out", **method)
+    assert abs(result.sparsity - 0.3) <= 0.005
+    if name == "uniform groups":
+        assert all(len(set(record.shape.heads_per_kv)) == 1 for record in result.layers)
+    if name == "naive":
+        assert all(record.shape.v_head_dim == 4 for record in result.layers)
+    if name == "iter":
+        assert sum(record.iter_pca for record in result.layers) == 2
+
+
+def test_half_precision_checkpoint_stays_half_and_statistics_do_not(tmp_path):
+    folder = make_tiny("llama", tmp_path / "m", dtype=torch.bfloat16)
+    result = run(folder, tmp_path / "out")
+    assert result.dtype == "bfloat16"
+    assert {tensor.dtype for tensor in weights_of(tmp_path / "out").values()} <= {torch.bfloat16, torch.int64}
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_nan_activations_name_the_layer(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = make_tiny("llama", tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    # Finite weights whose products overflow float32 in the FFN of layer 1.
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1e38
+    weights["model.layers.1.mlp.gate_proj.weight"] *= 1e38
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericalError, match="layer 1"):
+        run(folder, tmp_path / "out", allocation=AllocationOptions(name="uniform"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_output_is_kept_unless_overwrite(tiny_folder, tmp_path):
+    folder, out = tiny_folder("llama"), tmp_path / "out"
+    run(folder, out)
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(OutputError, match="overwrite"):
+        run(folder, out, sparsity=0.5)
+    assert (out / "model.safetensors").read_bytes() == before
+    run(folder, out, sparsity=0.5, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() != before
