@@ -32,7 +32,7 @@ rm -rf "$root/build"
 export PATH="$venv/bin:$PATH"
 mkdir -p "$out"
 # The repository's own texts: not among what the model is calibrated on.
-cat "$root/README.md" "$root"/docs/*.md >"$out/held-out.txt"
+find "$root/README.md" "$root/docs" -name '*.md' -exec cat {} + >"$out/held-out.txt"
 
 step "prune $model at 30 %, calibrated on the text built into Python (32 sequences of 512 tokens)"
 intraslice prune "$model" -o "$pruned" --sparsity 0.3 --num-samples 32 --seqlen 512 --overwrite

@@ -28,6 +28,7 @@ app = typer.Typer(
     help="Prune Hugging Face language models to smaller dense checkpoints that load everywhere.",
     add_completion=False,
     no_args_is_help=True,
+    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("prune")(prune.prune)
