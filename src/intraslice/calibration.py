@@ -137,11 +137,9 @@ def _sample(
     from transformers import AutoModelForCausalLM
 
     place = choose_device(device)
-    model = (
-        AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", use_safetensors=True)
-        .to(place)
-        .eval()
-    )
+    # The stubs do not know that a loaded model moves like any module.
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", use_safetensors=True)
+    model = model.to(place).eval()
     generator = torch.Generator().manual_seed(seed)
     start = _first_tokens(tokenizer, model.config.vocab_size, num_samples, generator)  # [N, 1]
     batch = _batch_size(model.config, model.dtype.itemsize, seqlen)

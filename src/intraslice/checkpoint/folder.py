@@ -68,7 +68,8 @@ def read_config(folder: Path, name: str) -> Any:
             f"supported: {', '.join(FAMILIES)}"
         )
     if data.get("quantization_config"):
-        method = data["quantization_config"].get("quant_method", "unknown method")
+        settings = data["quantization_config"]
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
         raise UnsupportedModelError(
             f"{name!r} is quantised ({method}); give the model in float32, bfloat16 or float16"
         )

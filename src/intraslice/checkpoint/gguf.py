@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from intraslice.checkpoint.folder import one_line
-from intraslice.checkpoint.reader import OUTPUT_EMBEDDING
+from intraslice.checkpoint.reader import OUTPUT_EMBEDDING, build_skeleton
 from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot, writing
 from intraslice.checkpoint.writer import plan_shards, shard_names, write_index
 from intraslice.errors import CheckpointError, MissingExtraError, UnsupportedModelError
@@ -90,7 +90,7 @@ def convert_gguf(path: Path, *, name: str | None = None, progress: Progress | No
 
 
 def _convert(reader: Any, path: Path, name: str, folder: Path, progress: Progress) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
@@ -98,8 +98,7 @@ def _convert(reader: Any, path: Path, name: str, folder: Path, progress: Progres
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"config or tokenizer of {name!r} cannot be read: {one_line(error)}") from error
     _complete_config(config, reader, name)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = build_skeleton(config, name, torch.float32)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop(OUTPUT_EMBEDDING, None)

@@ -60,7 +60,9 @@ class Checkpoint:
         self._tensors = tensors
         self._check_against_config()
         matrices = [
-            t.dtype for key, t in tensors.items() if key.startswith(spec.layers) and len(t.shape) == 2
+            tensor.dtype
+            for key, tensor in self._tensors.items()
+            if key.startswith(spec.layers) and len(tensor.shape) == 2
         ]
         self.dtype: torch.dtype = DTYPES[Counter(matrices).most_common(1)[0][0]]
 
@@ -106,12 +108,7 @@ class Checkpoint:
 
     def skeleton(self, dtype: torch.dtype | None = None) -> Any:
         """Return the stock causal language model without weights (meta device, sdpa attention)."""
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                self.config, attn_implementation="sdpa", dtype=dtype or self.config.dtype or torch.float32
-            )
+        return build_skeleton(self.config, self.name, dtype or self.config.dtype or torch.float32)
 
     def load_tokenizer(self) -> Any:
         """Return the tokenizer of the model.
@@ -171,14 +168,7 @@ class Checkpoint:
         return tensor
 
     def _check_against_config(self) -> None:
-        try:
-            skeleton = self.skeleton()
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-            # Values that only a model finds impossible, such as an unknown activation.
-            raise CheckpointError(
-                f"config.json of {self.name!r} is not valid: {type(error).__name__} {one_line(error)}"
-            ) from error
-        expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in self.skeleton().state_dict().items()}
         tensors = self._tensors
         if not any(name in expected for name in tensors):
             # Saved from the class without a head: the names lack the attribute of the body.
@@ -244,6 +234,24 @@ def open_folder(folder: Path, *, name: str | None = None, trust_remote_code: boo
     return Checkpoint(
         name, folder, config, FAMILIES[config.model_type], tensors, trust_remote_code=trust_remote_code
     )
+
+
+def build_skeleton(config: Any, name: str, dtype: torch.dtype) -> Any:
+    """Return the stock causal language model of a config without weights (meta device, sdpa attention).
+
+    Raises:
+        CheckpointError: no model can have such a config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    # Values that only a model finds impossible, such as an unknown activation.
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
+        raise CheckpointError(
+            f"config.json of {name!r} is not valid: {type(error).__name__} {one_line(error)}"
+        ) from error
 
 
 def _plain_config(config: Any) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def resolve_model(
 
     progress = progress or SilentProgress()
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     if path.is_file():
         if path.suffix.lower() != ".gguf":

@@ -1,0 +1,280 @@
+"""GGUF files written here with gguf's own writer, the way llama.cpp stores these architectures."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from intraslice.checkpoint.gguf import cache_folder, convert_gguf
+from intraslice.checkpoint.reader import open_folder
+from intraslice.checkpoint.source import open_checkpoint
+from intraslice.errors import CheckpointError, MissingExtraError, OutputError, UnsupportedModelError
+from tiny import tiny_model, tiny_tokenizer
+
+gguf = pytest.importorskip("gguf")
+
+Q8_0, F16, F32 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32
+
+
+def interleave_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Order the rows of query and key as llama.cpp does: the two channels of a rotary pair side by side."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1)
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def write_gguf(
+    path: Path,
+    family: str,
+    quantization: Any = F32,
+    *,
+    fields: dict[str, Any] | None = None,
+    extra: dict[str, torch.Tensor] | None = None,
+    left_out: str = "",
+    **overrides: Any,
+) -> torch.nn.Module:
+    model = tiny_model(family, **overrides)
+    config = model.config
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_name(f"Tiny {family}")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    if family == "llama":
+        writer.add_rope_dimension_count(config.head_dim)
+    for key, value in (fields or {}).items():
+        add = writer.add_string if isinstance(value, str) else writer.add_uint32
+        add(f"{family}.{key}", value)
+
+    tokenizer = tiny_tokenizer()
+    texts = [tokenizer.convert_ids_to_tokens(index) for index in range(len(tokenizer))]
+    texts.append("th")
+    texts += [f"<unused{index}>" for index in range(config.vocab_size - len(texts))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(texts)
+    writer.add_token_types([1] * 256 + [3] * 3 + [1] * (config.vocab_size - 259))
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_pad_token_id(config.pad_token_id)
+
+    number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == family)
+    names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    state = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight")
+    for name, tensor in state.items():
+        stem, suffix = name.rsplit(".", 1)
+        target = f"{names.get_name(stem)}.{suffix}"
+        if target == left_out:
+            continue
+        if family == "llama" and stem.endswith(("q_proj", "k_proj")):
+            is_query = stem.endswith("q_proj")
+            heads = config.num_attention_heads if is_query else config.num_key_value_heads
+            tensor = interleave_pairs(tensor, heads)
+        kind = quantization if tensor.dim() == 2 else F32
+        writer.add_tensor(target, gguf.quantize(tensor.numpy(), kind), raw_dtype=kind)
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def one_sentence(caught: pytest.ExceptionInfo[Exception], *words: str) -> None:
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400
+    for word in words:
+        assert word in message
+
+
+def nothing_left() -> bool:
+    folder = cache_folder()
+    return not folder.exists() or list(folder.iterdir()) == []
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTRASLICE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("quantization", [F32, F16, Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_conversion_equals_transformers_bit_for_bit(tmp_path: Path, family: str, quantization: Any) -> None:
+    path = tmp_path / "model.gguf"
+    dense = write_gguf(path, family, quantization)
+    checkpoint = open_checkpoint(str(path))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint.folder)
+
+    assert checkpoint.name == str(path)
+    assert checkpoint.dtype == torch.float32
+    assert checkpoint.spec.name == family
+    assert getattr(checkpoint.config, "quantization_config", None) is None
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.equal(loaded(tokens).logits, reference(tokens).logits)
+        if quantization is F32:
+            assert torch.equal(loaded(tokens).logits, dense(tokens).logits)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    expected = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    assert tokenizer("the cat")["input_ids"] == expected("the cat")["input_ids"]
+
+
+def test_fused_phi3(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    dense = write_gguf(path, "phi3", fields={"attention.sliding_window": 64})
+    checkpoint = open_checkpoint(str(path))
+    assert checkpoint.config.sliding_window == 64
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint.folder)
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    dense = write_gguf(path, "llama", tie_word_embeddings=True)
+    checkpoint = open_checkpoint(str(path))
+    assert checkpoint.tied
+    assert torch.equal(
+        checkpoint.load_rest()["model.embed_tokens.weight"], dense.state_dict()["lm_head.weight"]
+    )
+
+
+def test_many_row_blocks_give_the_same_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "llama", Q8_0)
+    whole = open_folder(convert_gguf(path))
+    monkeypatch.setattr("intraslice.checkpoint.gguf._CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr("intraslice.checkpoint.gguf._SHARD_BYTES", 30_000)
+    monkeypatch.setenv("INTRASLICE_CACHE", str(tmp_path / "other"))
+    pieces = open_folder(convert_gguf(path))
+    assert (pieces.folder / "model.safetensors.index.json").exists()
+    assert pieces.fingerprint() == whole.fingerprint()
+    assert all(torch.equal(pieces.load_layer(1)[name], t) for name, t in whole.load_layer(1).items())
+
+
+def test_converted_once_and_again_when_the_content_changes(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "llama")
+    first = convert_gguf(path)
+    written = (first / "model.safetensors").stat().st_mtime_ns
+    renamed = path.rename(tmp_path / "renamed.gguf")
+    assert convert_gguf(renamed) == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == written
+    write_gguf(path, "llama", seed=1)
+    assert convert_gguf(path) != first
+    assert len(list(cache_folder().iterdir())) == 2
+
+
+def test_leftovers_of_killed_conversions_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "llama")
+    old, fresh = cache_folder() / "a.partial-1", cache_folder() / "b.partial-2"
+    old.mkdir(parents=True)
+    fresh.mkdir()
+    os.utime(old, (0, 0))
+    convert_gguf(path)
+    assert not old.exists() and fresh.exists()
+
+
+@pytest.mark.parametrize("kept", [0, 3, 40, 3000, -1, -50_000])
+def test_truncated_file(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "llama")
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(str(path))
+    one_sentence(caught, "truncated or corrupt")
+    assert nothing_left()
+
+
+def test_a_file_that_only_has_the_name(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"<html>not found</html>" * 100)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(str(path))
+    one_sentence(caught, "truncated or corrupt")
+
+
+def test_unsupported_architecture(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "gemma")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModelError) as caught:
+        open_checkpoint(str(path))
+    one_sentence(caught, "gemma", "llama, qwen2, phi3")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"left_out": "blk.1.ffn_up.weight"}, "no tensor for 'model.layers.1.mlp.up_proj.weight'"),
+        ({"extra": {"rope_freqs.weight": torch.ones(4)}}, "rope_freqs.weight"),
+        ({"fields": {"rope.scaling.type": "yarn"}}, "scales its rotary embedding (yarn)"),
+    ],
+)
+def test_what_a_conversion_would_lose_is_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "llama", **options)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(str(path))
+    one_sentence(caught, words)
+    assert nothing_left()
+
+
+def test_partial_rotation_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "phi3", fields={"rope.dimension_count": 6})
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(str(path))
+    one_sentence(caught, "rotates 6 of 8")
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "llama")
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OutputError, match="the disk is full"):
+        open_checkpoint(str(path))
+    assert nothing_left()
+
+
+def test_without_the_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "llama")
+    real_import = builtins.__import__
+
+    def no_gguf(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "gguf":
+            raise ImportError(name)
+        return real_import(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", no_gguf)
+    with pytest.raises(MissingExtraError) as caught:
+        open_checkpoint(str(path))
+    one_sentence(caught, "intraslice[gguf]")

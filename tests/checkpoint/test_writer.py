@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from intraslice.checkpoint.reader import open_folder
+from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot, read_slots
+from intraslice.checkpoint.writer import (
+    assemble,
+    check_output,
+    publish,
+    save_side_files,
+    write_tensors,
+    write_text,
+)
+from intraslice.errors import OutputError
+from intraslice.runtime import RUNTIME_FILES
+
+Folder = Callable[..., Path]
+
+TENSORS = {
+    "a.bias": torch.arange(3, dtype=torch.float16),
+    "a.weight": torch.arange(6.0).reshape(2, 3),
+    "rope_index": torch.tensor([[0, 2], [1, 3]]),
+    "flag": torch.tensor([True, False, True]),
+    "half": torch.ones(5, dtype=torch.bfloat16),
+    "scalar": torch.tensor(2.5, dtype=torch.float64),
+    "nothing": torch.empty(0, 4),
+}
+
+
+def write_layers(folder: Path, checkpoint_folder: Path) -> tuple[list[Path], list[str]]:
+    checkpoint = open_folder(checkpoint_folder)
+    files, prefixes = [], []
+    for index in range(checkpoint.num_layers):
+        files.append(folder / f"{index:05d}.safetensors")
+        prefixes.append(checkpoint.layer_prefix(index))
+        write_tensors(files[-1], checkpoint.load_layer(index))
+    return files, prefixes
+
+
+def test_other_readers_read_what_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.safetensors"
+    nbytes = write_tensors(path, TENSORS)
+    assert path.stat().st_size == nbytes
+    loaded = load_file(path)
+    assert loaded.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert read_slots(path)["a.weight"] == TensorSlot(torch.float32, (2, 3))
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.safetensors"]
+
+
+def test_views_are_written_as_they_look(tmp_path: Path) -> None:
+    matrix = torch.arange(12.0).reshape(3, 4)
+    write_tensors(tmp_path / "f.safetensors", {"t": matrix.T, "part": matrix[:, 1:3]})
+    loaded = load_file(tmp_path / "f.safetensors")
+    assert torch.equal(loaded["t"], matrix.T)
+    assert torch.equal(loaded["part"], matrix[:, 1:3])
+
+
+def test_every_tensor_is_aligned_to_its_dtype(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    write_tensors(path, TENSORS)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    for name, tensor in TENSORS.items():
+        assert (8 + length + header[name]["data_offsets"][0]) % tensor.dtype.itemsize == 0
+
+
+@pytest.mark.parametrize("max_shard_bytes", [1, 40_000, 1 << 30])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_assembled_layers_are_the_model_again(
+    tiny_folder: Folder, tmp_path: Path, family: str, max_shard_bytes: int
+) -> None:
+    source = tiny_folder(family)
+    checkpoint = open_folder(source)
+    files, prefixes = write_layers(tmp_path / "layers", source)
+    out = tmp_path / "out"
+
+    nbytes = assemble(out, files, prefixes, checkpoint.load_rest(), max_shard_bytes)
+    save_side_files(out, checkpoint.config, source)
+
+    shards = sorted(out.glob("*.safetensors"))
+    assert sum(path.stat().st_size for path in shards) == nbytes
+    assert (out / "model.safetensors.index.json").exists() == (len(shards) > 1)
+    if max_shard_bytes == 40_000:
+        # A header comes on top of the tensors.
+        assert len(shards) > 2 and all(path.stat().st_size < 42_000 for path in shards)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    again = AutoModelForCausalLM.from_pretrained(out)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert open_folder(out).fingerprint() == checkpoint.fingerprint()
+    assert AutoTokenizer.from_pretrained(out)("abc") == AutoTokenizer.from_pretrained(source)("abc")
+
+
+def test_side_files(make_folder: Folder, tmp_path: Path) -> None:
+    source = make_folder("llama")
+    (source / "LICENSE.txt").write_text("terms")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "notes.py").write_text("raise SystemExit")
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 10], "do_sample": True}))
+    out = tmp_path / "out"
+    save_side_files(out, open_folder(source).config, source)
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE.txt"} < names
+    assert {"chat_template.jinja", *(Path(path).name for path in RUNTIME_FILES)} < names
+    assert "notes.py" not in names
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [257, 10]
+    (source / "generation_config.json").unlink()
+    save_side_files(out, open_folder(source).config, source)
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 257
+
+
+# Nothing half-written under a final name, and nothing left behind.
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_full_disk_leaves_no_tensor_file(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="the disk is full"):
+        write_tensors(tmp_path / "f.safetensors", TENSORS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_full_disk_leaves_no_text_file(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="the disk is full"):
+        write_text(tmp_path / "result.json", "{}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_keeps_the_file_of_before(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    write_tensors(tmp_path / "f.safetensors", {"a": torch.ones(2)})
+    request.getfixturevalue("full_disk")
+    with pytest.raises(OutputError):
+        write_tensors(tmp_path / "f.safetensors", {"a": torch.zeros(2)})
+    assert torch.equal(load_file(tmp_path / "f.safetensors")["a"], torch.ones(2))
+
+
+def test_a_limit_met_in_the_middle_of_a_tensor(tmp_path: Path) -> None:
+    # A real refusal of the operating system, not a patched one: files may not grow beyond 64 KiB.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(OutputError) as caught:
+            write_tensors(tmp_path / "f.safetensors", {"a": torch.ones(1 << 16)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write" in str(caught.value) and "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_leaves_no_file(tmp_path: Path) -> None:
+    slots = {"a": TensorSlot(torch.float32, (2,)), "b": TensorSlot(torch.float32, (2,))}
+    with pytest.raises(KeyboardInterrupt), TensorFile(tmp_path / "f.safetensors", slots) as file:
+        file.write("a", torch.ones(2))
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_assemble_on_a_full_disk_says_so(
+    tiny_folder: Folder, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source = tiny_folder("llama")
+    files, prefixes = write_layers(tmp_path / "layers", source)
+    rest = open_folder(source).load_rest()
+    request.getfixturevalue("full_disk")
+    with pytest.raises(OutputError, match="the disk is full"):
+        assemble(tmp_path / "out", files, prefixes, rest, 40_000)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        write_tensors(tmp_path / "file" / "f.safetensors", TENSORS)
+
+
+# The output folder.
+
+
+def make_checkpoint(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(text)
+    return folder
+
+
+def test_publish_gives_the_final_name(tmp_path: Path) -> None:
+    temp = make_checkpoint(tmp_path / "out.partial", "new")
+    publish(temp, tmp_path / "models" / "out", overwrite=False)
+    assert (tmp_path / "models" / "out" / "config.json").read_text() == "new"
+    assert not temp.exists()
+
+
+def test_publish_replaces_a_checkpoint_only_when_told(tmp_path: Path) -> None:
+    temp = make_checkpoint(tmp_path / "temp", "new")
+    out = make_checkpoint(tmp_path / "out", "old")
+    (out / "old_file").write_text("")
+    with pytest.raises(OutputError, match="already exists"):
+        publish(temp, out, overwrite=False)
+    assert (out / "config.json").read_text() == "old"
+    publish(temp, out, overwrite=True)
+    assert (out / "config.json").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (out / "old_file").exists()
+
+
+def test_publish_puts_the_old_checkpoint_back_when_the_rename_fails(tmp_path: Path) -> None:
+    out = make_checkpoint(tmp_path / "out", "old")
+    with pytest.raises(OutputError, match="cannot write"):
+        publish(tmp_path / "missing", out, overwrite=True)
+    assert (out / "config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_existing_output_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="already exists.*--overwrite"):
+        check_output(tmp_path, overwrite=False)
+    check_output(tmp_path / "new" / "folder", overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_checkpoints_are_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(OutputError, match="not a checkpoint"):
+        check_output(tmp_path, overwrite=True)
+    with pytest.raises(OutputError, match="not a checkpoint"):
+        check_output(tmp_path / "thesis.tex", overwrite=True)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    check_output(empty, overwrite=True)
+
+
+def test_the_model_itself_is_never_the_output(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", "{}")
+    link = tmp_path / "link"
+    link.symlink_to(model)
+    with pytest.raises(OutputError, match="the model itself"):
+        check_output(link, overwrite=True, source=model)
+
+
+def test_a_place_that_cannot_be_written_is_refused_early(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="not a writable folder"):
+        check_output(tmp_path / "file" / "out", overwrite=False)
