@@ -21,13 +21,17 @@ def eigh_descending(moment_CC: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(-1).clamp_min(0.0), vectors.flip(-1)
 
 
-def ridge_solve(gram_PP: Tensor, cross_PM: Tensor, damping: float) -> Tensor:
-    """Solve (G + lambda I) W = B for W [P, M]; Paper: Eq. 6 and Eq. 8.
+def ridge_solve(gram_PP: Tensor, cross_PM: Tensor, damping: float, prior_PM: Tensor | None = None) -> Tensor:
+    """Return W [P, M] that minimises ||Y - Z W||^2 + lambda ||W - W_0||^2; Paper: Eq. 6 and Eq. 8 with W_0 = 0.
+
+    W = W_0 + (G + lambda I)^-1 (B - G W_0). With W_0 the weights that plain removal would leave, directions of
+    which the calibration tokens say little keep their weights instead of being shrunk to zero.
 
     Args:
-        gram_PP: second moment Z^T Z of the kept channels.
-        cross_PM: cross moment Z^T Y with the target.
+        gram_PP: second moment G = Z^T Z of the kept channels.
+        cross_PM: cross moment B = Z^T Y with the target.
         damping: lambda relative to the mean diagonal of the second moment.
+        prior_PM: W_0; None is zero.
 
     Raises:
         NumericalError: the system stays singular with a thousand times the damping.
@@ -35,14 +39,15 @@ def ridge_solve(gram_PP: Tensor, cross_PM: Tensor, damping: float) -> Tensor:
     scale = gram_PP.diagonal().mean()
     if not torch.isfinite(scale) or not torch.isfinite(cross_PM).all():
         raise NumericalError("the second moments of the activations contain NaN or infinite values.")
+    prior = torch.zeros_like(cross_PM) if prior_PM is None else prior_PM
     if scale <= 0:
-        # Dead channels: nothing to reconstruct from, and the zero map is the least-squares answer.
-        return torch.zeros_like(cross_PM)
+        return prior  # dead channels: nothing to reconstruct from
+    missing = cross_PM - gram_PP @ prior
     identity = torch.eye(gram_PP.shape[0], dtype=gram_PP.dtype)
     for attempt in (damping, max(damping, 1e-6) * 1e3):
         factor, info = torch.linalg.cholesky_ex(gram_PP + attempt * scale * identity)
         if int(info) == 0:
-            return torch.cholesky_solve(cross_PM, factor)
+            return prior + torch.cholesky_solve(missing, factor)
         logger.warning("second moment is singular with damping %g; trying more", attempt)
     raise NumericalError(
         f"the ridge system of {gram_PP.shape[0]} channels cannot be solved with damping {damping}; raise it."

@@ -45,6 +45,9 @@ class AttentionOptions:
         head_multiple: kept head dimensions are a multiple of this (even, because of RoPE pairs).
         reconstruct: ridge regression into o_proj (Eq. 6); False only drops rows.
         damping: lambda of Eq. 6, relative to the mean diagonal of the second moment.
+        shrink_to: what lambda pulls the solution towards: "weights" (what plain removal would leave), or "zero"
+            (Eq. 6 to the letter).
+        normalize_tokens: weigh each token by 1 / ||h||^2 of its residual stream in the sums of the block.
         groups: "ragged" lets query heads of a kv head go one by one; "uniform" keeps one group size per layer.
     """
 
@@ -54,7 +57,9 @@ class AttentionOptions:
     min_head_fraction: float = 0.75
     head_multiple: int = 4
     reconstruct: bool = True
-    damping: float = 0.01
+    damping: float = 0.05
+    shrink_to: Literal["weights", "zero"] = "weights"
+    normalize_tokens: bool = False
     groups: Literal["ragged", "uniform"] = "ragged"
 
 
@@ -65,6 +70,8 @@ class FFNOptions:
     Attributes:
         reconstruct: ridge regression into down_proj (Eq. 8); False only drops columns.
         damping: lambda of Eq. 8, relative to the mean diagonal of the second moment.
+        shrink_to: "weights" or "zero", as for attention.
+        normalize_tokens: weigh each token by 1 / ||h||^2 of its residual stream in the sums of the block.
         ffn_multiple: kept channels are a multiple of this.
         iter_pca: progressive sliced iterative PCA (Eq. 7) in the layers that lose the most.
         iter_pca_fraction: the share of layers it is applied to, those with the highest FFN sparsity first.
@@ -77,7 +84,9 @@ class FFNOptions:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
     reconstruct: bool = True
-    damping: float = 0.01
+    damping: float = 0.1
+    shrink_to: Literal["weights", "zero"] = "weights"
+    normalize_tokens: bool = False
     ffn_multiple: int = 8
     iter_pca: bool = False
     iter_pca_fraction: float = 0.1
@@ -112,6 +121,8 @@ class RunOptions:
         boundary_bytes: memory for the layer-boundary states of the gradient pass; smaller means more passes.
         hidden_states: "memory" or "disk" for the hidden states between layers.
         max_shard_bytes: largest weight file of the checkpoint.
+        scan_folder: keeps gradient passes, so that another sparsity or ablation of the same model, calibration and
+            batch size does not repeat them; "" keeps none.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
@@ -122,3 +133,4 @@ class RunOptions:
     boundary_bytes: int = 1 << 29
     hidden_states: Literal["memory", "disk"] = "memory"
     max_shard_bytes: int = 1 << 30
+    scan_folder: str = ""

@@ -65,7 +65,7 @@ def test_solve_value_is_pca_and_ridge_of_explicit_activations():
     x = _correlated(N, 3 * d, seed=3)
     target = x @ _random(3 * d, D, seed=5) + 0.1 * _random(N, D, seed=6)
     moments = ContextMoments(context=x.T @ x, target=x.T @ target, target_energy=float(target.square().sum()))
-    edit, error = solve_value(torch.zeros(D, 3 * d), per_kv, p, moments, AttentionOptions(damping=0.01))
+    edit, error = solve_value(torch.zeros(D, 3 * d), per_kv, p, moments, AttentionOptions(damping=0.01, shrink_to="zero"))
     heads = [x[:, h * d : (h + 1) * d] for h in range(3)]
     projected = []
     for kv, members in enumerate(((0, 1), (2,))):
@@ -191,7 +191,7 @@ def test_ffn_selection_and_ridge_equal_explicit_regression():
     assert torch.allclose(scores, explicit)
     channels = select_channels(moment, down, 10)
     assert set(channels.tolist()) == set(explicit.argsort(descending=True)[:10].tolist())
-    edit, error = solve_down(moment, down, channels, FFNOptions(damping=0.01))
+    edit, error = solve_down(moment, down, channels, FFNOptions(damping=0.01, shrink_to="zero"))
     target, kept = act @ down.T, act[:, channels]
     assert torch.allclose(edit.down_weight, ridge_solve(kept.T @ kept, kept.T @ target, 0.01).T, atol=1e-9)
     residual = (target - kept @ edit.down_weight.T).square().sum() / target.square().sum()

@@ -31,6 +31,16 @@ def test_ridge_equals_augmented_least_squares():
     assert torch.allclose(ridge_solve(gram, z.T @ y, damping), expected, atol=1e-10)
 
 
+def test_ridge_towards_a_prior_is_augmented_least_squares():
+    z, y, prior, damping = _random(40, 5), _random(40, 7, seed=1), _random(5, 7, seed=2), 0.3
+    gram = z.T @ z
+    root = (damping * gram.diagonal().mean()).sqrt()
+    stacked = torch.cat([z, root * torch.eye(5, dtype=z.dtype)])
+    expected = torch.linalg.lstsq(stacked, torch.cat([y, root * prior])).solution
+    assert torch.allclose(ridge_solve(gram, z.T @ y, damping, prior), expected, atol=1e-10)
+    assert torch.allclose(ridge_solve(gram, gram @ prior, damping, prior), prior, atol=1e-12)
+
+
 def test_ridge_retries_a_singular_system_with_more_damping():
     z = _random(40, 3)
     z = torch.cat([z, z], dim=1)  # rank 3 of 6

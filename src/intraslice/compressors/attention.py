@@ -146,7 +146,7 @@ def solve_value(
     """Return Q_2 and the new o_proj, and the block's relative error; Paper: Eq. 6.
 
     Q_2 of a kv head is made of the top eigenvectors of the second moments of its query heads' contexts, summed.
-    With Z = X' Q_2 the new output weight is ((Z^T Z + lambda I)^-1 Z^T Y)^T, dense over the heads.
+    With Z = X' Q_2 the new output weight is the ridge regression of Y on Z, dense over the heads.
 
     Args:
         o_weight: output weight of the kept heads at full width, [D, H' * d]; used when nothing is reconstructed.
@@ -170,10 +170,12 @@ def solve_value(
     projection = torch.block_diag(*per_head)  # [H' * d, H' * p]
     gram = projection.T @ moments.context @ projection
     cross = projection.T @ moments.target
+    removed = projection.T @ o_weight.double().T  # what removal without repair leaves
     if options.reconstruct and not (whole and v_width == head_dim):
-        solution = ridge_solve(gram, cross, options.damping)
+        prior = removed if options.shrink_to == "weights" else None
+        solution = ridge_solve(gram, cross, options.damping, prior)
     else:
-        solution = projection.T @ o_weight.double().T
+        solution = removed
     error = residual_energy(moments.target_energy, gram, cross, solution)
     relative = max(error, 0.0) / max(moments.target_energy, 1e-30)
     return ValueEdit(v_basis=basis, o_weight=solution.T.contiguous()), relative

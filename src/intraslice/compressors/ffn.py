@@ -24,7 +24,7 @@ def solve_down(
 ) -> tuple[FFNEdit, float]:
     """Return the edit that keeps `channels`, and the block's relative error; Paper: Eq. 8.
 
-    With A the kept channels and Y the block's output, W_down' = ((A^T A + lambda I)^-1 A^T Y)^T. Both products are
+    With A the kept channels and Y the block's output, W_down' is the ridge regression of Y on A. Both products are
     sub-matrices of the second moment of `act`, multiplied by W_down.
 
     Args:
@@ -36,10 +36,12 @@ def solve_down(
     down = down_weight.double()
     gram = act_FF[channels][:, channels]
     cross = act_FF[channels] @ down.T  # [P, D]
+    removed = down[:, channels].T  # what removal without repair leaves
     if options.reconstruct and len(channels) < down.shape[1]:
-        solution = ridge_solve(gram, cross, options.damping)
+        prior = removed if options.shrink_to == "weights" else None
+        solution = ridge_solve(gram, cross, options.damping, prior)
     else:
-        solution = down[:, channels].T
+        solution = removed
     target_energy = float((down.T * (act_FF @ down.T)).sum())
     error = residual_energy(target_energy, gram, cross, solution)
     edit = FFNEdit(channels=channels, up_map=None, gate_map=None, down_weight=solution.T.contiguous())

@@ -88,7 +88,8 @@ def iterate_pca(
         assert maps is not None
         maps = _optimise_slices(preactivations, maps, inverse.to(maps[0]), round_index, options)
         gram, cross = _moments(preactivations, maps)
-        solution = ridge_solve(gram, cross @ down.T, options.damping)
+        prior = best.down_weight.T if options.shrink_to == "weights" else None
+        solution = ridge_solve(gram, cross @ down.T, options.damping, prior)
         error = residual_energy(target_energy, gram, cross @ down.T, solution) / max(target_energy, 1e-30)
         if error >= best_error:
             break

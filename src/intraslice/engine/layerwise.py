@@ -86,8 +86,7 @@ def prune_layer(
     """
     try:
         attention = _prune_attention(model, block, index, hidden, budget.attention, attention_options)
-        act_FF = _propagate_attention(model, block, index, hidden, measure=True)
-        assert act_FF is not None
+        act_FF = _act_moment(model, block, index, hidden, ffn_options.normalize_tokens)
         spent = _attention_cost(model, attention.shape)
         keep = _channels_to_keep(model, budget.ffn + budget.attention - spent, ffn_options.ffn_multiple)
         ffn_error = _prune_ffn(model, block, index, hidden, act_FF, attention.shape, keep, budget.iter_pca, ffn_options)
@@ -104,7 +103,8 @@ def prune_layer(
 @torch.no_grad()
 def propagate_layer(model: StreamedModel, block: DecoderBlock, index: int, hidden: HiddenStates) -> None:
     """Advance `hidden` through a finished layer with the same operations that `prune_layer` uses."""
-    _propagate_attention(model, block, index, hidden, measure=False)
+    for part in hidden.slices():
+        hidden.write(part, block.attention_step(hidden.read(part), model.layer_kwargs[index]))
     propagate_ffn(model, block, hidden)
 
 
@@ -131,7 +131,7 @@ def _prune_attention(
 ) -> _PrunedAttentionBlock:
     dense = block.attention
     weights = read_attention(block, model.dense_shape)
-    stats = _attention_stats(model, block, index, hidden)
+    stats = _attention_stats(model, block, index, hidden, options.normalize_tokens)
     pairs = _pairs(model)
     edit = choose_qk(weights, stats, budget, options, pairs)
     trial, per_kv = fuse_qk(weights, edit, pairs)
@@ -140,7 +140,7 @@ def _prune_attention(
     write_attention(
         block, model.config, index, attention_shape(per_kv, trial, ffn_width), trial, edit.rope_pairs
     )
-    moments = _context_moments(model, block, index, hidden, dense, dense_out.weight)
+    moments = _context_moments(model, block, index, hidden, dense, dense_out.weight, options.normalize_tokens)
     dense_dims = model.dense_shape.num_attention_heads * model.dense_shape.qk_head_dim
     whole = len(edit.heads) * edit.qk_head_dim == dense_dims
     value_edit, error = solve_value(trial.o, per_kv, edit.v_head_dim, moments, options, whole=whole)
@@ -152,23 +152,25 @@ def _prune_attention(
 
 
 def _attention_stats(
-    model: StreamedModel, block: DecoderBlock, index: int, hidden: HiddenStates
+    model: StreamedModel, block: DecoderBlock, index: int, hidden: HiddenStates, normalize: bool
 ) -> AttentionStats:
     shape, kwargs = model.dense_shape, model.layer_kwargs[index]
     device, dtype = model.placement.device, model.placement.stat_dtype
     num_heads, num_kv = shape.num_attention_heads, shape.num_key_value_heads
     qk, v = shape.qk_head_dim, shape.v_head_dim
     context_moment = BlockSecondMoment(num_heads, v, device, dtype)
-    query_moment, key_moment = BlockSecondMoment(num_heads, qk, device, dtype), BlockSecondMoment(num_kv, qk, device, dtype)
+    query_moment = BlockSecondMoment(num_heads, qk, device, dtype)
+    key_moment = BlockSecondMoment(num_kv, qk, device, dtype)
     key_sum, key_abs = (Sum(num_kv, qk, device=device, dtype=dtype) for _ in range(2))
     query_abs = Sum(num_heads, qk, device=device, dtype=dtype)
     num_tokens = 0
     for part in hidden.slices():
+        states = hidden.read(part)
         query, key, value = block.attention.project(
-            block.attention_input(hidden.read(part)), kwargs.get("position_embeddings")
+            block.attention_input(states), kwargs.get("position_embeddings")
         )
         context, _ = block.attention.attend(query, key, value, kwargs.get("attention_mask"))
-        context_moment.update(context.flatten(0, 1))
+        context_moment.update(_weighted(context, states, normalize).flatten(0, 1))
         query_abs.update(query.abs().sum((0, 2)))
         key_abs.update(key.abs().sum((0, 2)))
         if not model.spec.rope:
@@ -197,6 +199,7 @@ def _context_moments(
     hidden: HiddenStates,
     dense: PrunedAttention,
     dense_out_weight: Tensor,
+    normalize: bool,
 ) -> ContextMoments:
     """Measure the context of the trial attention in `block` against the output of the dense attention."""
     kwargs = model.layer_kwargs[index]
@@ -206,35 +209,44 @@ def _context_moments(
     target_moment = SecondMoment(rows, dense_out_weight.shape[0], device, dtype)
     energy = 0.0
     for part in hidden.slices():
-        normed = block.attention_input(hidden.read(part))
-        target = (block.context(dense, normed, kwargs) @ dense_out_weight.T).flatten(0, 1)
-        context = block.context(block.attention, normed, kwargs).flatten(0, 1)
+        states = hidden.read(part)
+        normed = block.attention_input(states)
+        target = block.context(dense, normed, kwargs) @ dense_out_weight.T
+        target = _weighted(target, states, normalize).flatten(0, 1)
+        context = _weighted(block.context(block.attention, normed, kwargs), states, normalize).flatten(0, 1)
         context_moment.update(context)
         target_moment.update(context, target)
         energy += float(target.float().square().sum(dtype=torch.float64))
     return ContextMoments(context=context_moment.value, target=target_moment.value, target_energy=energy)
 
 
-def _propagate_attention(
-    model: StreamedModel, block: DecoderBlock, index: int, hidden: HiddenStates, *, measure: bool
-) -> Tensor | None:
-    """Advance `hidden` through the attention block; with `measure`, return the second moment of the dense act."""
-    kwargs = model.layer_kwargs[index]
-    moment = None
-    if measure:
-        width = model.dense_shape.intermediate_size
-        moment = SecondMoment(width, None, model.placement.device, model.placement.stat_dtype)
+def _act_moment(
+    model: StreamedModel, block: DecoderBlock, index: int, hidden: HiddenStates, normalize: bool
+) -> Tensor:
+    """Advance `hidden` through the attention block and return the second moment of the dense act, [F, F]."""
+    width = model.dense_shape.intermediate_size
+    moment = SecondMoment(width, None, model.placement.device, model.placement.stat_dtype)
     for part in hidden.slices():
-        states = block.attention_step(hidden.read(part), kwargs)
+        states = block.attention_step(hidden.read(part), model.layer_kwargs[index])
         hidden.write(part, states)
-        if moment is not None:
-            moment.update(block.act(block.ffn_input(states)).flatten(0, 1))
-    if moment is None:
-        return None
+        act = block.act(block.ffn_input(states))
+        moment.update(_weighted(act, states, normalize).flatten(0, 1))
     value = moment.value
     if not torch.isfinite(value).all():
         raise NumericalError("the FFN activations contain NaN or infinite values.")
     return value
+
+
+def _weighted(values_BTC: Tensor, residual_BTD: Tensor, normalize: bool) -> Tensor:
+    """Divide the rows of each token by the norm of its residual stream, so that sums weigh tokens by 1 / ||h||^2.
+
+    The next norm divides the stream by its own norm: an error matters relative to the stream it is added to, and
+    the few tokens with huge activations (attention sinks) would otherwise dominate every second moment.
+    """
+    if not normalize:
+        return values_BTC
+    scale = residual_BTD.float().square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+    return values_BTC * scale.to(values_BTC.dtype)
 
 
 def propagate_ffn(model: StreamedModel, block: DecoderBlock, hidden: HiddenStates) -> None:

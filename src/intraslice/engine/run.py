@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import time
 from collections.abc import Sequence
@@ -78,6 +80,7 @@ def prune_checkpoint(
         "method": asdict(method),
         "dtype": dtype_name(placement.save_dtype),
         "device": placement.device.type,
+        "compute": dtype_name(placement.compute_dtype),
         "batch_tokens": batch * tokens.shape[1],
     }
     work = RunDir(output, identity, resume=resume, overwrite=overwrite)
@@ -88,7 +91,10 @@ def prune_checkpoint(
         model = StreamedModel(checkpoint, placement)
         sizes = _block_sizes(model)
         if work.allocation is None:
-            work.allocation = _allocate(model, sizes, calibration, method, run, batch, work, progress)
+            scan_path = work.scan_path
+            if run.scan_folder:
+                scan_path = _kept_scan_path(Path(run.scan_folder), identity, method)
+            work.allocation = _allocate(model, sizes, calibration, method, run, batch, scan_path, progress)
             work.save()
         allocation_seconds = time.monotonic() - started
         _prune_layers(model, sizes, calibration, method, run, batch, work, progress)
@@ -175,6 +181,14 @@ def _block_sizes(model: StreamedModel) -> BlockSizes:
     return BlockSizes((total - ffn,) * model.num_layers, (ffn,) * model.num_layers)
 
 
+def _kept_scan_path(folder: Path, identity: dict[str, Any], method: MethodOptions) -> Path:
+    """Return the file of a gradient pass: named by everything that decides it, and nothing else."""
+    decides = {name: identity[name] for name in ("model", "calibration", "device", "batch_tokens", "compute")}
+    decides["num_ffn_blocks"] = method.allocation.num_ffn_blocks
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return folder / f"scan-{digest[:32]}.safetensors"
+
+
 def _allocate(
     model: StreamedModel,
     sizes: BlockSizes,
@@ -182,7 +196,7 @@ def _allocate(
     method: MethodOptions,
     run: RunOptions,
     batch: int,
-    work: RunDir,
+    scan_path: Path,
     progress: Progress,
 ) -> Allocation:
     options = method.allocation
@@ -196,7 +210,7 @@ def _allocate(
         batch=batch,
         boundary_bytes=run.boundary_bytes,
         num_ffn_blocks=options.num_ffn_blocks,
-        save_path=work.scan_path,
+        save_path=scan_path,
         progress=progress,
     )
     return allocate_by_mask_gradient(scores, sizes, method.sparsity, options)
