@@ -112,8 +112,8 @@ def _choose_blocks(
     if num_blocks < num_samples:
         raise CalibrationError(
             f"text {source!r} has {len(stream)} tokens, which is {num_blocks} sequences of {seqlen}, but "
-            f"{num_samples} sequences ({num_samples * seqlen} tokens) are asked for; use a longer text, fewer "
-            "sequences or shorter ones"
+            f"{num_samples} sequences ({num_samples * seqlen} tokens) are asked for; use a longer text, "
+            "fewer sequences or shorter ones"
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(num_blocks, generator=generator)[:num_samples]
@@ -135,10 +135,18 @@ def _sample(
     text; here a sequence simply goes on with the next text.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     place = choose_device(device)
-    # The stubs do not know that a loaded model moves like any module.
-    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", use_safetensors=True)
+    bars = transformers_logging.is_progress_bar_enabled()
+    # Its bar would run into ours.
+    transformers_logging.disable_progress_bar()
+    try:
+        # The stubs do not know that a loaded model moves like any module.
+        model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", use_safetensors=True)
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
     model = model.to(place).eval()
     generator = torch.Generator().manual_seed(seed)
     start = _first_tokens(tokenizer, model.config.vocab_size, num_samples, generator)  # [N, 1]
