@@ -28,7 +28,7 @@ def test_prune_prints_tables_and_writes_a_folder(tiny_folder, tmp_path: Path, ca
     result = PruneResult.load(out)
     for text in (
         f"{result.pruned_parameters:,}",
-        "FFN error",
+        "FFN err",
         "peak memory",
         f"{result.sparsity:.4f}",
         str(out),
@@ -130,14 +130,19 @@ def test_wrong_input_writes_nothing(tiny_folder, make_folder, tmp_path: Path, ca
 
 
 def test_interrupted_says_how_to_resume(tiny_folder, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch):
-    def interrupt(*args: object, **kwargs: object) -> None:
+    def interrupt(*args: object, output: Path, **kwargs: object) -> None:
+        if "late" in output.name:
+            output.with_name(f"{output.name}.partial").mkdir()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(api, "prune_checkpoint", interrupt)
-    out = tmp_path / "pruned"
-    status = main(["prune", str(tiny_folder("llama")), "-o", str(out), "--sparsity", "0.3", *SMALL])
-    assert status == 130
-    assert "--resume" in capfd.readouterr().err
+    for name, expected in (
+        ("early", "nothing was written"),
+        ("late", "late.partial: repeat the command with --resume"),
+    ):
+        out = str(tmp_path / name)
+        assert main(["prune", str(tiny_folder("llama")), "-o", out, "--sparsity", "0.3", *SMALL]) == 130
+        assert expected in capfd.readouterr().err
 
 
 def test_full_disk_is_one_sentence(tiny_folder, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -101,7 +102,10 @@ class ConsoleProgress:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table whose columns are aligned to the right, but for the first."""
-    table = Table(title=title, title_justify="left")
+    # As narrow as it gets: ten columns have to fit into 80 characters.
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
@@ -123,14 +127,14 @@ def _output() -> Console:
 LAYER_COLUMNS = (
     "layer",
     "heads",
-    "kv heads",
+    "kv",
     "qk dim",
     "v dim",
     "FFN",
     "parameters",
     "kept",
-    "attn error",
-    "FFN error",
+    "attn err",
+    "FFN err",
 )
 
 

@@ -115,15 +115,18 @@ def prune(
     try:
         result = _run(merged, overwrite, resume)
     except KeyboardInterrupt:
-        complain(
-            f"interrupted; finished layers are kept in {merged.output}.partial: "
-            "repeat the command with --resume to go on."
-        )
+        complain(_interrupted(Path(f"{merged.output}.partial").expanduser()))
         raise typer.Exit(INTERRUPTED_STATUS) from None
     if as_json:
         write_json(result.to_dict())
     else:
         print_result(result)
+
+
+def _interrupted(work_folder: Path) -> str:
+    if not work_folder.exists():
+        return "interrupted; nothing was written."
+    return f"interrupted; what is finished is in {work_folder}: repeat the command with --resume to go on."
 
 
 def _run(recipe: Recipe, overwrite: bool, resume: bool) -> PruneResult:
