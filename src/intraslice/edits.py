@@ -64,15 +64,13 @@ class QKEdit:
 
     Attributes:
         heads: kept query heads, ascending.
-        qk_head_dim: r.
-        v_head_dim: p, used by the second half.
+        width: r, kept dimensions of a query/key head; the second half uses the same for the value, p = r.
         rope_pairs: int64 [K', r / 2] kept RoPE pairs of each kept kv head; None without RoPE or when r = d.
         query_basis, key_basis: [K', d, r] dense bases; None with RoPE or when r = d.
     """
 
     heads: tuple[int, ...]
-    qk_head_dim: int
-    v_head_dim: int
+    width: int
     rope_pairs: Tensor | None = None
     query_basis: Tensor | None = None
     key_basis: Tensor | None = None

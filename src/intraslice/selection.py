@@ -150,23 +150,6 @@ def whole_heads(scores_H: Tensor, *, budget_dims: float, head_dim: int, group: i
     return HeadChoice(tuple(kept), float(head_dim))
 
 
-def round_widths(sum_widths: float, head_dim: int, multiple: int) -> tuple[int, int]:
-    """Split the dimensions of a head between query/key and value, in multiples.
-
-    Args:
-        sum_widths: wanted qk_head_dim + v_head_dim.
-        head_dim: the dense width, an upper limit for each.
-        multiple: both are a multiple of this (or head_dim itself).
-
-    Returns:
-        (qk_head_dim, v_head_dim) with a sum as near as possible to the wanted one; an odd step goes to the value
-        side, where a dimension is a principal component, unless it is full.
-    """
-    steps = [*range(multiple, head_dim, multiple), head_dim]
-    pairs = [(qk, v) for i, qk in enumerate(steps) for v in steps[i : i + 2]]
-    return min(pairs, key=lambda pair: (abs(sum(pair) - sum_widths), pair[1] - pair[0]))
-
-
 def round_to_multiple(value: float, multiple: int, low: int, high: int) -> int:
     """Return the multiple nearest to `value` within [low, high]; `high` itself is allowed even when it is no multiple.
 

@@ -21,7 +21,7 @@ def _fill(linear: nn.Linear, parts: list[tuple[Tensor, Tensor | None]]) -> None:
             linear.bias.copy_(torch.cat([bias for _, bias in parts if bias is not None]))
 
 
-def _write(block: DecoderBlock, module: nn.Module, slots: list[tuple[Slot, Tensor, Tensor | None]]) -> None:
+def _write(module: nn.Module, slots: list[tuple[Slot, Tensor, Tensor | None]]) -> None:
     by_path: dict[str, list[tuple[int, Tensor, Tensor | None]]] = {}
     for slot, weight, bias in slots:
         by_path.setdefault(slot.path, []).append((slot.part, weight, bias))
@@ -57,7 +57,6 @@ def write_attention(
         return None if tensor is None else tensor.reshape(flat)
 
     _write(
-        block,
         module,
         [
             (spec.q, weights.q.flatten(0, 1), rows(weights.q_bias, -1)),
@@ -67,21 +66,17 @@ def write_attention(
         ],
     )
     if rope_pairs is not None:
-        assert module.rope_index is not None
-        module.rope_index.copy_(rope_pairs)
+        module.set_rope_pairs(rope_pairs)
 
 
 def write_ffn(
     block: DecoderBlock, config: Any, layer_idx: int, shape: LayerShape, weights: FFNWeights
 ) -> None:
-    """Resize the FFN of the layer to `shape` (attention untouched) and write these weights."""
+    """Resize the FFN of the layer to `shape` and write these weights; attention already has that shape."""
     spec = block.spec
-    attention = block.attention
-    state = {name: tensor.detach() for name, tensor in attention.state_dict().items()}
     apply_layer_shape(block.layer, config, spec, layer_idx, shape)
-    block.attention.load_state_dict(state)
     slots = [(spec.up, weights.up, weights.up_bias), (spec.down, weights.down, weights.down_bias)]
     if spec.gate is not None:
         assert weights.gate is not None
         slots.append((spec.gate, weights.gate, weights.gate_bias))
-    _write(block, block.ffn, slots)
+    _write(block.ffn, slots)

@@ -132,14 +132,14 @@ def test_choose_qk_spends_the_budget_and_fuses_to_the_promised_shapes(rope):
         edit = choose_qk(weights, _stats(weights, x), share * dense, options, pairs)
         fused, per_kv = fuse_qk(weights, edit, pairs)
         units = len(edit.heads) + len(per_kv)
-        cost = D * units * (edit.qk_head_dim + edit.v_head_dim)
-        full = edit.qk_head_dim == edit.v_head_dim == d
-        assert abs(cost - share * dense) <= D * units or (full and cost < share * dense)  # half a step of two widths
-        assert fused.q.shape == (len(edit.heads), edit.qk_head_dim, D)
-        assert fused.k.shape == (len(per_kv), edit.qk_head_dim, D)
+        cost = 2 * D * units * edit.width
+        full = edit.width == d
+        assert abs(cost - share * dense) <= 2 * D * units or (full and cost < share * dense)  # half a step
+        assert fused.q.shape == (len(edit.heads), edit.width, D)
+        assert fused.k.shape == (len(per_kv), edit.width, D)
         assert fused.v.shape == (len(per_kv), d, D)
         assert fused.o.shape == (D, len(edit.heads) * d)
-        assert fused.k_bias is not None and fused.k_bias.shape == (len(per_kv), edit.qk_head_dim)
+        assert fused.k_bias is not None and fused.k_bias.shape == (len(per_kv), edit.width)
 
 
 def test_dense_qk_bases_keep_the_softmax_of_rank_deficient_scores():
@@ -153,18 +153,17 @@ def test_dense_qk_bases_keep_the_softmax_of_rank_deficient_scores():
     )
     x = _random(N, D)
     stats = _stats(AttentionWeights(**{**weights.__dict__, "q_bias": torch.zeros(H, d).double()}), x)
-    budget = D * (H + K) * (4 + 8)
-    options = AttentionOptions(head_multiple=4, min_head_fraction=0.0, adaptive_heads=True)
+    budget = D * (H + K) * 2 * 6
+    options = AttentionOptions(head_multiple=2, min_head_fraction=0.0)
     edit = choose_qk(weights, stats, budget, options, None)
-    assert edit.qk_head_dim < d
+    assert 4 <= edit.width < d
     fused, _ = fuse_qk(weights, edit, None)
     for position, head in enumerate(edit.heads):
         kv = sorted({h // 2 for h in edit.heads}).index(head // 2)
         dense = (x @ weights.q[head].T) @ (x @ weights.k[head // 2].T + weights.k_bias[head // 2]).T
         pruned = (x @ fused.q[position].T) @ (x @ fused.k[kv].T + fused.k_bias[kv]).T
         dense, pruned = (scores - scores.mean(1, keepdim=True) for scores in (dense, pruned))
-        if edit.qk_head_dim >= 4:
-            assert torch.allclose(dense.softmax(-1), pruned.softmax(-1), atol=1e-4)
+        assert torch.allclose(dense.softmax(-1), pruned.softmax(-1), atol=1e-4)
 
 
 def test_fuse_value_multiplies_the_context_by_the_basis():

@@ -12,7 +12,6 @@ from intraslice.selection import (
     kept_kv_heads,
     reconstruction_score,
     round_to_multiple,
-    round_widths,
     top_indices,
     whole_heads,
 )
@@ -111,14 +110,6 @@ def test_whole_heads_counts_the_kv_head_that_falls_with_its_last_query_head():
     choice = whole_heads(scores, budget_dims=3 * 8, head_dim=8, group=2, groups="ragged")
     assert choice.heads == (2, 3)
     assert kept_kv_heads(choice.heads, 2) == (1,)
-
-
-@given(total=st.floats(2, 200), multiple=st.sampled_from([2, 4, 8, 16]))
-def test_round_widths_is_the_nearest_sum(total, multiple):
-    qk, v = round_widths(total, 64, multiple)
-    allowed = [*range(multiple, 64, multiple), 64]
-    assert qk in allowed and v in allowed and qk <= v
-    assert abs(qk + v - total) <= min(abs(2 * w - total) for w in allowed) + 1e-9
 
 
 @given(value=st.floats(-10, 300), multiple=st.sampled_from([1, 8, 32]), high=st.integers(32, 250))

@@ -8,7 +8,7 @@ Shapes: N tokens, D hidden_size, H query heads, K kv heads, d head_dim, r and p 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from intraslice.edits import AttentionWeights, QKEdit, ValueEdit
 from intraslice.linalg import eigh_descending, low_rank_scores, residual_energy, ridge_solve
 from intraslice.options import AttentionOptions
-from intraslice.selection import adaptive_heads, kept_kv_heads, round_widths, top_indices, whole_heads
+from intraslice.selection import adaptive_heads, kept_kv_heads, round_to_multiple, top_indices, whole_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,32 +103,30 @@ def choose_qk(
             min_width=options.min_head_fraction * head_dim,
             groups=options.groups,
         )
-        units = len(choice.heads) + len(kept_kv_heads(choice.heads, weights.group))
-        sum_widths = budget / (hidden_size * units)
-        qk_width, v_width = round_widths(sum_widths, head_dim, options.head_multiple)
+        # One width for query, key and value: attention kernels are fastest when they agree.
+        low = min(options.head_multiple, head_dim)
+        width = round_to_multiple(choice.width, options.head_multiple, low, head_dim)
     else:
         choice = whole_heads(
             scores, budget_dims=budget_dims, head_dim=head_dim, group=weights.group, groups=options.groups
         )
-        qk_width = v_width = head_dim
-    edit = QKEdit(heads=choice.heads, qk_head_dim=qk_width, v_head_dim=v_width)
-    if qk_width == head_dim:
+        width = head_dim
+    edit = QKEdit(heads=choice.heads, width=width)
+    if width == head_dim:
         return edit
     kv_heads = kept_kv_heads(choice.heads, weights.group)
     members = {kv: [head for head in choice.heads if head // weights.group == kv] for kv in kv_heads}
     if pairs_to_channels is not None:
         pair_scores = rope_pair_scores(stats, pairs_to_channels)
-        pairs = torch.stack([top_indices(pair_scores[members[kv]].sum(0), qk_width // 2) for kv in kv_heads])
-        return QKEdit(heads=choice.heads, qk_head_dim=qk_width, v_head_dim=v_width, rope_pairs=pairs)
+        pairs = torch.stack([top_indices(pair_scores[members[kv]].sum(0), width // 2) for kv in kv_heads])
+        return replace(edit, rope_pairs=pairs)
     bases = []
     for kv in kv_heads:
         mean = stats.key_sum[kv] / stats.num_tokens
         centred_key = stats.key[kv] - stats.num_tokens * torch.outer(mean, mean)
-        bases.append(low_rank_scores(stats.query[members[kv]].sum(0), centred_key, qk_width))
-    return QKEdit(
-        heads=choice.heads,
-        qk_head_dim=qk_width,
-        v_head_dim=v_width,
+        bases.append(low_rank_scores(stats.query[members[kv]].sum(0), centred_key, width))
+    return replace(
+        edit,
         query_basis=torch.stack([query for query, _ in bases]),
         key_basis=torch.stack([key for _, key in bases]),
     )

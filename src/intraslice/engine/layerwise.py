@@ -142,8 +142,8 @@ def _prune_attention(
     )
     moments = _context_moments(model, block, index, hidden, dense, dense_out.weight, options.normalize_tokens)
     dense_dims = model.dense_shape.num_attention_heads * model.dense_shape.qk_head_dim
-    whole = len(edit.heads) * edit.qk_head_dim == dense_dims
-    value_edit, error = solve_value(trial.o, per_kv, edit.v_head_dim, moments, options, whole=whole)
+    whole = len(edit.heads) * edit.width == dense_dims
+    value_edit, error = solve_value(trial.o, per_kv, edit.width, moments, options, whole=whole)
     fused = fuse_value(trial, value_edit)
     shape = attention_shape(per_kv, fused, ffn_width)
     write_attention(block, model.config, index, shape, fused, edit.rope_pairs)
