@@ -68,7 +68,7 @@ _ROWS = (
 def _print(result: BenchResult) -> None:
     models = [result.model] if result.base is None else [result.model, result.base]
     compared = result.base is not None
-    columns = ["", *(speed.model for speed in models), *(["ratio"] if compared else [])]
+    columns = ["", "model", "base", "ratio"] if compared else ["", "model"]
     rows: list[list[str]] = []
     for title, field, text in _ROWS:
         ratio = result.ratio.get(field)
@@ -77,6 +77,9 @@ def _print(result: BenchResult) -> None:
             cells.append("" if ratio is None else f"{ratio:.3f}")
         rows.append([title, *cells])
     print_table("Saved models", columns, rows)
+    # Paths are longer than a column is wide.
+    for title, speed in zip(("model", "base"), models, strict=False):
+        print_line(f"{title:6}{speed.model}")
     options = result.options
     print_line(
         f"prompt {options.prompt_tokens}, decoded {options.decode_tokens}, batch {options.batch_size}, "
