@@ -128,7 +128,7 @@ def main() -> None:
             if not any(row["variant"] == variant and row["asked"] == sparsity for row in rows):
                 keep(measure(args.model, variant, sparsity, args))
                 print(json.dumps(rows[-1]), flush=True)
-    print(f"\n{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(f"\n{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(table(dense, rows, sorted({row["asked"] for row in rows if row["variant"] != "dense"})))
 
 

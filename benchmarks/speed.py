@@ -66,7 +66,15 @@ def main() -> None:
     pruned = args.out / "pruned"
     before = forward_seconds(checkpoint.folder, tokens, 2)
     command = [sys.executable, "-m", "intraslice.cli.app", "prune", args.model, "-o", str(pruned)]
-    command += ["--sparsity", str(args.sparsity), "--method", args.method, "--calibration", text, "--overwrite"]
+    command += [
+        "--sparsity",
+        str(args.sparsity),
+        "--method",
+        args.method,
+        "--calibration",
+        text,
+        "--overwrite",
+    ]
     command += ["--num-samples", str(args.num_samples), "--seqlen", str(args.calibration_seqlen)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     after = forward_seconds(checkpoint.folder, tokens, 2)

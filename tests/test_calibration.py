@@ -311,9 +311,7 @@ def test_missing_package_names_the_extra(
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_self_sampling_is_seeded_and_starts_with_bos(
-    tiny_folder: Folder, tokenizer: Any, family: str
-) -> None:
+def test_self_sampling_is_seeded_and_starts_with_bos(tiny_folder: Folder, tokenizer: Any, family: str) -> None:
     folder = tiny_folder(family)
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -339,9 +337,7 @@ def test_self_sampling_follows_the_distribution_of_the_model(tiny_folder: Folder
     assert (seen - expected).abs().sum() / 2 < 0.15
 
 
-def test_self_sampling_in_small_batches(
-    tiny_folder: Folder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_self_sampling_in_small_batches(tiny_folder: Folder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("intraslice.calibration._CACHE_BYTES", 1)
     assert calibrate("self", tokenizer, model_folder=tiny_folder("llama")).tokens.shape == (4, 16)
 

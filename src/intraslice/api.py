@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from intraslice.calibration import load_calibration
 from intraslice.checkpoint.source import open_checkpoint
@@ -100,7 +100,7 @@ def prune_recipe(
     check_seqlen(checkpoint.config, wanted.seqlen)
     calibration = load_calibration(
         wanted.source,
-        AutoTokenizer.from_pretrained(checkpoint.folder),
+        checkpoint.load_tokenizer(),
         num_samples=wanted.num_samples,
         seqlen=wanted.seqlen,
         seed=wanted.seed,

@@ -141,9 +141,7 @@ def read_attention(block: DecoderBlock, shape: LayerShape) -> AttentionWeights:
     k, k_bias = read(spec.k, num_kv, qk)
     value, v_bias = read(spec.v, num_kv, v)
     o, o_bias = _rows(block.out_projection, spec.o, {})
-    return AttentionWeights(
-        q=q, k=k, v=value, o=o, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=o_bias
-    )
+    return AttentionWeights(q=q, k=k, v=value, o=o, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=o_bias)
 
 
 def read_ffn(block: DecoderBlock, shape: LayerShape) -> FFNWeights:

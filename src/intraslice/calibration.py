@@ -105,9 +105,7 @@ def fingerprint(tokens: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def _choose_blocks(
-    stream: torch.Tensor, source: str, num_samples: int, seqlen: int, seed: int
-) -> torch.Tensor:
+def _choose_blocks(stream: torch.Tensor, source: str, num_samples: int, seqlen: int, seed: int) -> torch.Tensor:
     num_blocks = len(stream) // seqlen
     if num_blocks < num_samples:
         raise CalibrationError(
@@ -162,18 +160,14 @@ def _sample(
                 cache = out.past_key_values
                 scores = out.logits[:, -1].to("cpu", torch.float64)  # [B, V]
                 if not torch.isfinite(scores).all():
-                    raise NumericalError(
-                        "the dense model gives NaN or infinite scores, so 'self' cannot sample"
-                    )
+                    raise NumericalError("the dense model gives NaN or infinite scores, so 'self' cannot sample")
                 columns.append(torch.multinomial(scores.softmax(-1), 1, generator=generator))
                 advance(len(first))
             done.append(torch.cat(columns, dim=1))
     return torch.cat(done)  # [N, T]
 
 
-def _first_tokens(
-    tokenizer: Any, vocab_size: int, num_samples: int, generator: torch.Generator
-) -> torch.Tensor:
+def _first_tokens(tokenizer: Any, vocab_size: int, num_samples: int, generator: torch.Generator) -> torch.Tensor:
     bos = tokenizer.bos_token_id
     if bos is not None:
         return torch.full((num_samples, 1), bos, dtype=torch.int64)

@@ -146,9 +146,7 @@ def family_of(config: Any) -> FamilySpec:
 def _errors(folder: Path) -> dict[int, tuple[float, float]]:
     if not (folder / RESULT_FILE).is_file():
         return {}
-    return {
-        record.layer: (record.attention_error, record.ffn_error) for record in PruneResult.load(folder).layers
-    }
+    return {record.layer: (record.attention_error, record.ffn_error) for record in PruneResult.load(folder).layers}
 
 
 def estimate_peak_bytes(info: ModelInfo, num_samples: int, seqlen: int, run: RunOptions) -> int:

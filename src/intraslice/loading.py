@@ -35,9 +35,7 @@ _LOADING_ERRORS = (
 )
 
 
-def load_config(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> tuple[Any, list[Path]]:
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[Any, list[Path]]:
     """Read the config of a dense or pruned model; no weights are loaded, downloaded or converted.
 
     Returns:

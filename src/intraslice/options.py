@@ -25,7 +25,7 @@ class AllocationOptions:
         num_ffn_blocks: into how many blocks the channels of `act` are cut for the correction.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic, not a field
+    __pydantic_config__ = {"extra": "forbid"}
 
     name: Literal["mask_gradient", "uniform"] = "mask_gradient"
     pca_attention: bool = True
@@ -51,7 +51,7 @@ class AttentionOptions:
         groups: "ragged" lets query heads of a kv head go one by one; "uniform" keeps one group size per layer.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+    __pydantic_config__ = {"extra": "forbid"}
 
     adaptive_heads: bool = True
     min_head_fraction: float = 0.75
@@ -81,7 +81,7 @@ class FFNOptions:
         iter_pca_lr: learning rate of the first slice, relative to the size of Q_c's entries.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+    __pydantic_config__ = {"extra": "forbid"}
 
     reconstruct: bool = True
     damping: float = 0.1
@@ -125,7 +125,7 @@ class RunOptions:
             batch size does not repeat them; "" keeps none.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+    __pydantic_config__ = {"extra": "forbid"}
 
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -82,9 +82,7 @@ class Recipe(BaseModel):
 
     def method_options(self) -> MethodOptions:
         """Return the part that the compressors and allocators read."""
-        return MethodOptions(
-            sparsity=self.sparsity, allocation=self.allocation, attention=self.attention, ffn=self.ffn
-        )
+        return MethodOptions(sparsity=self.sparsity, allocation=self.allocation, attention=self.attention, ffn=self.ffn)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -157,9 +155,7 @@ def load_recipe(
         RecipeError: a name is unknown or a value is wrong or out of range.
     """
     file_values = _read_file(path) if path is not None else {}
-    given = _merge(
-        file_values, _nest({name: value for name, value in (flags or {}).items() if value is not None})
-    )
+    given = _merge(file_values, _nest({name: value for name, value in (flags or {}).items() if value is not None}))
     given = _merge(given, _nest(_parse_sets(sets)))
     method = given.get("method", Recipe.model_fields["method"].default)
     if not isinstance(method, str) or method not in METHODS:
@@ -208,9 +204,7 @@ def _read_file(path: str | Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise RecipeError(
-            f"the recipe {str(path)!r} must hold `name: value` lines, got {type(content).__name__}"
-        )
+        raise RecipeError(f"the recipe {str(path)!r} must hold `name: value` lines, got {type(content).__name__}")
     for name, value in content.items():
         if name in _sections() and not isinstance(value, dict):
             raise RecipeError(f"recipe section {name!r} must hold `name: value` lines, got {value!r}")
@@ -297,8 +291,6 @@ def _unknown(name: str) -> str:
     # The last part alone is tried as well: people write iter_pca for ffn.iter_pca.
     hint = nearest(name, names)
     if not hint:
-        close = difflib.get_close_matches(
-            name.rpartition(".")[2], [full.rpartition(".")[2] for full in names], n=1
-        )
+        close = difflib.get_close_matches(name.rpartition(".")[2], [full.rpartition(".")[2] for full in names], n=1)
         hint = "".join(f" Did you mean {full!r}?" for full in names if [full.rpartition(".")[2]] == close)
     return f"unknown option {name!r}.{hint or ' Options are ' + ', '.join(names) + '.'}"

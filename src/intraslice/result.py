@@ -56,7 +56,8 @@ class PruneResult:
         dense_bytes: bytes of the dense weight tensors in the dtype of the output.
         pruned_bytes: bytes of the weight files written.
         layers: one record per layer.
-        seconds: wall-clock seconds by phase ("calibration", "allocation", "layers", "write", "total").
+        seconds: wall-clock seconds by phase ("allocation", "layers", "write"); "total" includes the time that
+            interrupted runs spent before.
         peak_memory_bytes: peak resident memory of the process (CPU), or of the accelerator when one was used.
         calibration: name, num_samples, seqlen, seed, fingerprint.
         versions: of intraslice, torch, transformers, python.

@@ -69,9 +69,7 @@ def write_attention(
         module.set_rope_pairs(rope_pairs)
 
 
-def write_ffn(
-    block: DecoderBlock, config: Any, layer_idx: int, shape: LayerShape, weights: FFNWeights
-) -> None:
+def write_ffn(block: DecoderBlock, config: Any, layer_idx: int, shape: LayerShape, weights: FFNWeights) -> None:
     """Resize the FFN of the layer to `shape` and write these weights; attention already has that shape."""
     spec = block.spec
     apply_layer_shape(block.layer, config, spec, layer_idx, shape)

@@ -84,9 +84,7 @@ def check_source(source: str) -> None:
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix.lower() not in FILE_TYPES:
-            raise CalibrationError(
-                f"text file {source!r} is not of a known type; use one of {', '.join(FILE_TYPES)}"
-            )
+            raise CalibrationError(f"text file {source!r} is not of a known type; use one of {', '.join(FILE_TYPES)}")
         return
     if path.is_dir():
         raise CalibrationError(f"{source!r} is a folder; give one text file ({', '.join(FILE_TYPES)})")
@@ -190,9 +188,7 @@ def _hub_documents(name: str, split: str) -> Iterator[str]:
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise MissingExtraError(
-            f"text {name!r} needs the package datasets: pip install 'intraslice[data]'"
-        ) from error
+        raise MissingExtraError(f"text {name!r} needs the package datasets: pip install 'intraslice[data]'") from error
     source = HUB_TEXTS[name]
     wanted = source.splits[split]
     arguments: dict[str, Any] = {"split": wanted, "revision": source.revision}
@@ -224,9 +220,7 @@ def _file_documents(path: Path, text_field: str | None) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise CalibrationError(f"text file {str(path)!r} is not UTF-8 (byte {error.start})") from error
     except OSError as error:
-        raise CalibrationError(
-            f"text file {str(path)!r} cannot be read: {error.strerror or error}"
-        ) from error
+        raise CalibrationError(f"text file {str(path)!r} cannot be read: {error.strerror or error}") from error
 
 
 def _json_lines(path: Path, text_field: str | None) -> Iterator[str]:
@@ -246,8 +240,7 @@ def _json_lines(path: Path, text_field: str | None) -> Iterator[str]:
                 column = _choose_column(strings, path)
             if not isinstance(row.get(column), str):
                 raise CalibrationError(
-                    f"line {number} of {str(path)!r} has no text in {column!r}; "
-                    f"it has {', '.join(row) or 'nothing'}"
+                    f"line {number} of {str(path)!r} has no text in {column!r}; it has {', '.join(row) or 'nothing'}"
                 )
             yield row[column]
 
@@ -285,6 +278,5 @@ def _choose_column(strings: list[str], path: Path) -> str:
         return strings[0]
     found = ", ".join(strings) or "none"
     raise CalibrationError(
-        f"{str(path)!r} has no column 'text' and not exactly one other text column ({found}); "
-        "name one with text_field"
+        f"{str(path)!r} has no column 'text' and not exactly one other text column ({found}); name one with text_field"
     )

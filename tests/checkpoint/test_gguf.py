@@ -153,9 +153,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     dense = write_gguf(path, "llama", tie_word_embeddings=True)
     checkpoint = open_checkpoint(str(path))
     assert checkpoint.tied
-    assert torch.equal(
-        checkpoint.load_rest()["model.embed_tokens.weight"], dense.state_dict()["lm_head.weight"]
-    )
+    assert torch.equal(checkpoint.load_rest()["model.embed_tokens.weight"], dense.state_dict()["lm_head.weight"])
 
 
 def test_many_row_blocks_give_the_same_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,9 +227,7 @@ def test_no_weights(make_folder: Folder) -> None:
     one_sentence(caught, "no weights")
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"]
-)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
 def test_pickle_only(make_folder: Folder, name: str) -> None:
     folder = make_folder("llama")
     (folder / "model.safetensors").rename(folder / name)

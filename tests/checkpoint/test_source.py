@@ -115,9 +115,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
     return calls
 
 
-def test_a_hub_model_is_opened_from_its_snapshot(
-    tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_model_is_opened_from_its_snapshot(tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fake_hub(monkeypatch, tiny_folder("llama"))
     checkpoint = open_checkpoint("org/model")
     assert checkpoint.name == "org/model"

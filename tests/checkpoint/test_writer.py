@@ -180,9 +180,7 @@ def test_an_interrupt_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_assemble_on_a_full_disk_says_so(
-    tiny_folder: Folder, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_assemble_on_a_full_disk_says_so(tiny_folder: Folder, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     source = tiny_folder("llama")
     files, prefixes = write_layers(tmp_path / "layers", source)
     rest = open_folder(source).load_rest()

@@ -213,7 +213,8 @@ def test_an_interrupted_run_resumes_with_the_same_result(step, units, dtype, tmp
     [
         ({"sparsity": 0.4}, "method.sparsity"),
         ({"attention": AttentionOptions(head_multiple=2, damping=0.5)}, "method.attention.damping"),
-        ({"calibration": calibration(seed=1)}, "calibration"),
+        ({"calibration": calibration(seed=1)}, "calibration.seed"),
+        ({"calibration": calibration(num=4)}, "calibration.num_samples"),
     ],
 )
 def test_resume_with_something_else_says_which_field(changes, field, tiny_folder, tmp_path):

@@ -19,9 +19,7 @@ def test_accelerator_equals_cpu(case, attention, tmp_path):
     model = pruned_model(case, torch.float32, attention)
     device = torch.accelerator.current_accelerator()
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path, device_map=str(device), attn_implementation=attention
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=str(device), attn_implementation=attention)
     ids = tokens()
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids.to(device)).logits.cpu(), model(ids).logits, atol=1e-3, rtol=0)

@@ -73,9 +73,7 @@ def test_cached_decode_equals_full_forward(case, attention, build):
         full = model(ids, attention_mask=mask).logits
         cache, steps = None, []
         for start, stop in [(0, 6), (6, 9), *((i, i + 1) for i in range(9, 13))]:
-            out = model(
-                ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True
-            )
+            out = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, 1)[mask == 1], full[mask == 1], **FLOAT64)

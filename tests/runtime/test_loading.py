@@ -79,9 +79,7 @@ def checkpoints(tmp_path_factory):
 
 
 def run_python(code, root, tmp_path, *flags, **env):
-    clean = {
-        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRANSFORMERS_CACHE")
-    }
+    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRANSFORMERS_CACHE")}
     clean |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     result = subprocess.run(
         [sys.executable, *flags, "-c", code, str(root)],
@@ -205,9 +203,7 @@ def test_dense_config_is_the_inverse(case, tmp_path):
     config = AutoConfig.from_pretrained(tmp_path)
     back = dense_config(config)
     ignored = ("architectures", "transformers_version", "ignore_keys_at_rope_validation", "_name_or_path")
-    expected, actual = (
-        {key: value for key, value in c.to_dict().items() if key not in ignored} for c in (dense, back)
-    )
+    expected, actual = ({key: value for key, value in c.to_dict().items() if key not in ignored} for c in (dense, back))
     assert actual == expected
     assert dense_shape(config, spec) == dense_shape(dense, spec)
     assert config.per_layer_config[0].num_attention_heads == ragged_shapes(dense)[0].num_attention_heads

@@ -145,9 +145,7 @@ def ragged_shapes(config: PretrainedConfig) -> list[LayerShape]:
     ]
 
 
-def pruned_model(
-    case: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **overrides: Any
-) -> Any:
+def pruned_model(case: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **overrides: Any) -> Any:
     dense = dense_config_of(case, **overrides)
     spec = FAMILIES[dense.model_type]
     config = pruned_config(dense, spec, ragged_shapes(dense), method="random", recipe={"seed": 0})

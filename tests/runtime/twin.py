@@ -86,9 +86,7 @@ def _scatter_attention(
     _scatter(*out, None, torch.cat(o_columns))
 
 
-def _scatter_ffn(
-    pruned_layer: Any, dense_layer: Any, spec: FamilySpec, shape: LayerShape, dense: LayerShape
-) -> None:
+def _scatter_ffn(pruned_layer: Any, dense_layer: Any, spec: FamilySpec, shape: LayerShape, dense: LayerShape) -> None:
     source = pruned_layer.get_submodule(spec.mlp) if spec.mlp else pruned_layer
     target = dense_layer.get_submodule(spec.mlp) if spec.mlp else dense_layer
     kept = torch.arange(shape.intermediate_size)

@@ -36,9 +36,7 @@ def test_head_scores_is_equation_2():
     context = torch.stack([x[:, h * d : (h + 1) * d].T @ x[:, h * d : (h + 1) * d] for h in range(H)])
     scores = head_scores(context, w)
     for h in range(H):
-        explicit = sum(
-            x[:, i].square().sum() * w[:, i].square().sum() for i in range(h * d, (h + 1) * d)
-        )
+        explicit = sum(x[:, i].square().sum() * w[:, i].square().sum() for i in range(h * d, (h + 1) * d))
         assert float(scores[h]) == pytest.approx(float(explicit), rel=1e-12)
 
 
@@ -65,7 +63,9 @@ def test_solve_value_is_pca_and_ridge_of_explicit_activations():
     x = _correlated(N, 3 * d, seed=3)
     target = x @ _random(3 * d, D, seed=5) + 0.1 * _random(N, D, seed=6)
     moments = ContextMoments(context=x.T @ x, target=x.T @ target, target_energy=float(target.square().sum()))
-    edit, error = solve_value(torch.zeros(D, 3 * d), per_kv, p, moments, AttentionOptions(damping=0.01, shrink_to="zero"))
+    edit, error = solve_value(
+        torch.zeros(D, 3 * d), per_kv, p, moments, AttentionOptions(damping=0.01, shrink_to="zero")
+    )
     heads = [x[:, h * d : (h + 1) * d] for h in range(3)]
     projected = []
     for kv, members in enumerate(((0, 1), (2,))):
@@ -238,8 +238,10 @@ def test_iterate_pca_lowers_the_error_and_reports_it_truly(gated):
     edit, error = iterate_pca(replay, moment, down, start, start_error, options)
     assert error < (0.999 if gated else 0.95) * start_error
     assert edit.channels is None and edit.up_map is not None
-    compressed = replay.activation(up @ edit.up_map) if gate is None else (
-        replay.activation(gate @ edit.gate_map) * (up @ edit.up_map)
+    compressed = (
+        replay.activation(up @ edit.up_map)
+        if gate is None
+        else (replay.activation(gate @ edit.gate_map) * (up @ edit.up_map))
     )
     target = act @ down.T
     explicit = (target - compressed @ edit.down_weight.T).square().sum() / target.square().sum()

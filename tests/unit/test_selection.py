@@ -64,9 +64,7 @@ def test_adaptive_heads_is_algorithm_2(seed, share, min_fraction):
 def test_adaptive_heads_respects_groups_and_minimum_width(seed, share, groups):
     spectrum = _spectrum(12, 8, seed)
     scores = spectrum.sum(-1)
-    choice = adaptive_heads(
-        scores, spectrum, budget_dims=share * 16 * 8, group=3, min_width=6.0, groups=groups
-    )
+    choice = adaptive_heads(scores, spectrum, budget_dims=share * 16 * 8, group=3, min_width=6.0, groups=groups)
     sizes = heads_per_kv(choice.heads, 3)
     assert sum(sizes) == len(choice.heads)
     if groups == "uniform":
@@ -93,9 +91,7 @@ def test_permuting_heads_permutes_the_choice():
     scores = torch.rand(6, generator=torch.Generator().manual_seed(4)).double()
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     plain = adaptive_heads(scores, spectrum, budget_dims=60.0, group=1, min_width=6.0, groups="ragged")
-    permuted = adaptive_heads(
-        scores[order], spectrum[order], budget_dims=60.0, group=1, min_width=6.0, groups="ragged"
-    )
+    permuted = adaptive_heads(scores[order], spectrum[order], budget_dims=60.0, group=1, min_width=6.0, groups="ragged")
     assert {int(order[head]) for head in permuted.heads} == set(plain.heads)
 
 

@@ -64,15 +64,12 @@ def read_config(folder: Path, name: str) -> Any:
     if model_type not in FAMILIES:
         code = " and it needs code of its own" if "auto_map" in data else ""
         raise UnsupportedModelError(
-            f"{name!r} has the architecture {model_type or 'unknown'!r}{code}; "
-            f"supported: {', '.join(FAMILIES)}"
+            f"{name!r} has the architecture {model_type or 'unknown'!r}{code}; supported: {', '.join(FAMILIES)}"
         )
     if data.get("quantization_config"):
         settings = data["quantization_config"]
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise UnsupportedModelError(
-            f"{name!r} is quantised ({method}); give the model in float32, bfloat16 or float16"
-        )
+        raise UnsupportedModelError(f"{name!r} is quantised ({method}); give the model in float32, bfloat16 or float16")
     try:
         return CONFIG_MAPPING[model_type].from_dict(data)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
@@ -105,9 +102,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         if not isinstance(file_name, str):
             raise CheckpointError(f"{INDEX_FILE} of {name!r} is corrupt; download the model again")
         if Path(file_name).name != file_name or not (folder / file_name).is_file():
-            raise CheckpointError(
-                f"weight file {file_name!r} of {name!r} is missing; download the model again"
-            )
+            raise CheckpointError(f"weight file {file_name!r} of {name!r} is missing; download the model again")
     return [folder / file_name for file_name in names]
 
 

@@ -176,9 +176,7 @@ def _complete_config(config: Any, reader: Any, name: str) -> None:
     config.__dict__.pop("quantization_config", None)
 
 
-def _match_names(
-    reader: Any, shapes: dict[str, tuple[int, ...]], num_layers: int, name: str
-) -> dict[str, Any]:
+def _match_names(reader: Any, shapes: dict[str, tuple[int, ...]], num_layers: int, name: str) -> dict[str, Any]:
     """Return the GGUF tensor of each Hugging Face name."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -195,8 +193,7 @@ def _match_names(
         stored = tuple(int(size) for size in reversed(tensor.shape))
         if stored != shape:
             raise CheckpointError(
-                f"tensor {tensor.name!r} of {name!r} has shape {list(stored)}, "
-                f"but its metadata ask for {list(shape)}"
+                f"tensor {tensor.name!r} of {name!r} has shape {list(stored)}, but its metadata ask for {list(shape)}"
             )
         sources[key] = tensor
     if tensors:
@@ -223,9 +220,7 @@ def _dequantize(file: Any, source: Any, shape: tuple[int, ...], name: str) -> to
         count = min(step, rows - begin)
         raw = np.frombuffer(file.read(count * row_bytes), dtype=np.uint8)
         if raw.size != count * row_bytes:
-            raise CheckpointError(
-                f"GGUF file {name!r} is truncated inside {source.name!r}; download it again"
-            )
+            raise CheckpointError(f"GGUF file {name!r} is truncated inside {source.name!r}; download it again")
         block = raw.reshape(count, row_bytes).view(source.data.dtype)
         flat[begin : begin + count] = torch.from_numpy(np.array(dequantize(block, source.tensor_type)))
     return out

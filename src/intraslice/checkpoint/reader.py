@@ -231,9 +231,7 @@ def open_folder(folder: Path, *, name: str | None = None, trust_remote_code: boo
     name = name or str(folder)
     config = read_config(folder, name)
     tensors = read_headers(folder, name)
-    return Checkpoint(
-        name, folder, config, FAMILIES[config.model_type], tensors, trust_remote_code=trust_remote_code
-    )
+    return Checkpoint(name, folder, config, FAMILIES[config.model_type], tensors, trust_remote_code=trust_remote_code)
 
 
 def build_skeleton(config: Any, name: str, dtype: torch.dtype) -> Any:

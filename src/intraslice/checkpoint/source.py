@@ -116,8 +116,7 @@ def _download(model: str, revision: str | None, dense_only: bool, progress: Prog
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
     except hub_errors.GatedRepoError as error:
         raise CheckpointError(
-            f"hub model {shown} asks for a licence agreement; accept it on its page and log in "
-            "with 'hf auth login'"
+            f"hub model {shown} asks for a licence agreement; accept it on its page and log in with 'hf auth login'"
         ) from error
     except hub_errors.RevisionNotFoundError as error:
         raise CheckpointError(f"hub model {model!r} has no revision {revision!r}") from error
@@ -128,16 +127,12 @@ def _download(model: str, revision: str | None, dense_only: bool, progress: Prog
         ) from error
     except hub_errors.RemoteEntryNotFoundError as error:
         raise CheckpointError(
-            f"hub model {shown} has no config.json; of a GGUF repository download the .gguf file and "
-            "give its path"
+            f"hub model {shown} has no config.json; of a GGUF repository download the .gguf file and give its path"
         ) from error
     except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled) as error:
         raise CheckpointError(
             f"{shown} is no local folder and not in the Hugging Face cache, and the hub cannot be reached; "
-            f"give a local folder, a .gguf file or the built-in name 'smollm2-135m'."
-            + nearest(model, BUILT_IN)
+            f"give a local folder, a .gguf file or the built-in name 'smollm2-135m'." + nearest(model, BUILT_IN)
         ) from error
     except (hub_errors.HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            f"fetching {shown} from the hub failed: {' '.join(str(error).split())}"
-        ) from error
+        raise CheckpointError(f"fetching {shown} from the hub failed: {' '.join(str(error).split())}") from error

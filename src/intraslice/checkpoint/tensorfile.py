@@ -173,10 +173,7 @@ def read_slots(path: Path) -> dict[str, TensorSlot]:
     """Return what a safetensors file holds, from its header alone."""
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}
-        return {
-            name: TensorSlot(DTYPES[part.get_dtype()], tuple(part.get_shape()))
-            for name, part in slices.items()
-        }
+        return {name: TensorSlot(DTYPES[part.get_dtype()], tuple(part.get_shape())) for name, part in slices.items()}
 
 
 @contextmanager

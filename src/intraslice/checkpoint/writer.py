@@ -163,15 +163,11 @@ def check_output(out: Path, overwrite: bool, *, source: Path | None = None) -> N
     """
     if out.exists():
         if not overwrite:
-            raise OutputError(
-                f"output {str(out)!r} already exists; choose another folder or pass --overwrite"
-            )
+            raise OutputError(f"output {str(out)!r} already exists; choose another folder or pass --overwrite")
         if source is not None and out.resolve() == source.resolve():
             raise OutputError(f"output {str(out)!r} is the folder of the model itself; choose another folder")
         if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
-            raise OutputError(
-                f"output {str(out)!r} is not a checkpoint folder, so --overwrite does not replace it"
-            )
+            raise OutputError(f"output {str(out)!r} is not a checkpoint folder, so --overwrite does not replace it")
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent

@@ -19,9 +19,7 @@ from intraslice.errors import IntraSliceError
 ERROR_STATUS = 2
 
 # typer brings its own copy of click or uses the installed one, depending on its version; both have this base.
-_UsageError, _ClickException = cast(
-    "tuple[type[Exception], type[Exception]]", typer.BadParameter.__mro__[1:3]
-)
+_UsageError, _ClickException = cast("tuple[type[Exception], type[Exception]]", typer.BadParameter.__mro__[1:3])
 
 app = typer.Typer(
     name="intraslice",

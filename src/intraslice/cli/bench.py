@@ -13,9 +13,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    model: Annotated[
-        str, typer.Argument(help="Dense or pruned: folder, hub id, .gguf file or smollm2-135m.")
-    ],
+    model: Annotated[str, typer.Argument(help="Dense or pruned: folder, hub id, .gguf file or smollm2-135m.")],
     against: Annotated[
         str | None, typer.Option(metavar="BASE", help="A second model, run in turns with the first.")
     ] = None,
@@ -26,9 +24,7 @@ def bench(
         int, typer.Option(help="Timed repetitions of each model, after one that is not counted.")
     ] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu, or a torch device.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="To compute in: auto (as stored), float32, bfloat16 or float16.")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="To compute in: auto (as stored), float32, bfloat16 or float16.")] = "auto",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let code that comes with a model run.")
     ] = False,

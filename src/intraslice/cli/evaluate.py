@@ -10,14 +10,10 @@ from intraslice.cli.console import ConsoleProgress, print_line, write_json
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="Dense or pruned: folder, hub id, .gguf file or smollm2-135m.")
-    ],
+    model: Annotated[str, typer.Argument(help="Dense or pruned: folder, hub id, .gguf file or smollm2-135m.")],
     text: Annotated[
         str,
-        typer.Option(
-            metavar="NAME|PATH", help="builtin, wikitext2 (test split), or a .txt, .jsonl or .parquet file."
-        ),
+        typer.Option(metavar="NAME|PATH", help="builtin, wikitext2 (test split), or a .txt, .jsonl or .parquet file."),
     ] = "builtin",
     seqlen: Annotated[int, typer.Option(help="Tokens in a window; windows do not overlap.")] = 2048,
     windows: Annotated[
@@ -27,9 +23,7 @@ def evaluate(
         str | None, typer.Option(help="Column of a .jsonl or .parquet file that holds the text.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, or a torch device.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="To compute in: auto (as stored), float32, bfloat16 or float16.")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="To compute in: auto (as stored), float32, bfloat16 or float16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: Annotated[
-        str, typer.Argument(help="Dense or pruned: folder, hub id, .gguf file or smollm2-135m.")
-    ],
+    model: Annotated[str, typer.Argument(help="Dense or pruned: folder, hub id, .gguf file or smollm2-135m.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")

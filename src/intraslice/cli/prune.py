@@ -63,9 +63,7 @@ def prune(
     ] = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="A.B=C", help="One setting by its dotted name; wins over all. Repeatable."
-        ),
+        typer.Option("--set", metavar="A.B=C", help="One setting by its dotted name; wins over all. Repeatable."),
     ] = None,
     device: Annotated[
         str | None,
@@ -171,9 +169,7 @@ def print_result(result: PruneResult) -> None:
         ("", "dense", "pruned", "kept"),
         [(*row, percent(after / before)) for row, (before, after) in zip(change, sizes, strict=True)],
     )
-    phases = ", ".join(
-        f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items() if name != "total"
-    )
+    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items() if name != "total")
     print_line(f"sparsity      {result.sparsity:.4f} (asked for {result.requested_sparsity:g})")
     print_line(f"seconds       {result.seconds.get('total', 0):.1f} ({phases})")
     print_line(f"peak memory   {size(result.peak_memory_bytes)}")

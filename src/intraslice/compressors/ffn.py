@@ -5,7 +5,6 @@ Shapes: N tokens, D hidden_size, F intermediate_size, P kept channels.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from intraslice.edits import FFNEdit
@@ -19,9 +18,7 @@ def channel_scores(act_FF: Tensor, down_weight: Tensor) -> Tensor:
     return act_FF.diagonal() * down_weight.double().square().sum(0)
 
 
-def solve_down(
-    act_FF: Tensor, down_weight: Tensor, channels: Tensor, options: FFNOptions
-) -> tuple[FFNEdit, float]:
+def solve_down(act_FF: Tensor, down_weight: Tensor, channels: Tensor, options: FFNOptions) -> tuple[FFNEdit, float]:
     """Return the edit that keeps `channels`, and the block's relative error; Paper: Eq. 8.
 
     With A the kept channels and Y the block's output, W_down' is the ridge regression of Y on A. Both products are
@@ -51,4 +48,3 @@ def solve_down(
 def select_channels(act_FF: Tensor, down_weight: Tensor, keep: int) -> Tensor:
     """Return the kept channels, int64 [keep], ascending: those with the largest scores."""
     return top_indices(channel_scores(act_FF, down_weight), keep)
-

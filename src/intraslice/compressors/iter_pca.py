@@ -105,9 +105,7 @@ def iterate_pca(
     return best, best_error
 
 
-def _compressed(
-    activation: Callable[[Tensor], Tensor], up_NP: Tensor, gate_NP: Tensor | None
-) -> Tensor:
+def _compressed(activation: Callable[[Tensor], Tensor], up_NP: Tensor, gate_NP: Tensor | None) -> Tensor:
     return activation(up_NP) if gate_NP is None else activation(gate_NP) * up_NP
 
 
@@ -121,7 +119,9 @@ def _moments(preactivations: Preactivations, maps: tuple[Tensor, Tensor | None])
     for up, gate in preactivations:
         dense = _compressed(preactivations.activation, up, gate)
         compressed = _compressed(
-            preactivations.activation, up @ up_map, None if gate is None or gate_map is None else gate @ gate_map
+            preactivations.activation,
+            up @ up_map,
+            None if gate is None or gate_map is None else gate @ gate_map,
         )
         gram.update(compressed)
         cross.update(compressed, dense)

@@ -79,7 +79,8 @@ def prune_layer(
         index: number of the layer.
         hidden: inputs of the layer, as the layers pruned before give them; overwritten by its outputs.
         budget: weights that may stay.
-        attention_options, ffn_options: settings.
+        attention_options: settings of the attention block.
+        ffn_options: settings of the FFN block.
 
     Raises:
         NumericalError: activations are NaN or infinite, or a system cannot be solved.
@@ -95,9 +96,7 @@ def prune_layer(
         raise NumericalError(f"layer {index}: {error}") from error
     shape = replace(attention.shape, intermediate_size=keep)
     total = model.spec.num_parameters(shape, model.config.hidden_size)
-    return PrunedLayer(
-        shape, attention.heads, attention.error, ffn_error, budget.attention + budget.ffn - total
-    )
+    return PrunedLayer(shape, attention.heads, attention.error, ffn_error, budget.attention + budget.ffn - total)
 
 
 @torch.no_grad()
@@ -137,9 +136,7 @@ def _prune_attention(
     trial, per_kv = fuse_qk(weights, edit, pairs)
     ffn_width = model.dense_shape.intermediate_size
     dense_out = block.out_projection
-    write_attention(
-        block, model.config, index, attention_shape(per_kv, trial, ffn_width), trial, edit.rope_pairs
-    )
+    write_attention(block, model.config, index, attention_shape(per_kv, trial, ffn_width), trial, edit.rope_pairs)
     moments = _context_moments(model, block, index, hidden, dense, dense_out.weight, options.normalize_tokens)
     dense_dims = model.dense_shape.num_attention_heads * model.dense_shape.qk_head_dim
     whole = len(edit.heads) * edit.width == dense_dims
@@ -166,9 +163,7 @@ def _attention_stats(
     num_tokens = 0
     for part in hidden.slices():
         states = hidden.read(part)
-        query, key, value = block.attention.project(
-            block.attention_input(states), kwargs.get("position_embeddings")
-        )
+        query, key, value = block.attention.project(block.attention_input(states), kwargs.get("position_embeddings"))
         context, _ = block.attention.attend(query, key, value, kwargs.get("attention_mask"))
         context_moment.update(_weighted(context, states, normalize).flatten(0, 1))
         query_abs.update(query.abs().sum((0, 2)))
@@ -220,9 +215,7 @@ def _context_moments(
     return ContextMoments(context=context_moment.value, target=target_moment.value, target_energy=energy)
 
 
-def _act_moment(
-    model: StreamedModel, block: DecoderBlock, index: int, hidden: HiddenStates, normalize: bool
-) -> Tensor:
+def _act_moment(model: StreamedModel, block: DecoderBlock, index: int, hidden: HiddenStates, normalize: bool) -> Tensor:
     """Advance `hidden` through the attention block and return the second moment of the dense act, [F, F]."""
     width = model.dense_shape.intermediate_size
     moment = SecondMoment(width, None, model.placement.device, model.placement.stat_dtype)

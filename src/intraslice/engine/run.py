@@ -33,6 +33,29 @@ from intraslice.result import RESULT_FILE, LayerRecord, PruneResult
 from intraslice.runtime.configuration_intraslice import pruned_config
 
 
+class _Clock:
+    """Wall-clock seconds: of this process by phase, and in total with what interrupted runs spent before.
+
+    Args:
+        before: seconds of the interrupted runs.
+    """
+
+    def __init__(self, before: float) -> None:
+        self._started = self._mark = time.monotonic()
+        self._before = before
+        self.phases: dict[str, float] = {}
+
+    def end_phase(self, name: str) -> None:
+        """Give the time since the last phase ended a name."""
+        now = time.monotonic()
+        self.phases[name] = round(now - self._mark, 3)
+        self._mark = now
+
+    def total(self) -> float:
+        """Return all seconds so far."""
+        return self._before + time.monotonic() - self._started
+
+
 def prune_checkpoint(
     checkpoint: Checkpoint,
     calibration: Calibration,
@@ -69,14 +92,19 @@ def prune_checkpoint(
         IntraSliceError: whatever a user can mend; nothing appears under `output` then.
     """
     check_output(output, overwrite, source=checkpoint.folder)
-    started = time.monotonic()
     placement = Placement.choose(run.device, run.dtype, checkpoint.dtype)
     placement.reset_peak()
     tokens = calibration.tokens
     batch = _batch_size(tokens.shape[0], tokens.shape[1], run.batch_tokens)
     identity = {
         "model": checkpoint.fingerprint(),
-        "calibration": calibration.fingerprint,
+        "calibration": {
+            "name": calibration.source,
+            "num_samples": tokens.shape[0],
+            "seqlen": tokens.shape[1],
+            "seed": calibration.seed,
+            "fingerprint": calibration.fingerprint,
+        },
         "method": asdict(method),
         "dtype": dtype_name(placement.save_dtype),
         "device": placement.device.type,
@@ -84,6 +112,7 @@ def prune_checkpoint(
         "batch_tokens": batch * tokens.shape[1],
     }
     work = RunDir(output, identity, resume=resume, overwrite=overwrite)
+    clock = _Clock(work.seconds)
     if work.records or work.allocation:
         progress.note(f"resuming: {len(work.records)} of {checkpoint.num_layers} layers are finished")
     with torch.random.fork_rng(devices=[]):
@@ -96,9 +125,9 @@ def prune_checkpoint(
                 scan_path = _kept_scan_path(Path(run.scan_folder), identity, method)
             work.allocation = _allocate(model, sizes, calibration, method, run, batch, scan_path, progress)
             work.save()
-        allocation_seconds = time.monotonic() - started
-        _prune_layers(model, sizes, calibration, method, run, batch, work, progress)
-    layers_seconds = time.monotonic() - started - allocation_seconds
+        clock.end_phase("allocation")
+        _prune_layers(model, sizes, calibration, method, run, batch, work, clock, progress)
+        clock.end_phase("layers")
 
     config = pruned_config(
         checkpoint.config,
@@ -121,7 +150,7 @@ def prune_checkpoint(
     dense_layers = sum(sizes.attention) + sum(sizes.ffn)
     kept = sum(record.num_parameters for record in work.records)
     dense_parameters = checkpoint.num_parameters()
-    seconds = work.seconds + time.monotonic() - started
+    clock.end_phase("write")
     result = PruneResult(
         output=str(output),
         model=checkpoint.name,
@@ -136,19 +165,9 @@ def prune_checkpoint(
         dense_bytes=dense_parameters * placement.save_dtype.itemsize,
         pruned_bytes=written,
         layers=tuple(work.records),
-        seconds={
-            "allocation": round(allocation_seconds, 3),
-            "layers": round(layers_seconds, 3),
-            "total": round(seconds, 3),
-        },
+        seconds={**clock.phases, "total": round(clock.total(), 3)},
         peak_memory_bytes=placement.peak_memory_bytes(),
-        calibration={
-            "name": calibration.source,
-            "num_samples": tokens.shape[0],
-            "seqlen": tokens.shape[1],
-            "seed": calibration.seed,
-            "fingerprint": calibration.fingerprint,
-        },
+        calibration=identity["calibration"],
         versions={
             "intraslice": __version__,
             "torch": torch.__version__,
@@ -183,7 +202,8 @@ def _block_sizes(model: StreamedModel) -> BlockSizes:
 
 def _kept_scan_path(folder: Path, identity: dict[str, Any], method: MethodOptions) -> Path:
     """Return the file of a gradient pass: named by everything that decides it, and nothing else."""
-    decides = {name: identity[name] for name in ("model", "calibration", "device", "batch_tokens", "compute")}
+    decides = {name: identity[name] for name in ("model", "device", "batch_tokens", "compute")}
+    decides["tokens"] = identity["calibration"]["fingerprint"]
     decides["num_ffn_blocks"] = method.allocation.num_ffn_blocks
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return folder / f"scan-{digest[:32]}.safetensors"
@@ -224,6 +244,7 @@ def _prune_layers(
     run: RunOptions,
     batch: int,
     work: RunDir,
+    clock: _Clock,
     progress: Progress,
 ) -> None:
     assert work.allocation is not None
@@ -239,7 +260,6 @@ def _prune_layers(
         hidden.write(part, model.embed(tokens[part]))
     model.release()
     iterated = _layers_to_iterate(work.allocation.ffn, method)
-    base_seconds, started = work.seconds, time.monotonic()
     with progress.step("layers", total=model.num_layers) as advance:
         for index in range(model.num_layers):
             if index < len(work.records):
@@ -267,7 +287,7 @@ def _prune_layers(
                 iter_pca=budget.iter_pca,
             )
             tensors = _stored_tensors(model, block)
-            work.commit(record, tensors, pruned.leftover, base_seconds + time.monotonic() - started)
+            work.commit(record, tensors, pruned.leftover, clock.total())
             advance(1)
     kept = sum(record.num_parameters for record in work.records)
     reached = 1.0 - kept / (sum(sizes.attention) + sum(sizes.ffn))

@@ -75,12 +75,13 @@ class RunDir:
         except json.JSONDecodeError as error:
             raise CheckpointError(f"{manifest} is not readable ({error}); pass --overwrite to start again.") from error
         old, new = data["identity"], self._identity
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
-                raise ResumeMismatchError(
-                    f"the interrupted run in {str(self.path)!r} has {name} = {old.get(name)!r}, this one has "
-                    f"{new.get(name)!r}; repeat the first command with --resume, or pass --overwrite to start again."
-                )
+        differ = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+        # A fingerprint says the least: it is named only when nothing else explains the difference.
+        for name in sorted(differ, key=lambda name: name.endswith("fingerprint"))[:1]:
+            raise ResumeMismatchError(
+                f"the interrupted run in {str(self.path)!r} has {name} = {old.get(name)!r}, this one has "
+                f"{new.get(name)!r}; repeat the first command with --resume, or pass --overwrite to start again."
+            )
         self.records = [layer_record_from_dict(record) for record in data["records"]]
         self.carry = data["carry"]
         self.seconds = data["seconds"]

@@ -93,7 +93,7 @@ def scan_mask_gradients(
         NumericalError: a loss or gradient is NaN or infinite.
     """
     num_sequences, seqlen = tokens_ST.shape
-    shape, spec = model.dense_shape, model.spec
+    shape = model.dense_shape
     context_dim = shape.num_attention_heads * shape.v_head_dim
     width = block_width(shape.intermediate_size, num_ffn_blocks)
     layers = model.num_layers
@@ -137,8 +137,8 @@ def _scan_chunk(
     boundaries = [[model.embed(tokens_ST[part])] for part in parts]
     for index in range(model.num_layers):
         block, kwargs = model.load_layer(index), model.layer_kwargs[index]
-        context_moment = BlockSecondMoment(*sums.context_moment.shape[1:3], device, stat_dtype)
-        act_moment = BlockSecondMoment(*sums.act_moment.shape[1:3], device, stat_dtype)
+        context_moment = BlockSecondMoment(*sums.context_moment[index].shape[:2], device=device, dtype=stat_dtype)
+        act_moment = BlockSecondMoment(*sums.act_moment[index].shape[:2], device=device, dtype=stat_dtype)
         for part, states in zip(parts, boundaries, strict=True):
             states.append(_forward(block, states[-1], kwargs, context_moment, act_moment))
             advance(part.stop - part.start)

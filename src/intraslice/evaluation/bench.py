@@ -131,8 +131,7 @@ def bench_models(
     folders = [resolve_model(name, progress=progress) for name in names]
     with ExitStack() as stack:
         workers = [
-            stack.enter_context(_Worker(name, folder, options))
-            for name, folder in zip(names, folders, strict=True)
+            stack.enter_context(_Worker(name, folder, options)) for name, folder in zip(names, folders, strict=True)
         ]
         # The first repetition warms caches and is not counted.
         with progress.step("benchmark", (options.repetitions + 1) * len(workers)) as advance:

@@ -110,9 +110,7 @@ def _check(model: PreTrainedModel, tokens: Tensor, seqlen: int, windows: int | N
         raise RecipeError(f"windows must be at least 1, got {windows}.")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and seqlen > limit:
-        raise RecipeError(
-            f"seqlen {seqlen} is beyond the {limit} positions of the model; use --seqlen {limit}."
-        )
+        raise RecipeError(f"seqlen {seqlen} is beyond the {limit} positions of the model; use --seqlen {limit}.")
     available = tokens.numel() // seqlen
     if available == 0:
         raise CalibrationError(

@@ -30,9 +30,7 @@ def main() -> None:
         try:
             _serve(sys.stdin, replies)
         except (IntraSliceError, MemoryError, torch.OutOfMemoryError) as error:
-            text = (
-                str(error) if isinstance(error, IntraSliceError) else "not enough memory for this benchmark."
-            )
+            text = str(error) if isinstance(error, IntraSliceError) else "not enough memory for this benchmark."
             replies.write(json.dumps({"error": text}) + "\n")
 
 
@@ -61,9 +59,7 @@ def _serve(requests: IO[str], replies: IO[str]) -> None:
 def _check_length(model: PreTrainedModel, length: int) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and length > limit:
-        raise RecipeError(
-            f"prompt and decoded tokens are {length}, beyond the {limit} positions of the model."
-        )
+        raise RecipeError(f"prompt and decoded tokens are {length}, beyond the {limit} positions of the model.")
 
 
 def _repetition(

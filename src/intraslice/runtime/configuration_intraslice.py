@@ -114,9 +114,7 @@ class FamilySpec:
         """Return the number of linear weights (no biases, no norms) of a layer of this shape."""
         heads = shape.num_attention_heads + shape.num_key_value_heads
         ffn_matrices = 2 if self.gate is None else 3
-        return hidden_size * (
-            heads * (shape.qk_head_dim + shape.v_head_dim) + ffn_matrices * shape.intermediate_size
-        )
+        return hidden_size * (heads * (shape.qk_head_dim + shape.v_head_dim) + ffn_matrices * shape.intermediate_size)
 
 
 FAMILIES: dict[str, FamilySpec] = {
@@ -236,9 +234,7 @@ class _PrunedConfig(_ConfigBase):
             )
         layers = len(self.intraslice["layers"])
         if layers != self.num_hidden_layers:
-            raise ValueError(
-                f"config.json has shapes of {layers} layers, but {self.num_hidden_layers} layers."
-            )
+            raise ValueError(f"config.json has shapes of {layers} layers, but {self.num_hidden_layers} layers.")
 
     def validate_rope(self) -> None:
         """Check the RoPE settings against the dense head."""

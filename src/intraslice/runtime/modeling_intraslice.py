@@ -173,9 +173,7 @@ class PrunedAttention(nn.Module):
         self.unrotated_pairs = dense_dim // 2 - self.rotary_half if spec.rope else 0
         self.selects_pairs = spec.rope and shape.qk_head_dim != dense_dim
         if self.selects_pairs and (shape.qk_head_dim % 2 or shape.qk_head_dim > dense_dim):
-            raise ValueError(
-                f"layer {layer_idx}: qk_head_dim {shape.qk_head_dim} is not even or exceeds {dense_dim}"
-            )
+            raise ValueError(f"layer {layer_idx}: qk_head_dim {shape.qk_head_dim} is not even or exceeds {dense_dim}")
         self.register_indices()
 
     def register_indices(self) -> None:
@@ -266,8 +264,7 @@ class PrunedAttention(nn.Module):
         width = 2 * self.rotary_half
         cos, sin = cos[..., : self.rotary_half], sin[..., : self.rotary_half]
         query, key = (
-            torch.cat((_rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1)
-            for x in (query_BTHd, key_BTKd)
+            torch.cat((_rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1) for x in (query_BTHd, key_BTKd)
         )
         return query, key
 
