@@ -17,6 +17,11 @@ from intraslice.runtime.configuration_intraslice import FamilySpec, LayerShape, 
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 
 
+def norms_come_first(spec: FamilySpec, config: Any) -> bool:
+    """Return whether each block normalises its input; otherwise it normalises the sum with the residual stream."""
+    return True if spec.norm_first is None else bool(getattr(config, spec.norm_first))
+
+
 class DecoderBlock:
     """Runs a decoder layer in pieces: h1 = h + attention(norm(h)), h2 = h1 + ffn(norm(h1)).
 
@@ -29,7 +34,7 @@ class DecoderBlock:
     def __init__(self, layer: nn.Module, spec: FamilySpec, config: Any) -> None:
         self.layer = layer
         self.spec = spec
-        self.norm_first = True if spec.norm_first is None else bool(getattr(config, spec.norm_first))
+        self.norm_first = norms_come_first(spec, config)
         self.activation = _activation(getattr(config, spec.activation))
 
     @property
@@ -75,10 +80,14 @@ class DecoderBlock:
         context, _ = attention.attend(query, key, value, kwargs.get("attention_mask"))
         return context
 
+    def attention_output(self, attention: PrunedAttention, hidden_BTD: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Return what an attention module adds to the hidden states, [B, T, D]."""
+        context = self.context(attention, self.attention_input(hidden_BTD), kwargs)
+        return self._linear(attention, self.spec.o)(context)
+
     def attention_step(self, hidden_BTD: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Return the hidden states after the attention block, [B, T, D]."""
-        context = self.context(self.attention, self.attention_input(hidden_BTD), kwargs)
-        return self.add_attention(hidden_BTD, self.out_projection(context))
+        return self.add_attention(hidden_BTD, self.attention_output(self.attention, hidden_BTD, kwargs))
 
     def ffn_input(self, hidden_BTD: Tensor) -> Tensor:
         """Return what up and gate read, [B, T, D]."""
@@ -105,9 +114,13 @@ class DecoderBlock:
         hidden = hidden_BTD + output_BTD
         return hidden if self.norm_first else self.layer.get_submodule(self.spec.ffn_norm)(hidden)
 
+    def ffn_output(self, hidden_BTD: Tensor) -> Tensor:
+        """Return what the FFN adds to the hidden states, [B, T, D]."""
+        return self.down_projection(self.act(self.ffn_input(hidden_BTD)))
+
     def ffn_step(self, hidden_BTD: Tensor) -> Tensor:
         """Return the hidden states after the FFN block, [B, T, D]."""
-        return self.add_ffn(hidden_BTD, self.down_projection(self.act(self.ffn_input(hidden_BTD))))
+        return self.add_ffn(hidden_BTD, self.ffn_output(hidden_BTD))
 
 
 def _activation(name: str) -> nn.Module:

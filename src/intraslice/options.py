@@ -47,7 +47,9 @@ class AttentionOptions:
         damping: lambda of Eq. 6, relative to the mean diagonal of the second moment.
         shrink_to: what lambda pulls the solution towards: "weights" (what plain removal would leave), or "zero"
             (Eq. 6 to the letter).
-        normalize_tokens: weigh each token by 1 / ||h||^2 of its residual stream in the sums of the block.
+        target: what the block is repaired against: "block" (what the dense block makes of the same input), or
+            "model" (what the dense model has in its residual stream there, so that the errors of the layers before
+            are repaired as well).
         groups: "ragged" lets query heads of a kv head go one by one; "uniform" keeps one group size per layer.
     """
 
@@ -59,7 +61,7 @@ class AttentionOptions:
     reconstruct: bool = True
     damping: float = 0.05
     shrink_to: Literal["weights", "zero"] = "weights"
-    normalize_tokens: bool = False
+    target: Literal["block", "model"] = "block"
     groups: Literal["ragged", "uniform"] = "ragged"
 
 
@@ -71,7 +73,7 @@ class FFNOptions:
         reconstruct: ridge regression into down_proj (Eq. 8); False only drops columns.
         damping: lambda of Eq. 8, relative to the mean diagonal of the second moment.
         shrink_to: "weights" or "zero", as for attention.
-        normalize_tokens: weigh each token by 1 / ||h||^2 of its residual stream in the sums of the block.
+        target: "block" or "model", as for attention.
         ffn_multiple: kept channels are a multiple of this.
         iter_pca: progressive sliced iterative PCA (Eq. 7) in the layers that lose the most.
         iter_pca_fraction: the share of layers it is applied to, those with the highest FFN sparsity first.
@@ -86,7 +88,7 @@ class FFNOptions:
     reconstruct: bool = True
     damping: float = 0.1
     shrink_to: Literal["weights", "zero"] = "weights"
-    normalize_tokens: bool = False
+    target: Literal["block", "model"] = "block"
     ffn_multiple: int = 8
     iter_pca: bool = False
     iter_pca_fraction: float = 0.1
@@ -117,6 +119,8 @@ class RunOptions:
     Attributes:
         device: "auto", "cpu" or a torch device string.
         dtype: dtype of the saved weights: "auto" keeps the checkpoint's, or "float32", "bfloat16", "float16".
+        matmul: "exact" computes the float32 statistics exactly and only the gradient pass, which ranks, with products
+            rounded to bfloat16 where that is faster; "fast" rounds both; "exact-gradients" rounds nothing.
         batch_tokens: tokens in one forward batch (at least one sequence).
         boundary_bytes: memory for the layer-boundary states of the gradient pass; smaller means more passes.
         hidden_states: "memory" or "disk" for the hidden states between layers.
@@ -129,6 +133,7 @@ class RunOptions:
 
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    matmul: Literal["exact", "fast", "exact-gradients"] = "exact"
     batch_tokens: int = 2048
     boundary_bytes: int = 1 << 29
     hidden_states: Literal["memory", "disk"] = "memory"

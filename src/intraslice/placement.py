@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +91,23 @@ class Placement:
         """Wait for the accelerator, so that wall-clock times mean something."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
+
+
+@contextmanager
+def matmul_precision(fast: bool) -> Iterator[None]:
+    """Within the block, let float32 products be rounded to bfloat16 where the processor is faster that way.
+
+    Sums stay float32. On a CPU with bfloat16 matrix units this halves the time; elsewhere nothing changes.
+
+    Args:
+        fast: False keeps float32 products exact.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if fast else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def peak_resident_bytes() -> int:

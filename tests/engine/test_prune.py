@@ -22,6 +22,12 @@ from tiny import FAMILIES, VOCAB_SIZE, make_tiny
 SMALL = AttentionOptions(head_multiple=2), FFNOptions(ffn_multiple=1)
 
 
+TO_MODEL = {
+    "attention": AttentionOptions(head_multiple=2, target="model"),
+    "ffn": FFNOptions(ffn_multiple=1, target="model"),
+}
+
+
 def calibration(num: int = 8, seqlen: int = 32, seed: int = 0) -> Calibration:
     generator = torch.Generator().manual_seed(seed)
     # A walk over the vocabulary: neighbouring tokens are related, so the gradients mean something.
@@ -243,6 +249,8 @@ def test_resume_with_another_model_is_refused(tiny_folder, tmp_path):
         ("no pca", {"allocation": AllocationOptions(pca_attention=False, pca_ffn=False)}),
         ("bias", {"allocation": AllocationOptions(ffn_bias=0.9)}),
         ("iter", {"ffn": FFNOptions(ffn_multiple=1, iter_pca=True, iter_pca_fraction=0.5)}),
+        ("model", TO_MODEL),
+        ("model iter", {**TO_MODEL, "ffn": FFNOptions(ffn_multiple=1, target="model", iter_pca=True)}),
     ],
 )
 def test_every_setting_meets_the_budget(name, method, tiny_folder, tmp_path):

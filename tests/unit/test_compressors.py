@@ -13,7 +13,7 @@ from intraslice.compressors.attention import (
     rope_pair_scores,
     solve_value,
 )
-from intraslice.compressors.ffn import channel_scores, select_channels, solve_down
+from intraslice.compressors.ffn import FFNMoments, block_target, channel_scores, select_channels, solve_down
 from intraslice.compressors.iter_pca import iterate_pca, pseudo_inverse
 from intraslice.edits import AttentionWeights, fuse_qk, fuse_value
 from intraslice.linalg import ridge_solve
@@ -190,18 +190,31 @@ def test_ffn_selection_and_ridge_equal_explicit_regression():
     assert torch.allclose(scores, explicit)
     channels = select_channels(moment, down, 10)
     assert set(channels.tolist()) == set(explicit.argsort(descending=True)[:10].tolist())
-    edit, error = solve_down(moment, down, channels, FFNOptions(damping=0.01, shrink_to="zero"))
+    edit, error = solve_down(block_target(moment, down), down, channels, FFNOptions(damping=0.01, shrink_to="zero"))
     target, kept = act @ down.T, act[:, channels]
     assert torch.allclose(edit.down_weight, ridge_solve(kept.T @ kept, kept.T @ target, 0.01).T, atol=1e-9)
     residual = (target - kept @ edit.down_weight.T).square().sum() / target.square().sum()
     assert error == pytest.approx(float(residual), rel=1e-8)
-    _, plain_error = solve_down(moment, down, channels, FFNOptions(reconstruct=False))
+    _, plain_error = solve_down(block_target(moment, down), down, channels, FFNOptions(reconstruct=False))
     assert error <= plain_error
+
+
+def test_ffn_against_another_target_is_the_regression_on_that_target():
+    act, down = _correlated(N, 16, seed=0), _random(D, 16, seed=2)
+    target = act @ down.T + _random(N, D, seed=3)
+    energy = float(target.square().sum())
+    moments = FFNMoments(act=act.T @ act, target=act.T @ target, target_energy=energy)
+    channels = torch.arange(3, 13)
+    edit, error = solve_down(moments, down, channels, FFNOptions(damping=0.1))
+    kept = act[:, channels]
+    expected = ridge_solve(kept.T @ kept, kept.T @ target, 0.1, down[:, channels].T).T
+    assert torch.allclose(edit.down_weight, expected, atol=1e-9)
+    assert error == pytest.approx(float((target - kept @ edit.down_weight.T).square().sum()) / energy, rel=1e-8)
 
 
 def test_keeping_all_channels_changes_nothing():
     act, down = _correlated(N, 16, seed=0), _random(D, 16, seed=2)
-    edit, error = solve_down(act.T @ act, down, torch.arange(16), FFNOptions())
+    edit, error = solve_down(block_target(act.T @ act, down), down, torch.arange(16), FFNOptions())
     assert torch.equal(edit.down_weight, down)
     assert error == pytest.approx(0.0, abs=1e-12)
 
@@ -215,13 +228,15 @@ def test_pseudo_inverse():
 class _Replay:
     activation = staticmethod(torch.nn.functional.silu)
 
-    def __init__(self, up: torch.Tensor, gate: torch.Tensor | None) -> None:
-        self._up, self._gate = up, gate
+    def __init__(self, up: torch.Tensor, gate: torch.Tensor | None, down: torch.Tensor) -> None:
+        self._up, self._gate, self._down = up, gate, down
 
     def __iter__(self):
         for part in range(0, len(self._up), 50):
             rows = slice(part, part + 50)
-            yield self._up[rows], None if self._gate is None else self._gate[rows]
+            up, gate = self._up[rows], None if self._gate is None else self._gate[rows]
+            act = self.activation(up) if gate is None else self.activation(gate) * up
+            yield up, gate, act @ self._down.T
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -230,12 +245,12 @@ def test_iterate_pca_lowers_the_error_and_reports_it_truly(gated):
     basis = _random(6, 32, seed=4)
     up = _random(400, 6) @ basis + 0.05 * _random(400, 32, seed=1)
     gate = _random(400, 6, seed=2) @ basis + 0.05 * _random(400, 32, seed=3) if gated else None
-    replay = _Replay(up, gate)
+    replay = _Replay(up, gate, _random(D, 32, seed=7))
     act = replay.activation(up) if gate is None else replay.activation(gate) * up
     down, moment = _random(D, 32, seed=7), act.T @ act
     options = FFNOptions(iter_pca_rounds=2, iter_pca_steps=40, iter_pca_lr=1e-2, damping=1e-4)
-    start, start_error = solve_down(moment, down, select_channels(moment, down, 12), options)
-    edit, error = iterate_pca(replay, moment, down, start, start_error, options)
+    start, start_error = solve_down(block_target(moment, down), down, select_channels(moment, down, 12), options)
+    edit, error = iterate_pca(replay, block_target(moment, down), start, start_error, options)
     assert error < (0.999 if gated else 0.95) * start_error
     assert edit.channels is None and edit.up_map is not None
     compressed = (
@@ -250,10 +265,10 @@ def test_iterate_pca_lowers_the_error_and_reports_it_truly(gated):
 
 def test_iterate_pca_never_returns_something_worse():
     act = _random(100, 8)
-    replay = _Replay(act, None)
+    replay = _Replay(act, None, _random(D, 8, seed=1))
     dense = replay.activation(act)
     moment, down = dense.T @ dense, _random(D, 8, seed=1)
     options = FFNOptions(iter_pca_lr=50.0, iter_pca_steps=3)  # a step size that destroys the maps
-    start, start_error = solve_down(moment, down, select_channels(moment, down, 6), options)
-    edit, error = iterate_pca(replay, moment, down, start, start_error, options)
+    start, start_error = solve_down(block_target(moment, down), down, select_channels(moment, down, 6), options)
+    edit, error = iterate_pca(replay, block_target(moment, down), start, start_error, options)
     assert edit is start and error == start_error

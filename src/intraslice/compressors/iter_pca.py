@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from intraslice.compressors.ffn import FFNMoments
 from intraslice.edits import FFNEdit
 from intraslice.linalg import residual_energy, ridge_solve
 from intraslice.options import FFNOptions
@@ -30,14 +31,14 @@ _PINV_DAMPING = 1e-3
 
 
 class Preactivations(Protocol):
-    """Replays the outputs of up and gate ([N, F] each; gate may be None), batch by batch."""
+    """Replays the outputs of up and gate ([N, F] each; gate may be None) and the target Y [N, D], batch by batch."""
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor]:
         """The nonlinearity."""
         ...
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]: ...
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]: ...
 
 
 def pseudo_inverse(recon_PF: Tensor) -> Tensor:
@@ -47,8 +48,7 @@ def pseudo_inverse(recon_PF: Tensor) -> Tensor:
 
 def iterate_pca(
     preactivations: Preactivations,
-    act_FF: Tensor,
-    down_weight: Tensor,
+    moments: FFNMoments,
     initial: FFNEdit,
     initial_error: float,
     options: FFNOptions,
@@ -57,8 +57,7 @@ def iterate_pca(
 
     Args:
         preactivations: outputs of up and gate on the calibration tokens.
-        act_FF: second moment of the dense `act`, float64.
-        down_weight: [D, F].
+        moments: sums over the dense block.
         initial: the channel selection to start from.
         initial_error: its relative error.
         options: settings.
@@ -69,9 +68,7 @@ def iterate_pca(
     channels = initial.channels
     if channels is None:
         raise ValueError("iterate_pca starts from a channel selection")
-    down = down_weight.double()
-    width = act_FF.shape[0]
-    target_energy = float((down.T * (act_FF @ down.T)).sum())
+    act_FF, width = moments.act, moments.act.shape[0]
     selection = torch.zeros(width, len(channels))
     selection[channels, torch.arange(len(channels))] = 1.0
     recon = ridge_solve(act_FF[channels][:, channels], act_FF[channels], options.damping)  # Q_r, [P, F]
@@ -79,7 +76,7 @@ def iterate_pca(
     best, best_error = initial, initial_error
     for round_index in range(options.iter_pca_rounds):
         inverse = pseudo_inverse(recon)
-        for up, gate in preactivations:
+        for up, gate, _ in preactivations:
             if maps is None:
                 device, dtype = up.device, up.dtype
                 start = selection.to(device, dtype)
@@ -87,10 +84,10 @@ def iterate_pca(
             break
         assert maps is not None
         maps = _optimise_slices(preactivations, maps, inverse.to(maps[0]), round_index, options)
-        gram, cross = _moments(preactivations, maps)
+        gram, cross_act, cross = _moments(preactivations, maps)
         prior = best.down_weight.T if options.shrink_to == "weights" else None
-        solution = ridge_solve(gram, cross @ down.T, options.damping, prior)
-        error = residual_energy(target_energy, gram, cross @ down.T, solution) / max(target_energy, 1e-30)
+        solution = ridge_solve(gram, cross, options.damping, prior)
+        error = residual_energy(moments.target_energy, gram, cross, solution) / max(moments.target_energy, 1e-30)
         if error >= best_error:
             break
         up_map, gate_map = maps
@@ -101,7 +98,7 @@ def iterate_pca(
             down_weight=solution.T.contiguous(),
         )
         best_error = error
-        recon = ridge_solve(gram, cross, options.damping)
+        recon = ridge_solve(gram, cross_act, options.damping)
     return best, best_error
 
 
@@ -109,23 +106,24 @@ def _compressed(activation: Callable[[Tensor], Tensor], up_NP: Tensor, gate_NP: 
     return activation(up_NP) if gate_NP is None else activation(gate_NP) * up_NP
 
 
-def _moments(preactivations: Preactivations, maps: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
-    """Return A^T A [P, P] and A^T Y [P, F] with A the compressed and Y the dense `act`, float64."""
+def _moments(preactivations: Preactivations, maps: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A^T A [P, P], A^T act [P, F] and A^T Y [P, D] with A the compressed `act`, float64."""
     up_map, gate_map = maps
     width, kept = up_map.shape
-    stat = torch.float64
-    gram = SecondMoment(kept, None, up_map.device, stat)
-    cross = SecondMoment(kept, width, up_map.device, stat)
-    for up, gate in preactivations:
-        dense = _compressed(preactivations.activation, up, gate)
+    gram = SecondMoment(kept, None, up_map.device, torch.float64)
+    cross_act = SecondMoment(kept, width, up_map.device, torch.float64)
+    cross = None
+    for up, gate, target in preactivations:
+        if cross is None:
+            cross = SecondMoment(kept, target.shape[1], up_map.device, torch.float64)
         compressed = _compressed(
-            preactivations.activation,
-            up @ up_map,
-            None if gate is None or gate_map is None else gate @ gate_map,
+            preactivations.activation, up @ up_map, None if gate is None or gate_map is None else gate @ gate_map
         )
         gram.update(compressed)
-        cross.update(compressed, dense)
-    return gram.value, cross.value
+        cross_act.update(compressed, _compressed(preactivations.activation, up, gate))
+        cross.update(compressed, target)
+    assert cross is not None
+    return gram.value, cross_act.value, cross.value
 
 
 def _optimise_slices(
@@ -152,7 +150,7 @@ def _optimise_slices(
         parameters = [up_part] if gate_part is None else [up_part, gate_part]
         adam = torch.optim.Adam(parameters, lr=rate)
         for _ in range(options.iter_pca_steps):
-            up, gate = next(batches)
+            up, gate, _ = next(batches)
             with torch.no_grad():
                 target = _compressed(preactivations.activation, up, gate) @ inverse_FP  # Y^r, [N, P]
                 # C of Eq. 7: everything but this slice.
@@ -176,6 +174,6 @@ def _optimise_slices(
     return up_map, gate_map
 
 
-def _endless(preactivations: Preactivations) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _endless(preactivations: Preactivations) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
     while True:
         yield from preactivations

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from intraslice.blocks import DecoderBlock, read_attention, read_ffn
 from intraslice.compressors.attention import AttentionStats, ContextMoments, choose_qk, solve_value
-from intraslice.compressors.ffn import select_channels, solve_down
+from intraslice.compressors.ffn import FFNMoments, block_target, select_channels, solve_down
 from intraslice.compressors.iter_pca import iterate_pca
 from intraslice.edits import attention_shape, fuse_ffn, fuse_qk, fuse_value
 from intraslice.engine.hidden import HiddenStates
@@ -61,23 +61,37 @@ class PrunedLayer:
     leftover: float
 
 
+@dataclass(frozen=True)
+class Streams:
+    """Hidden states of all calibration tokens at the input of a layer; each layer overwrites them with its outputs.
+
+    Attributes:
+        pruned: as the layers pruned before give them.
+        dense: as the dense model has them; None when no block is repaired against the dense model: all blocks are
+            then repaired against their own dense output.
+    """
+
+    pruned: HiddenStates
+    dense: HiddenStates | None
+
+
 @torch.no_grad()
 def prune_layer(
     model: StreamedModel,
     block: DecoderBlock,
     index: int,
-    hidden: HiddenStates,
+    streams: Streams,
     budget: LayerBudget,
     attention_options: AttentionOptions,
     ffn_options: FFNOptions,
 ) -> PrunedLayer:
-    """Prune the layer in `block` in place, and advance `hidden` through the pruned layer.
+    """Prune the layer in `block` in place, and advance the streams through it.
 
     Args:
         model: the streamed model the layer belongs to.
         block: the layer at its dense shape.
         index: number of the layer.
-        hidden: inputs of the layer, as the layers pruned before give them; overwritten by its outputs.
+        streams: inputs of the layer; overwritten by its outputs.
         budget: weights that may stay.
         attention_options: settings of the attention block.
         ffn_options: settings of the FFN block.
@@ -86,12 +100,14 @@ def prune_layer(
         NumericalError: activations are NaN or infinite, or a system cannot be solved.
     """
     try:
-        attention = _prune_attention(model, block, index, hidden, budget.attention, attention_options)
-        act_FF = _act_moment(model, block, index, hidden, ffn_options.normalize_tokens)
+        attention = _prune_attention(model, block, index, streams, budget.attention, attention_options)
+        moments = _ffn_moments(model, block, index, streams, ffn_options)
         spent = _attention_cost(model, attention.shape)
         keep = _channels_to_keep(model, budget.ffn + budget.attention - spent, ffn_options.ffn_multiple)
-        ffn_error = _prune_ffn(model, block, index, hidden, act_FF, attention.shape, keep, budget.iter_pca, ffn_options)
-        propagate_ffn(model, block, hidden)
+        ffn_error = _prune_ffn(
+            model, block, index, streams, moments, attention.shape, keep, budget.iter_pca, ffn_options
+        )
+        _advance_ffn(block, streams.pruned)
     except NumericalError as error:
         raise NumericalError(f"layer {index}: {error}") from error
     shape = replace(attention.shape, intermediate_size=keep)
@@ -101,10 +117,10 @@ def prune_layer(
 
 @torch.no_grad()
 def propagate_layer(model: StreamedModel, block: DecoderBlock, index: int, hidden: HiddenStates) -> None:
-    """Advance `hidden` through a finished layer with the same operations that `prune_layer` uses."""
+    """Advance one stream through a layer, dense or finished, with the same operations that `prune_layer` uses."""
     for part in hidden.slices():
         hidden.write(part, block.attention_step(hidden.read(part), model.layer_kwargs[index]))
-    propagate_ffn(model, block, hidden)
+    _advance_ffn(block, hidden)
 
 
 @dataclass(frozen=True)
@@ -124,20 +140,19 @@ def _prune_attention(
     model: StreamedModel,
     block: DecoderBlock,
     index: int,
-    hidden: HiddenStates,
+    streams: Streams,
     budget: float,
     options: AttentionOptions,
 ) -> _PrunedAttentionBlock:
     dense = block.attention
     weights = read_attention(block, model.dense_shape)
-    stats = _attention_stats(model, block, index, hidden, options.normalize_tokens)
+    stats = _attention_stats(model, block, index, streams.pruned)
     pairs = _pairs(model)
     edit = choose_qk(weights, stats, budget, options, pairs)
     trial, per_kv = fuse_qk(weights, edit, pairs)
     ffn_width = model.dense_shape.intermediate_size
-    dense_out = block.out_projection
     write_attention(block, model.config, index, attention_shape(per_kv, trial, ffn_width), trial, edit.rope_pairs)
-    moments = _context_moments(model, block, index, hidden, dense, dense_out.weight, options.normalize_tokens)
+    moments = _context_moments(model, block, index, streams, dense, options.target)
     dense_dims = model.dense_shape.num_attention_heads * model.dense_shape.qk_head_dim
     whole = len(edit.heads) * edit.width == dense_dims
     value_edit, error = solve_value(trial.o, per_kv, edit.width, moments, options, whole=whole)
@@ -148,9 +163,7 @@ def _prune_attention(
     return _PrunedAttentionBlock(shape, edit.heads, error)
 
 
-def _attention_stats(
-    model: StreamedModel, block: DecoderBlock, index: int, hidden: HiddenStates, normalize: bool
-) -> AttentionStats:
+def _attention_stats(model: StreamedModel, block: DecoderBlock, index: int, hidden: HiddenStates) -> AttentionStats:
     shape, kwargs = model.dense_shape, model.layer_kwargs[index]
     device, dtype = model.placement.device, model.placement.stat_dtype
     num_heads, num_kv = shape.num_attention_heads, shape.num_key_value_heads
@@ -165,7 +178,7 @@ def _attention_stats(
         states = hidden.read(part)
         query, key, value = block.attention.project(block.attention_input(states), kwargs.get("position_embeddings"))
         context, _ = block.attention.attend(query, key, value, kwargs.get("attention_mask"))
-        context_moment.update(_weighted(context, states, normalize).flatten(0, 1))
+        context_moment.update(context.flatten(0, 1))
         query_abs.update(query.abs().sum((0, 2)))
         key_abs.update(key.abs().sum((0, 2)))
         if not model.spec.rope:
@@ -191,59 +204,78 @@ def _context_moments(
     model: StreamedModel,
     block: DecoderBlock,
     index: int,
-    hidden: HiddenStates,
+    streams: Streams,
     dense: PrunedAttention,
-    dense_out_weight: Tensor,
-    normalize: bool,
+    target: str,
 ) -> ContextMoments:
-    """Measure the context of the trial attention in `block` against the output of the dense attention."""
+    """Measure the context of the trial attention in `block` against its target, and advance the dense stream.
+
+    The target is what the block should add to the pruned stream x: the dense block's output on x itself, or what
+    leads from x to the dense model's stream, (h + dense output on h) - x. Biases cancel or are kept as they are, so
+    both are taken without the output bias.
+    """
     kwargs = model.layer_kwargs[index]
     device, dtype = model.placement.device, model.placement.stat_dtype
-    rows = block.out_projection.in_features
-    context_moment = SecondMoment(rows, None, device, dtype)
-    target_moment = SecondMoment(rows, dense_out_weight.shape[0], device, dtype)
+    context_moment = SecondMoment(block.out_projection.in_features, None, device, dtype)
+    target_moment = SecondMoment(block.out_projection.in_features, model.config.hidden_size, device, dtype)
+    bias = block.out_projection.bias  # the trial keeps the dense bias
     energy = 0.0
-    for part in hidden.slices():
-        states = hidden.read(part)
-        normed = block.attention_input(states)
-        target = block.context(dense, normed, kwargs) @ dense_out_weight.T
-        target = _weighted(target, states, normalize).flatten(0, 1)
-        context = _weighted(block.context(block.attention, normed, kwargs), states, normalize).flatten(0, 1)
+    for part in streams.pruned.slices():
+        states = streams.pruned.read(part)
+        wanted = None
+        if streams.dense is not None:
+            dense_states = streams.dense.read(part)
+            output = block.attention_output(dense, dense_states, kwargs)
+            streams.dense.write(part, block.add_attention(dense_states, output))
+            wanted = dense_states + output - states
+        if wanted is None or target == "block":
+            wanted = block.attention_output(dense, states, kwargs)
+        if bias is not None:
+            wanted = wanted - bias
+        wanted = wanted.flatten(0, 1)
+        context = block.context(block.attention, block.attention_input(states), kwargs).flatten(0, 1)
         context_moment.update(context)
-        target_moment.update(context, target)
-        energy += float(target.float().square().sum(dtype=torch.float64))
+        target_moment.update(context, wanted)
+        energy += float(wanted.float().square().sum(dtype=torch.float64))
     return ContextMoments(context=context_moment.value, target=target_moment.value, target_energy=energy)
 
 
-def _act_moment(model: StreamedModel, block: DecoderBlock, index: int, hidden: HiddenStates, normalize: bool) -> Tensor:
-    """Advance `hidden` through the attention block and return the second moment of the dense act, [F, F]."""
-    width = model.dense_shape.intermediate_size
-    moment = SecondMoment(width, None, model.placement.device, model.placement.stat_dtype)
-    for part in hidden.slices():
-        states = block.attention_step(hidden.read(part), model.layer_kwargs[index])
-        hidden.write(part, states)
-        act = block.act(block.ffn_input(states))
-        moment.update(_weighted(act, states, normalize).flatten(0, 1))
+def _ffn_moments(
+    model: StreamedModel, block: DecoderBlock, index: int, streams: Streams, options: FFNOptions
+) -> FFNMoments:
+    """Advance the pruned stream through attention and the dense stream through the FFN; measure the dense FFN."""
+    width, hidden_size = model.dense_shape.intermediate_size, model.config.hidden_size
+    device, dtype = model.placement.device, model.placement.stat_dtype
+    moment = SecondMoment(width, None, device, dtype)
+    target_moment = SecondMoment(width, hidden_size, device, dtype)
+    energy = 0.0
+    for part in streams.pruned.slices():
+        states = block.attention_step(streams.pruned.read(part), model.layer_kwargs[index])
+        streams.pruned.write(part, states)
+        act = block.act(block.ffn_input(states)).flatten(0, 1)
+        moment.update(act)
+        if streams.dense is not None:
+            dense_states = streams.dense.read(part)
+            output = block.ffn_output(dense_states)
+            streams.dense.write(part, block.add_ffn(dense_states, output))
+            if options.target == "model":
+                wanted = _without_bias(dense_states + output - states, block).flatten(0, 1)
+                target_moment.update(act, wanted)
+                energy += float(wanted.float().square().sum(dtype=torch.float64))
     value = moment.value
     if not torch.isfinite(value).all():
         raise NumericalError("the FFN activations contain NaN or infinite values.")
-    return value
+    if options.target == "block" or streams.dense is None:
+        return block_target(value, read_ffn(block, block.attention.shape).down)
+    return FFNMoments(act=value, target=target_moment.value, target_energy=energy)
 
 
-def _weighted(values_BTC: Tensor, residual_BTD: Tensor, normalize: bool) -> Tensor:
-    """Divide the rows of each token by the norm of its residual stream, so that sums weigh tokens by 1 / ||h||^2.
-
-    The next norm divides the stream by its own norm: an error matters relative to the stream it is added to, and
-    the few tokens with huge activations (attention sinks) would otherwise dominate every second moment.
-    """
-    if not normalize:
-        return values_BTC
-    scale = residual_BTD.float().square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
-    return values_BTC * scale.to(values_BTC.dtype)
+def _without_bias(output_BTD: Tensor, block: DecoderBlock) -> Tensor:
+    bias = block.down_projection.bias
+    return output_BTD if bias is None else output_BTD - bias
 
 
-def propagate_ffn(model: StreamedModel, block: DecoderBlock, hidden: HiddenStates) -> None:
-    """Advance `hidden` through the FFN block."""
+def _advance_ffn(block: DecoderBlock, hidden: HiddenStates) -> None:
     for part in hidden.slices():
         hidden.write(part, block.ffn_step(hidden.read(part)))
 
@@ -262,35 +294,46 @@ def _prune_ffn(
     model: StreamedModel,
     block: DecoderBlock,
     index: int,
-    hidden: HiddenStates,
-    act_FF: Tensor,
+    streams: Streams,
+    moments: FFNMoments,
     shape: LayerShape,
     keep: int,
     iterate: bool,
     options: FFNOptions,
 ) -> float:
     weights = read_ffn(block, shape)
-    channels = select_channels(act_FF, weights.down, keep)
-    edit, error = solve_down(act_FF, weights.down, channels, options)
+    channels = select_channels(moments.act, weights.down, keep)
+    edit, error = solve_down(moments, weights.down, channels, options)
     if iterate and keep < shape.intermediate_size:
-        edit, error = iterate_pca(_Preactivations(block, hidden), act_FF, weights.down, edit, error, options)
+        replay = _Replay(block, streams, weights.down, options.target)
+        edit, error = iterate_pca(replay, moments, edit, error, options)
     write_ffn(block, model.config, index, replace(shape, intermediate_size=keep), fuse_ffn(weights, edit))
     _round_to_saved(model, block.ffn)
     return error
 
 
-class _Preactivations:
-    """Replays the outputs of up and gate, batch by batch; nothing is stored."""
+class _Replay:
+    """Replays the outputs of up and gate and the target, batch by batch; nothing is stored."""
 
-    def __init__(self, block: DecoderBlock, hidden: HiddenStates) -> None:
+    def __init__(self, block: DecoderBlock, streams: Streams, down_weight: Tensor, target: str) -> None:
         self._block = block
-        self._hidden = hidden
+        self._streams = streams
+        self._target = target
+        self._down_weight = down_weight
         self.activation = block.activation
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for part in self._hidden.slices():
-            up, gate = self._block.preactivations(self._block.ffn_input(self._hidden.read(part)))
-            yield up.flatten(0, 1), None if gate is None else gate.flatten(0, 1)
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        block, dense = self._block, self._streams.dense
+        for part in self._streams.pruned.slices():
+            states = self._streams.pruned.read(part)
+            up, gate = block.preactivations(block.ffn_input(states))
+            if self._target == "model" and dense is not None:
+                # The dense stream is already behind this layer.
+                wanted = _without_bias(dense.read(part) - states, block)
+            else:
+                act = self.activation(up) if gate is None else self.activation(gate) * up
+                wanted = act @ self._down_weight.to(act).T
+            yield up.flatten(0, 1), None if gate is None else gate.flatten(0, 1), wanted.flatten(0, 1)
 
 
 def _round_to_saved(model: StreamedModel, module: torch.nn.Module) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intraslice.blocks import DecoderBlock
+from intraslice.blocks import DecoderBlock, norms_come_first
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.errors import NumericalError
 from intraslice.placement import Placement
@@ -52,6 +52,7 @@ class StreamedModel:
         self.placement = placement
         self.config = checkpoint.config
         self.spec = checkpoint.spec
+        self.norm_first = norms_come_first(self.spec, self.config)
         self.dense_shape: LayerShape = dense_shape(self.config, self.spec)
         self.model = checkpoint.skeleton().eval().requires_grad_(False)
         parent_path, _, name = self.spec.layers.rpartition(".")

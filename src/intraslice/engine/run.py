@@ -20,14 +20,14 @@ from intraslice.calibration import Calibration
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.writer import assemble, check_output, publish, save_side_files, write_text
 from intraslice.engine.hidden import HiddenStates
-from intraslice.engine.layerwise import LayerBudget, propagate_layer, prune_layer
+from intraslice.engine.layerwise import LayerBudget, Streams, propagate_layer, prune_layer
 from intraslice.engine.model import StreamedModel
 from intraslice.engine.rundir import RunDir
 from intraslice.engine.scan import scan_mask_gradients
 from intraslice.errors import BudgetError
 from intraslice.model_card import render
 from intraslice.options import MethodOptions, RunOptions
-from intraslice.placement import Placement, dtype_name
+from intraslice.placement import Placement, dtype_name, matmul_precision
 from intraslice.progress import Progress
 from intraslice.result import RESULT_FILE, LayerRecord, PruneResult
 from intraslice.runtime.configuration_intraslice import pruned_config
@@ -109,6 +109,7 @@ def prune_checkpoint(
         "dtype": dtype_name(placement.save_dtype),
         "device": placement.device.type,
         "compute": dtype_name(placement.compute_dtype),
+        "matmul": run.matmul,
         "batch_tokens": batch * tokens.shape[1],
     }
     work = RunDir(output, identity, resume=resume, overwrite=overwrite)
@@ -123,10 +124,12 @@ def prune_checkpoint(
             scan_path = work.scan_path
             if run.scan_folder:
                 scan_path = _kept_scan_path(Path(run.scan_folder), identity, method)
-            work.allocation = _allocate(model, sizes, calibration, method, run, batch, scan_path, progress)
+            with matmul_precision(fast=run.matmul != "exact-gradients"):
+                work.allocation = _allocate(model, sizes, calibration, method, run, batch, scan_path, progress)
             work.save()
         clock.end_phase("allocation")
-        _prune_layers(model, sizes, calibration, method, run, batch, work, clock, progress)
+        with matmul_precision(fast=run.matmul == "fast"):
+            _prune_layers(model, sizes, calibration, method, run, batch, work, clock, progress)
         clock.end_phase("layers")
 
     config = pruned_config(
@@ -202,7 +205,7 @@ def _block_sizes(model: StreamedModel) -> BlockSizes:
 
 def _kept_scan_path(folder: Path, identity: dict[str, Any], method: MethodOptions) -> Path:
     """Return the file of a gradient pass: named by everything that decides it, and nothing else."""
-    decides = {name: identity[name] for name in ("model", "device", "batch_tokens", "compute")}
+    decides = {name: identity[name] for name in ("model", "device", "batch_tokens", "compute", "matmul")}
     decides["tokens"] = identity["calibration"]["fingerprint"]
     decides["num_ffn_blocks"] = method.allocation.num_ffn_blocks
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -249,21 +252,13 @@ def _prune_layers(
 ) -> None:
     assert work.allocation is not None
     tokens = calibration.tokens
-    hidden = HiddenStates(
-        (tokens.shape[0], tokens.shape[1], model.config.hidden_size),
-        model.placement.compute_dtype,
-        batch,
-        model.placement.device,
-        work.hidden_path if run.hidden_states == "disk" else None,
-    )
-    for part in hidden.slices():
-        hidden.write(part, model.embed(tokens[part]))
+    streams = _open_streams(model, tokens, method, run, batch, work)
     model.release()
     iterated = _layers_to_iterate(work.allocation.ffn, method)
     with progress.step("layers", total=model.num_layers) as advance:
         for index in range(model.num_layers):
             if index < len(work.records):
-                _replay(model, index, work, hidden)
+                _replay(model, index, work, streams)
                 advance(1)
                 continue
             layer_started = time.monotonic()
@@ -274,7 +269,7 @@ def _prune_layers(
                 ffn=work.allocation.ffn[index] * sizes.ffn[index] + carry,
                 iter_pca=index in iterated,
             )
-            pruned = prune_layer(model, block, index, hidden, budget, method.attention, method.ffn)
+            pruned = prune_layer(model, block, index, streams, budget, method.attention, method.ffn)
             model.placement.synchronize()
             record = LayerRecord(
                 layer=index,
@@ -307,11 +302,39 @@ def _layers_to_iterate(ffn_fractions: Sequence[float], method: MethodOptions) ->
     return set(sorted(range(len(ffn_fractions)), key=lambda index: (ffn_fractions[index], index))[:count])
 
 
-def _replay(model: StreamedModel, index: int, work: RunDir, hidden: HiddenStates) -> None:
+def _open_streams(
+    model: StreamedModel, tokens: torch.Tensor, method: MethodOptions, run: RunOptions, batch: int, work: RunDir
+) -> Streams:
+    """Return the hidden states at the input of the first layer."""
+
+    def embedded(path: Path) -> HiddenStates:
+        hidden = HiddenStates(
+            (tokens.shape[0], tokens.shape[1], model.config.hidden_size),
+            model.placement.compute_dtype,
+            batch,
+            model.placement.device,
+            path if run.hidden_states == "disk" else None,
+        )
+        for part in hidden.slices():
+            hidden.write(part, model.embed(tokens[part]))
+        return hidden
+
+    # Where norms come after the blocks there is no plain sum to repair: those layouts use the block's own output.
+    against_model = "model" in (method.attention.target, method.ffn.target) and model.norm_first
+    return Streams(
+        pruned=embedded(work.hidden_path),
+        dense=embedded(work.dense_hidden_path) if against_model else None,
+    )
+
+
+def _replay(model: StreamedModel, index: int, work: RunDir, streams: Streams) -> None:
+    """Advance the streams through a finished layer."""
     from safetensors.torch import load_file
 
     block = model.load_pruned_layer(index, work.records[index].shape, load_file(work.layer_path(index)))
-    propagate_layer(model, block, index, hidden)
+    propagate_layer(model, block, index, streams.pruned)
+    if streams.dense is not None:
+        propagate_layer(model, model.load_layer(index), index, streams.dense)
 
 
 def _stored_tensors(model: StreamedModel, block: Any) -> dict[str, torch.Tensor]:

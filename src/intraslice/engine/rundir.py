@@ -49,6 +49,7 @@ class RunDir:
         self.path = output.with_name(output.name + ".partial")
         self.scan_path = self.path / "scan.safetensors"
         self.hidden_path = self.path / "hidden.bin"
+        self.dense_hidden_path = self.path / "hidden-dense.bin"
         self.staging = self.path / "checkpoint"
         self._identity = json.loads(json.dumps(flatten(identity)))
         self.records: list[LayerRecord] = []
