@@ -297,3 +297,47 @@ def test_existing_output_is_kept_unless_overwrite(tiny_folder, tmp_path):
     assert (out / "model.safetensors").read_bytes() == before
     run(folder, out, sparsity=0.5, overwrite=True)
     assert (out / "model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, tmp_path):
+    """With target "model" the FFN is regressed on (dense stream after the layer) - (pruned stream before the FFN)."""
+    from intraslice.engine.hidden import HiddenStates
+    from intraslice.engine.layerwise import Streams, _context_moments, _ffn_moments
+    from intraslice.engine.model import StreamedModel
+    from intraslice.placement import Placement
+
+    folder = make_tiny(family, tmp_path / "m", dtype=torch.float64)
+    model = StreamedModel(open_checkpoint(str(folder)), Placement.choose("cpu", "auto", torch.float64))
+    tokens = calibration(4, 16).tokens
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    with torch.no_grad():
+        dense_states = stock(tokens, output_hidden_states=True).hidden_states
+    before, after = dense_states[0], dense_states[1]
+    drifted = before + 0.1 * torch.randn(before.shape, generator=torch.Generator().manual_seed(0)).double()
+    hidden = [HiddenStates(tuple(before.shape), torch.float64, 2, torch.device("cpu")) for _ in range(2)]
+    streams = Streams(pruned=hidden[0], dense=hidden[1])
+    model.embed(tokens[:2])
+    for part in hidden[0].slices():
+        hidden[0].write(part, drifted[part])
+        hidden[1].write(part, before[part])
+    block = model.load_layer(0)
+    kwargs = model.layer_kwargs[0]
+    with torch.no_grad():
+        attention = _context_moments(model, block, 0, streams, block.attention, "model")
+        middle = block.attention_step(before, kwargs)
+        ffn = _ffn_moments(model, block, 0, streams, FFNOptions(target="model"))
+        pruned_middle = block.attention_step(drifted, kwargs)
+        context = block.context(block.attention, block.attention_input(drifted), kwargs).flatten(0, 1)
+        act = block.act(block.ffn_input(pruned_middle)).flatten(0, 1)
+        zero = torch.zeros((), dtype=torch.float64)
+        out_bias = block.out_projection.bias if block.out_projection.bias is not None else zero
+        down_bias = block.down_projection.bias if block.down_projection.bias is not None else zero
+    wanted = (middle - drifted - out_bias).flatten(0, 1)
+    assert torch.allclose(attention.target, context.T @ wanted, atol=1e-8)
+    assert attention.target_energy == pytest.approx(float(wanted.square().sum()))
+    wanted = (after - pruned_middle - down_bias).flatten(0, 1)
+    assert torch.allclose(ffn.target, act.T @ wanted, atol=1e-8)
+    assert ffn.target_energy == pytest.approx(float(wanted.square().sum()))
+    for part in hidden[1].slices():
+        assert torch.allclose(hidden[1].read(part), after[part], atol=1e-10)

@@ -51,7 +51,10 @@ class HiddenStates:
             yield slice(start, min(start + self._batch, self._states.shape[0]))
 
     def read(self, part: slice) -> Tensor:
-        """Return the states of some sequences on the compute device, [B, T, D]."""
+        """Return the states of some sequences on the compute device, [B, T, D].
+
+        On a CPU this is a view: what is still needed of it must be computed before `write` overwrites it.
+        """
         return self._states[part].to(self._device)
 
     def write(self, part: slice, states_BTD: Tensor) -> None:

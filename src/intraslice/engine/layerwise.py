@@ -226,8 +226,8 @@ def _context_moments(
         if streams.dense is not None:
             dense_states = streams.dense.read(part)
             output = block.attention_output(dense, dense_states, kwargs)
-            streams.dense.write(part, block.add_attention(dense_states, output))
             wanted = dense_states + output - states
+            streams.dense.write(part, block.add_attention(dense_states, output))
         if wanted is None or target == "block":
             wanted = block.attention_output(dense, states, kwargs)
         if bias is not None:
@@ -257,11 +257,11 @@ def _ffn_moments(
         if streams.dense is not None:
             dense_states = streams.dense.read(part)
             output = block.ffn_output(dense_states)
-            streams.dense.write(part, block.add_ffn(dense_states, output))
             if options.target == "model":
                 wanted = _without_bias(dense_states + output - states, block).flatten(0, 1)
                 target_moment.update(act, wanted)
                 energy += float(wanted.float().square().sum(dtype=torch.float64))
+            streams.dense.write(part, block.add_ffn(dense_states, output))
     value = moment.value
     if not torch.isfinite(value).all():
         raise NumericalError("the FFN activations contain NaN or infinite values.")
