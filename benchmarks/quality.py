@@ -22,11 +22,12 @@ import torch
 import intraslice
 from intraslice.checkpoint.source import open_checkpoint
 
-VARIANTS: dict[str, tuple[str, str]] = {
-    "intraslice": ("intraslice", "Ada-H, Pca-A, IPca: the paper's recipe"),
-    "ada-h-pca-a": ("ada-h-pca-a", "Ada-H, Pca-A"),
-    "ada-h": ("ada-h", "Ada-H"),
-    "naive": ("naive", "none: whole heads"),
+VARIANTS = {
+    "naive": "whole heads, plain mask gradients (naive baseline)",
+    "ada-h": "+ Ada-H",
+    "intraslice": "+ Pca-A (`intraslice`, the default)",
+    "iter-pca": "+ IPca (`iter-pca`)",
+    "paper": "the paper's equations to the letter (`paper`)",
 }
 
 
@@ -45,7 +46,7 @@ def measure(model: str, variant: str, sparsity: float, args: argparse.Namespace)
         model,
         output=folder,
         sparsity=sparsity,
-        method=VARIANTS[variant][0],
+        method=variant,
         calibration=str(args.data / "train-1mb.txt"),
         options=options,
         overwrite=True,
@@ -80,7 +81,7 @@ def table(dense: float, cells: list[dict[str, Any]], sparsities: list[float]) ->
         "| dense | " + " | ".join([f"{dense:.2f}"] * len(sparsities)) + " |",
     ]
     found = {(cell["variant"], cell["asked"]): cell for cell in cells}
-    for variant, (_, label) in VARIANTS.items():
+    for variant, label in VARIANTS.items():
         row = [found.get((variant, s)) for s in sparsities]
         if any(row):
             text = [f"{c['perplexity']:.2f} ({c['sparsity']:.3f})" if c else "" for c in row]
@@ -120,14 +121,15 @@ def main() -> None:
         with log.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
 
-    if not any(row["variant"] == "dense" for row in rows):
-        keep({"variant": "dense", "asked": 0.0, "perplexity": evaluate(args.model, args)})
-    dense = next(row["perplexity"] for row in rows if row["variant"] == "dense")
     for sparsity in args.sparsities:
         for variant in args.variants:
             if not any(row["variant"] == variant and row["asked"] == sparsity for row in rows):
                 keep(measure(args.model, variant, sparsity, args))
                 print(json.dumps(rows[-1]), flush=True)
+    # Last, because the whole dense model in memory would count in the peak memory of the first prune.
+    if not any(row["variant"] == "dense" for row in rows):
+        keep({"variant": "dense", "asked": 0.0, "perplexity": evaluate(args.model, args)})
+    dense = next(row["perplexity"] for row in rows if row["variant"] == "dense")
     print(f"\n{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(table(dense, rows, sorted({row["asked"] for row in rows if row["variant"] != "dense"})))
 

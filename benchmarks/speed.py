@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/speed"))
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--sparsity", type=float, default=0.3)
-    parser.add_argument("--method", default="ada-h-pca-a", help="without IterPCA unless told otherwise")
+    parser.add_argument("--method", default="intraslice")
     parser.add_argument("--num-samples", type=int, default=64)
     parser.add_argument("--calibration-seqlen", type=int, default=1024)
     parser.add_argument("--repetitions", type=int, default=7)

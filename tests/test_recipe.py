@@ -36,8 +36,9 @@ def test_defaults_are_those_of_the_options():
 @pytest.mark.parametrize(
     ("method", "adaptive", "pca", "iter_pca"),
     [
-        ("intraslice", True, True, True),
-        ("ada-h-pca-a", True, True, False),
+        ("intraslice", True, True, False),
+        ("iter-pca", True, True, True),
+        ("paper", True, True, True),
         ("ada-h", True, False, False),
         ("naive", False, False, False),
     ],

@@ -161,7 +161,8 @@ def estimate_peak_bytes(info: ModelInfo, num_samples: int, seqlen: int, run: Run
     tokens = num_samples * seqlen
     shape = info.layers[0].shape
     context = shape.num_attention_heads * shape.v_head_dim
-    hidden_states = tokens * info.hidden_size * width
+    stream = tokens * info.hidden_size * width
+    hidden_states = 2 * stream  # of the pruned and of the dense model
     batch_tokens = max(run.batch_tokens, seqlen)
     solve_copies = 4
     parts = {
@@ -170,7 +171,7 @@ def estimate_peak_bytes(info: ModelInfo, num_samples: int, seqlen: int, run: Run
         "layer": 2 * info.layers[0].num_parameters * width,
         "moments": 8 * solve_copies * (shape.intermediate_size**2 + context**2),
         "hidden_states": hidden_states if run.hidden_states == "memory" else 0,
-        "boundaries": min(run.boundary_bytes, len(info.layers) * hidden_states),
+        "boundaries": min(run.boundary_bytes, len(info.layers) * stream),
         "batch": batch_tokens * (2 * info.vocab_size + 6 * shape.intermediate_size + 8 * context) * width,
     }
     return sum(parts.values())

@@ -61,7 +61,7 @@ class AttentionOptions:
     reconstruct: bool = True
     damping: float = 0.05
     shrink_to: Literal["weights", "zero"] = "weights"
-    target: Literal["block", "model"] = "block"
+    target: Literal["block", "model"] = "model"
     groups: Literal["ragged", "uniform"] = "ragged"
 
 
@@ -88,7 +88,7 @@ class FFNOptions:
     reconstruct: bool = True
     damping: float = 0.1
     shrink_to: Literal["weights", "zero"] = "weights"
-    target: Literal["block", "model"] = "block"
+    target: Literal["block", "model"] = "model"
     ffn_multiple: int = 8
     iter_pca: bool = False
     iter_pca_fraction: float = 0.1

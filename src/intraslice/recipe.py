@@ -21,16 +21,21 @@ from intraslice.options import AllocationOptions, AttentionOptions, FFNOptions, 
 
 MAX_SPARSITY = 0.95
 
+_NO_CORRECTION = {"pca_attention": False, "pca_ffn": False}
+
 METHODS: dict[str, dict[str, Any]] = {
-    "intraslice": {"ffn": {"iter_pca": True}},
-    "ada-h-pca-a": {},
-    "ada-h": {"allocation": {"pca_attention": False, "pca_ffn": False}},
-    "naive": {
-        "allocation": {"pca_attention": False, "pca_ffn": False},
-        "attention": {"adaptive_heads": False},
+    "intraslice": {},
+    "iter-pca": {"ffn": {"iter_pca": True}},
+    "ada-h": {"allocation": _NO_CORRECTION},
+    "naive": {"allocation": _NO_CORRECTION, "attention": {"adaptive_heads": False}},
+    "paper": {
+        "allocation": {"ffn_bias": 1.0},
+        "attention": {"shrink_to": "zero", "damping": 0.01, "target": "block"},
+        "ffn": {"shrink_to": "zero", "damping": 0.01, "target": "block", "iter_pca": True},
     },
 }
-"""Presets as overrides of the options' defaults: the paper's whole method, then its ablations (Table 4)."""
+"""Presets as overrides of the options' defaults: the default method, the ablations of the paper's Table 4 (with
+IPca, without Pca-A, without Ada-H as well), and the paper's equations to the letter."""
 
 
 @dataclass(frozen=True, kw_only=True)

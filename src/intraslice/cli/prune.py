@@ -41,7 +41,7 @@ def prune(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="intraslice (default), or its ablations ada-h-pca-a, ada-h, naive."),
+        typer.Option(help="intraslice (default), iter-pca, the ablations ada-h and naive, or paper."),
     ] = None,
     calibration: Annotated[
         str | None,
