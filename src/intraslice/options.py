@@ -30,7 +30,7 @@ class AllocationOptions:
     name: Literal["mask_gradient", "uniform"] = "mask_gradient"
     pca_attention: bool = True
     pca_ffn: bool = True
-    ffn_bias: float = 1.0
+    ffn_bias: float = 1.15
     max_block_sparsity: float = 0.9
     num_ffn_blocks: int = 32
 

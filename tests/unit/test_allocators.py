@@ -87,7 +87,13 @@ def test_zero_sparsity_keeps_everything():
     assert set(allocation.attention + allocation.ffn) == {1.0}
 
 
-@pytest.mark.parametrize("sparsity,bias", [(0.93, 1.0), (0.5, 2.0), (0.5, 0.2)])
-def test_an_unreachable_budget_is_refused_with_numbers(sparsity, bias):
-    with pytest.raises(BudgetError, match="ffn_bias"):
-        allocate_uniform(SIZES, sparsity, AllocationOptions(ffn_bias=bias))
+@pytest.mark.parametrize(("sparsity", "bias"), [(0.88, 1.1), (0.5, 2.0), (0.5, 0.2), (0.9, 1.0), (0.3, 50.0)])
+def test_a_bias_beyond_the_cap_gives_the_rest_to_the_other_block(sparsity, bias):
+    allocation = allocate_uniform(SIZES, sparsity, AllocationOptions(ffn_bias=bias))
+    assert _sparsity(allocation) == pytest.approx(sparsity)
+    assert all(0.1 - 1e-9 <= f <= 1.0 + 1e-9 for f in (*allocation.attention, *allocation.ffn))
+
+
+def test_an_unreachable_budget_is_refused_with_numbers():
+    with pytest.raises(BudgetError, match=r"0\.93.*90%"):
+        allocate_uniform(SIZES, 0.93, AllocationOptions())

@@ -37,20 +37,20 @@ class Allocation:
 def split_sparsity(sizes: BlockSizes, sparsity: float, options: AllocationOptions) -> tuple[float, float]:
     """Return (attention sparsity, FFN sparsity) whose weighted sum is the target.
 
-    The FFN loses lambda_b * sparsity of its weights (section 3.3); attention loses what is left to lose.
+    The FFN loses lambda_b * sparsity of its weights (section 3.3), attention what is left to lose. Where that would
+    pass the cap of one of them, or ask for less than nothing, the other one takes the rest.
 
     Raises:
-        BudgetError: one of them would pass the cap on a block.
+        BudgetError: even both together cannot lose so much under the cap.
     """
     total_attention, total_ffn = sum(sizes.attention), sum(sizes.ffn)
-    ffn = options.ffn_bias * sparsity
-    attention = (sparsity * (total_attention + total_ffn) - ffn * total_ffn) / total_attention
+    remove = sparsity * (total_attention + total_ffn)
     cap = options.max_block_sparsity
-    for name, value in (("attention", attention), ("FFN", ffn)):
-        if not -1e-9 <= value <= cap:
-            raise BudgetError(
-                f"sparsity {sparsity:g} with ffn_bias {options.ffn_bias:g} asks the {name} blocks to lose "
-                f"{value:.1%}, but a block may lose between 0 and {cap:.0%}; lower --sparsity, or set "
-                "allocation.ffn_bias nearer to 1, or raise allocation.max_block_sparsity."
-            )
-    return max(attention, 0.0), ffn
+    if sparsity > cap:
+        raise BudgetError(
+            f"sparsity {sparsity:g} cannot be reached: a block may lose at most {cap:.0%} of its weights; lower "
+            "--sparsity or raise allocation.max_block_sparsity."
+        )
+    ffn = min(options.ffn_bias * sparsity, cap, remove / total_ffn)
+    attention = min((remove - ffn * total_ffn) / total_attention, cap)
+    return max(attention, 0.0), (remove - attention * total_attention) / total_ffn
