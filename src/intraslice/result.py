@@ -20,8 +20,8 @@ class LayerRecord:
         layer: index of the decoder layer.
         shape: what the layer is now.
         num_parameters: stored linear weights of the layer.
-        attention_error: ||dense output - pruned output||^2 / ||dense output||^2 of the attention block, on the
-            calibration tokens and on the inputs that the pruned model gives it.
+        attention_error: ||Y - output||^2 / ||Y||^2 of the attention block on the calibration tokens, with Y what it
+            was repaired against (option attention.target) on the inputs that the pruned model gives it.
         ffn_error: the same for the FFN block.
         heads: kept query heads, by their number in the dense model.
         seconds: wall-clock seconds spent on the layer.

@@ -5,7 +5,7 @@ Shapes: H query heads, K kv heads, d head_dim, F intermediate_size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,25 +55,19 @@ def reconstruction_score(scores_H: Tensor, spectrum_Hd: Tensor, heads: Sequence[
     return scores_H[list(heads)] * part / total
 
 
-def removable_units(heads: Sequence[int], group: int, groups: str) -> list[tuple[int, ...]]:
-    """Return the sets of query heads that may go together without breaking the group policy.
+def weakest_unit(heads: Sequence[int], group: int, groups: str, scores: Mapping[int, float]) -> tuple[int, ...] | None:
+    """Return the query heads to remove next, or None when the group policy allows no removal.
 
-    "ragged": any single head. "uniform": every group keeps the same size, so either all heads of one kv head go,
-    or one head of each group; the caller's scores decide which.
+    "ragged": the weakest single head. "uniform": every group keeps the same size, so either all heads of one kv head
+    go, or the weakest head of each group; whichever has the lower score per head.
     """
     if groups == "ragged":
-        return [(head,) for head in heads]
-    kv_heads = kept_kv_heads(heads, group)
-    members = {kv: [head for head in heads if head // group == kv] for kv in kv_heads}
-    return [tuple(members[kv]) for kv in kv_heads] if len(kv_heads) > 1 else []
-
-
-def _weakest_of_each_group(heads: Sequence[int], group: int, scores: dict[int, float]) -> tuple[int, ...] | None:
-    kv_heads = kept_kv_heads(heads, group)
-    members = {kv: [head for head in heads if head // group == kv] for kv in kv_heads}
-    if min(len(group_heads) for group_heads in members.values()) < 2:
-        return None
-    return tuple(min(group_heads, key=lambda head: scores[head]) for group_heads in members.values())
+        return (min(heads, key=lambda head: scores[head]),)
+    members = {kv: [head for head in heads if head // group == kv] for kv in kept_kv_heads(heads, group)}
+    units = [tuple(group_heads) for group_heads in members.values()] if len(members) > 1 else []
+    if min(len(group_heads) for group_heads in members.values()) > 1:
+        units.append(tuple(min(group_heads, key=lambda head: scores[head]) for group_heads in members.values()))
+    return min(units, key=lambda unit: sum(scores[head] for head in unit) / len(unit), default=None)
 
 
 def adaptive_heads(
@@ -102,14 +96,9 @@ def adaptive_heads(
     while len(kept) > 1:
         current = reconstruction_score(scores_H, spectrum_Hd, kept, width)
         by_head = dict(zip(kept, current.tolist(), strict=True))
-        units = removable_units(kept, group, groups)
-        if groups == "uniform":
-            weakest_each = _weakest_of_each_group(kept, group, by_head)
-            units += [weakest_each] if weakest_each is not None else []
-        if not units:
+        unit = weakest_unit(kept, group, groups, by_head)
+        if unit is None:
             break
-        # The weakest unit per query head it removes; single heads in the ragged case, as in Algorithm 2.
-        unit = min(units, key=lambda heads: sum(by_head[head] for head in heads) / len(heads))
         rest = [head for head in kept if head not in unit]
         rest_width = width_of(rest)
         gain = float(reconstruction_score(scores_H, spectrum_Hd, rest, rest_width).sum() - current.sum())
@@ -136,13 +125,9 @@ def whole_heads(scores_H: Tensor, *, budget_dims: float, head_dim: int, group: i
 
     kept = list(range(len(by_head)))
     while len(kept) > 1 and cost(kept) > budget_dims:
-        units = removable_units(kept, group, groups)
-        if groups == "uniform":
-            weakest_each = _weakest_of_each_group(kept, group, by_head)
-            units += [weakest_each] if weakest_each is not None else []
-        if not units:
+        unit = weakest_unit(kept, group, groups, by_head)
+        if unit is None:
             break
-        unit = min(units, key=lambda heads: sum(by_head[head] for head in heads) / len(heads))
         rest = [head for head in kept if head not in unit]
         if abs(cost(rest) - budget_dims) > abs(cost(kept) - budget_dims):
             break
