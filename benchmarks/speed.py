@@ -65,7 +65,7 @@ def main() -> None:
     ).tokens
     pruned = args.out / "pruned"
     before = forward_seconds(checkpoint.folder, tokens, 2)
-    command = [sys.executable, "-m", "intraslice.cli.app", "prune", args.model, "-o", str(pruned)]
+    command = [sys.executable, "-m", "intraslice", "prune", args.model, "-o", str(pruned)]
     command += [
         "--sparsity",
         str(args.sparsity),

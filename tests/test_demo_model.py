@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 def test_demo_model_is_pruned_in_little_memory_and_still_speaks(tmp_path: Path):
     out = tmp_path / "pruned"
-    command = [sys.executable, "-m", "intraslice.cli.app", "prune", "smollm2-135m", "-o", str(out), "--json"]
+    command = [sys.executable, "-m", "intraslice", "prune", "smollm2-135m", "-o", str(out), "--json"]
     command += ["--sparsity", "0.3", "--num-samples", "8", "--seqlen", "128"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -26,7 +26,7 @@ def test_demo_model_is_pruned_in_little_memory_and_still_speaks(tmp_path: Path):
     assert 0.295 <= result["sparsity"] <= 0.305
     assert result["dense_parameters"] == 134_515_008
     # 64 x 1024 tokens may take 2.5 GB; their hidden states are 0.3 GB of that.
-    assert result["peak_memory_bytes"] < 2.0e9
+    assert result["peak_memory_bytes"] < 2.2e9
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert sum(p.numel() for p in model.parameters()) == result["pruned_parameters"]

@@ -35,7 +35,7 @@ def test_prune_prints_tables_and_writes_a_folder(tiny_folder, tmp_path: Path, ca
     ):
         assert text in printed
     assert result.recipe["calibration"]["num_samples"] == 4
-    assert result.command.startswith("intraslice ")
+    assert result.command.startswith("intraslice prune ") and "--sparsity 0.3" in result.command
     assert not out.with_name("pruned.partial").exists()
     # The same numbers from the saved folder.
     assert main(["inspect", str(out), "--json"]) == 0

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        status = app(given, prog_name="intraslice", standalone_mode=False)
+        status = app(given, prog_name="intraslice", standalone_mode=False, obj=given)
     except IntraSliceError as error:
         if "--debug" in given:
             raise

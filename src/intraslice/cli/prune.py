@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 def prune(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(help="Hub id, local folder, .gguf file, or the built-in name smollm2-135m."),
@@ -111,7 +112,7 @@ def prune(
         _dry_run(merged, as_json)
         return
     try:
-        result = _run(merged, overwrite, resume)
+        result = _run(merged, overwrite, resume, context.obj)
     except KeyboardInterrupt:
         complain(_interrupted(Path(f"{merged.output}.partial").expanduser()))
         raise typer.Exit(INTERRUPTED_STATUS) from None
@@ -127,7 +128,7 @@ def _interrupted(work_folder: Path) -> str:
     return f"interrupted; what is finished is in {work_folder}: repeat the command with --resume to go on."
 
 
-def _run(recipe: Recipe, overwrite: bool, resume: bool) -> PruneResult:
+def _run(recipe: Recipe, overwrite: bool, resume: bool, arguments: Sequence[str]) -> PruneResult:
     from intraslice.api import prune_recipe
 
     with ConsoleProgress() as progress:
@@ -135,7 +136,7 @@ def _run(recipe: Recipe, overwrite: bool, resume: bool) -> PruneResult:
             recipe,
             overwrite=overwrite,
             resume=resume,
-            command=shlex.join(["intraslice", *sys.argv[1:]]),
+            command=shlex.join(["intraslice", *arguments]),
             progress=progress,
         )
 

@@ -112,7 +112,7 @@ class StreamedModel:
     def loss_gradient(self, tokens_NT: Tensor, top_NTD: Tensor) -> tuple[float, Tensor]:
         """Return the sum over sequences of the mean token NLL, and its gradient at the output of the last layer.
 
-        The logits of at most 512 positions exist at once.
+        The logits of at most 512 positions, all sequences counted, exist at once.
 
         Args:
             tokens_NT: token ids of the sequences.
@@ -132,8 +132,9 @@ class StreamedModel:
             final = output.detach().requires_grad_(True)
             total = 0.0
             positions = tokens.shape[1] - 1
-            for start in range(0, positions, _LOGIT_POSITIONS):
-                stop = min(start + _LOGIT_POSITIONS, positions)
+            step = max(1, _LOGIT_POSITIONS // tokens.shape[0])
+            for start in range(0, positions, step):
+                stop = min(start + step, positions)
                 logits = head(final[:, start:stop]).float()
                 loss = nn.functional.cross_entropy(
                     logits.flatten(0, 1), tokens[:, start + 1 : stop + 1].flatten(), reduction="sum"
