@@ -89,7 +89,7 @@ def choose_qk(
         options: settings.
         pairs_to_channels: int64 [d / 2, 2] channels of each RoPE pair; None without RoPE.
     """
-    num_heads, head_dim, hidden_size = weights.q.shape
+    _, head_dim, hidden_size = weights.q.shape
     # q and o cost D weights per query head and dimension, k and v per kv head: two matrices of the same width.
     budget_dims = budget / (2 * hidden_size)
     scores = head_scores(stats.context, weights.o)

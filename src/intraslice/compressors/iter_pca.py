@@ -72,17 +72,12 @@ def iterate_pca(
     selection = torch.zeros(width, len(channels))
     selection[channels, torch.arange(len(channels))] = 1.0
     recon = ridge_solve(act_FF[channels][:, channels], act_FF[channels], options.damping)  # Q_r, [P, F]
-    maps: tuple[Tensor, Tensor | None] | None = None
+    up, gate, _ = next(iter(preactivations))
+    start = selection.to(up)
+    maps = (start, None if gate is None else start)
     best, best_error = initial, initial_error
     for round_index in range(options.iter_pca_rounds):
         inverse = pseudo_inverse(recon)
-        for up, gate, _ in preactivations:
-            if maps is None:
-                device, dtype = up.device, up.dtype
-                start = selection.to(device, dtype)
-                maps = (start.clone(), None if gate is None else start.clone())
-            break
-        assert maps is not None
         maps = _optimise_slices(preactivations, maps, inverse.to(maps[0]), round_index, options)
         gram, cross_act, cross = _moments(preactivations, maps)
         prior = best.down_weight.T if options.shrink_to == "weights" else None

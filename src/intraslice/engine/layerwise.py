@@ -218,7 +218,6 @@ def _context_moments(
     device, dtype = model.placement.device, model.placement.stat_dtype
     context_moment = SecondMoment(block.out_projection.in_features, None, device, dtype)
     target_moment = SecondMoment(block.out_projection.in_features, model.config.hidden_size, device, dtype)
-    bias = block.out_projection.bias  # the trial keeps the dense bias
     energy = 0.0
     for part in streams.pruned.slices():
         states = streams.pruned.read(part)
@@ -230,9 +229,7 @@ def _context_moments(
             streams.dense.write(part, block.add_attention(dense_states, output))
         if wanted is None or target == "block":
             wanted = block.attention_output(dense, states, kwargs)
-        if bias is not None:
-            wanted = wanted - bias
-        wanted = wanted.flatten(0, 1)
+        wanted = _without_bias(wanted, block.out_projection).flatten(0, 1)  # the trial keeps the dense bias
         context = block.context(block.attention, block.attention_input(states), kwargs).flatten(0, 1)
         context_moment.update(context)
         target_moment.update(context, wanted)
@@ -258,7 +255,7 @@ def _ffn_moments(
             dense_states = streams.dense.read(part)
             output = block.ffn_output(dense_states)
             if options.target == "model":
-                wanted = _without_bias(dense_states + output - states, block).flatten(0, 1)
+                wanted = _without_bias(dense_states + output - states, block.down_projection).flatten(0, 1)
                 target_moment.update(act, wanted)
                 energy += float(wanted.float().square().sum(dtype=torch.float64))
             streams.dense.write(part, block.add_ffn(dense_states, output))
@@ -270,9 +267,8 @@ def _ffn_moments(
     return FFNMoments(act=value, target=target_moment.value, target_energy=energy)
 
 
-def _without_bias(output_BTD: Tensor, block: DecoderBlock) -> Tensor:
-    bias = block.down_projection.bias
-    return output_BTD if bias is None else output_BTD - bias
+def _without_bias(output_BTD: Tensor, linear: torch.nn.Linear) -> Tensor:
+    return output_BTD if linear.bias is None else output_BTD - linear.bias
 
 
 def _advance_ffn(block: DecoderBlock, hidden: HiddenStates) -> None:
@@ -285,7 +281,7 @@ def _attention_cost(model: StreamedModel, shape: LayerShape) -> int:
 
 
 def _channels_to_keep(model: StreamedModel, budget: float, multiple: int) -> int:
-    per_channel = model.config.hidden_size * (2 if model.spec.gate is None else 3)
+    per_channel = model.config.hidden_size * model.spec.num_ffn_matrices
     width = model.dense_shape.intermediate_size
     return round_to_multiple(budget / per_channel, multiple, min(multiple, width), width)
 
@@ -329,7 +325,7 @@ class _Replay:
             up, gate = block.preactivations(block.ffn_input(states))
             if self._target == "model" and dense is not None:
                 # The dense stream is already behind this layer.
-                wanted = _without_bias(dense.read(part) - states, block)
+                wanted = _without_bias(dense.read(part) - states, block.down_projection)
             else:
                 act = self.activation(up) if gate is None else self.activation(gate) * up
                 wanted = act @ self._down_weight.to(act).T

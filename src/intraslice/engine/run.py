@@ -199,7 +199,7 @@ def _block_sizes(model: StreamedModel) -> BlockSizes:
     hidden = model.config.hidden_size
     shape = model.dense_shape
     total = model.spec.num_parameters(shape, hidden)
-    ffn = shape.intermediate_size * hidden * (2 if model.spec.gate is None else 3)
+    ffn = shape.intermediate_size * hidden * model.spec.num_ffn_matrices
     return BlockSizes((total - ffn,) * model.num_layers, (ffn,) * model.num_layers)
 
 
@@ -263,10 +263,9 @@ def _prune_layers(
                 continue
             layer_started = time.monotonic()
             block = model.load_layer(index)
-            carry = work.carry
             budget = LayerBudget(
                 attention=work.allocation.attention[index] * sizes.attention[index],
-                ffn=work.allocation.ffn[index] * sizes.ffn[index] + carry,
+                ffn=work.allocation.ffn[index] * sizes.ffn[index] + work.carry,
                 iter_pca=index in iterated,
             )
             pruned = prune_layer(model, block, index, streams, budget, method.attention, method.ffn)

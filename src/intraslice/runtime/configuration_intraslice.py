@@ -110,11 +110,17 @@ class FamilySpec:
     qkv_bias: bool | str = False
     o_bias: bool | str = False
 
+    @property
+    def num_ffn_matrices(self) -> int:
+        """Number of FFN matrices; a channel costs hidden_size weights in each."""
+        return 2 if self.gate is None else 3
+
     def num_parameters(self, shape: LayerShape, hidden_size: int) -> int:
         """Return the number of linear weights (no biases, no norms) of a layer of this shape."""
         heads = shape.num_attention_heads + shape.num_key_value_heads
-        ffn_matrices = 2 if self.gate is None else 3
-        return hidden_size * (heads * (shape.qk_head_dim + shape.v_head_dim) + ffn_matrices * shape.intermediate_size)
+        return hidden_size * (
+            heads * (shape.qk_head_dim + shape.v_head_dim) + self.num_ffn_matrices * shape.intermediate_size
+        )
 
 
 FAMILIES: dict[str, FamilySpec] = {
