@@ -4,7 +4,8 @@
 
 Pruning time as a multiple of one plain forward pass over the same calibration tokens with the stock class, in the
 same run (before and after, the mean of both); peak memory of the prune, in a process of its own; prefill and decode
-of the saved model against the dense one, interleaved, medians. FOLDER as in quality.py.
+of the saved model against the dense one, interleaved, medians, decoding as it is and through torch.compile. FOLDER
+as in quality.py.
 """
 
 from __future__ import annotations
@@ -80,7 +81,10 @@ def main() -> None:
     after = forward_seconds(checkpoint.folder, tokens, 2)
     result = intraslice.PruneResult.load(pruned)
     forward = (before + after) / 2
-    bench = benchmark(pruned, args.model, options=BenchOptions(repetitions=args.repetitions))
+    bench, compiled = (
+        benchmark(pruned, args.model, options=BenchOptions(repetitions=args.repetitions, compile=compile))
+        for compile in (False, True)
+    )
     dense_flops = checkpoint.num_parameters()
     report = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -92,6 +96,7 @@ def main() -> None:
         # Two operations a weight and token; attention scores and norms are left out.
         "flop_ratio": round(dense_flops / result.pruned_parameters, 3),
         "bench": bench.to_dict(),
+        "bench_compiled": compiled.to_dict(),
     }
     (args.out / "speed.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ def test_peak_memory_is_not_that_of_the_parent(tiny_folder):
     del ballast
     assert result.base is None and result.ratio == {}
     assert result.model.peak_memory_bytes < 900_000_000
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs one")
+def test_compiled_decoding(tiny_folder):
+    options = BenchOptions(prompt_tokens=8, decode_tokens=3, repetitions=1, compile=True)
+    result = bench_models(str(tiny_folder("llama")), options=options)
+    assert result.model.decode_tokens_per_second > 0
 
 
 def test_errors_come_out_of_the_process(tiny_folder, tmp_path: Path):

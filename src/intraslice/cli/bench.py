@@ -25,6 +25,10 @@ def bench(
     ] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu, or a torch device.")] = "auto",
     dtype: Annotated[str, typer.Option(help="To compute in: auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Decode through torch.compile with a static cache (minutes to start)."),
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let code that comes with a model run.")
     ] = False,
@@ -79,6 +83,6 @@ def _print(result: BenchResult) -> None:
     options = result.options
     print_line(
         f"prompt {options.prompt_tokens}, decoded {options.decode_tokens}, batch {options.batch_size}, "
-        f"{result.model.dtype} on {result.model.device}; "
+        f"{result.model.dtype} on {result.model.device}{', decoding compiled' if options.compile else ''}; "
         f"medians of {options.repetitions} interleaved repetitions"
     )

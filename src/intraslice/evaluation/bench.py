@@ -30,6 +30,7 @@ class BenchOptions:
         repetitions: timed repetitions of each model, after one that is not counted.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: "auto", "cpu" or a torch device.
+        compile: decode through torch.compile with a static cache; prefill is not compiled.
         trust_remote_code: whether code that comes with a model may be executed.
     """
 
@@ -39,6 +40,7 @@ class BenchOptions:
     repetitions: int = 5
     dtype: str = "auto"
     device: str = "auto"
+    compile: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

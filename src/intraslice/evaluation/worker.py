@@ -11,11 +11,12 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from intraslice.errors import IntraSliceError, RecipeError
 from intraslice.loading import count_parameters, load_model
@@ -48,11 +49,14 @@ def _serve(requests: IO[str], replies: IO[str]) -> None:
     _check_length(model, settings["prompt_tokens"] + settings["decode_tokens"])
     prompt = torch.randint(model.config.vocab_size, (settings["batch_size"], settings["prompt_tokens"]))
     prompt = prompt.to(model.device)
+    decoding: Any = (
+        _CompiledDecoding(model, prompt, settings["decode_tokens"]) if settings["compile"] else _EagerDecoding(model)
+    )
     loaded = {"parameters": count_parameters(model), "dtype": str(model.dtype).removeprefix("torch.")}
     replies.write(json.dumps({**loaded, "device": model.device.type}) + "\n")
     for line in requests:
         del line  # Every line asks for the same: one more repetition.
-        measured = _repetition(model, placement, prompt, settings["decode_tokens"])
+        measured = _repetition(model, decoding, placement, prompt, settings["decode_tokens"])
         replies.write(json.dumps({**measured, "peak_memory_bytes": _peak_memory_bytes(placement)}) + "\n")
 
 
@@ -62,11 +66,51 @@ def _check_length(model: PreTrainedModel, length: int) -> None:
         raise RecipeError(f"prompt and decoded tokens are {length}, beyond the {limit} positions of the model.")
 
 
+class _EagerDecoding:
+    """Decodes operation by operation, on the cache that the prefill has filled."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.step: Callable[..., Any] = model
+
+    def cache(self, prefilled: Any) -> Any:
+        return prefilled
+
+
+class _CompiledDecoding:
+    """Decodes through torch.compile, which wants a cache of one size.
+
+    The compiled step knows the addresses of the cache, so all repetitions share one.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompt_BT: torch.Tensor, decode_tokens: int) -> None:
+        self._model = model
+        self._prompt = prompt_BT
+        self._cache = StaticCache(config=model.config, max_cache_len=prompt_BT.shape[1] + decode_tokens)
+        self.step: Callable[..., Any] = torch.compile(model, dynamic=False)
+        try:
+            self.step(input_ids=prompt_BT[:, :1], past_key_values=self.cache(None), use_cache=True)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RecipeError(
+                f"torch.compile does not work here ({reason}); on a CPU it needs a C++ compiler. Leave out --compile."
+            ) from None
+
+    def cache(self, prefilled: Any) -> Any:
+        del prefilled
+        self._cache.reset()
+        self._model(input_ids=self._prompt, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        return self._cache
+
+
 def _repetition(
-    model: PreTrainedModel, placement: Placement, prompt: torch.Tensor, decode_tokens: int
+    model: PreTrainedModel,
+    decoding: _EagerDecoding | _CompiledDecoding,
+    placement: Placement,
+    prompt: torch.Tensor,
+    decode_tokens: int,
 ) -> dict[str, float]:
     """Time one prefill of `prompt` [B, T] and `decode_tokens` greedy steps after it."""
-    cache = DynamicCache(config=model.config)
+    cache: Any = DynamicCache(config=model.config)
     placement.synchronize()
     start = time.perf_counter()
     output: Any = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -74,15 +118,17 @@ def _repetition(
     placement.synchronize()
     prefilled = time.perf_counter()
     cache_bytes = _cache_bytes_per_token(cache, prompt.shape[0])
-    decoding = time.perf_counter()
+    cache = decoding.cache(cache)
+    placement.synchronize()
+    decode_started = time.perf_counter()
     for _ in range(decode_tokens):
-        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        output = decoding.step(input_ids=token, past_key_values=cache, use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
     placement.synchronize()
     end = time.perf_counter()
     return {
         "prefill_tokens_per_second": prompt.numel() / (prefilled - start),
-        "decode_tokens_per_second": prompt.shape[0] * decode_tokens / (end - decoding),
+        "decode_tokens_per_second": prompt.shape[0] * decode_tokens / (end - decode_started),
         "kv_cache_bytes_per_token": cache_bytes,
     }
 
