@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from intraslice.errors import IntraSliceError, RecipeError
@@ -89,7 +90,7 @@ class _CompiledDecoding:
         self.step: Callable[..., Any] = torch.compile(model, dynamic=False)
         try:
             self.step(input_ids=prompt_BT[:, :1], past_key_values=self.cache(None), use_cache=True)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise RecipeError(
                 f"torch.compile does not work here ({reason}); on a CPU it needs a C++ compiler. Leave out --compile."
