@@ -1,0 +1,422 @@
+"""What all exporters share: the opened checkpoint, neutral layers, zero-padding, the report.
+
+Padding is exact: a zero row of o_proj or down_proj silences whatever the padded channels hold, and zero rows of q and k
+add nothing to the scores.
+
+Shapes: D hidden_size, K kv heads, r qk_head_dim, p v_head_dim, d head_dim of the dense model, F intermediate_size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
+from torch import Tensor
+
+from intraslice.checkpoint.folder import StoredTensor, one_line, read_headers
+from intraslice.edits import AttentionWeights, FFNWeights
+from intraslice.errors import CheckpointError, UnsupportedModelError
+from intraslice.runtime import register
+from intraslice.runtime.configuration_intraslice import (
+    FAMILIES,
+    FamilySpec,
+    LayerShape,
+    Slot,
+    dense_config,
+    dense_shape,
+    rotary_dim,
+)
+from intraslice.runtime.modeling_intraslice import pair_channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What the user may choose.
+
+    Attributes:
+        dtype: of the written weights: "auto" keeps the checkpoint's, or "float32", "bfloat16", "float16".
+        pad_to: for padded: "dense" (the shapes of the dense model) or "max" (the largest of each size over the layers).
+        tokenizer_from: for gguf: a GGUF file of the same base model whose tokenizer keys are copied.
+        verify: reload the result in its runtime, where that is installed, and compare the logits of a prompt.
+        overwrite: replace an existing output.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    pad_to: Literal["dense", "max"] = "dense"
+    tokenizer_from: str | None = None
+    verify: bool = True
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What an export has written.
+
+    Attributes:
+        to: name of the exporter.
+        output: the folder or file that was written.
+        notes: remarks for the user, one sentence each, for example what padding costs.
+        max_logit_difference: largest difference to the logits of the checkpoint on a prompt; None when not verified.
+        seconds: wall-clock time.
+    """
+
+    to: str
+    output: str
+    notes: tuple[str, ...] = ()
+    max_logit_difference: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeutralLayer:
+    """One decoder layer as family-independent tensors.
+
+    Attributes:
+        attention: weights of the attention block.
+        ffn: weights of the FFN.
+        rest: norms and whatever else the layer holds, by name relative to the layer.
+        rope_pairs: int64 [K, r / 2], kept pairs of each kv head; None when all are kept or there is no RoPE.
+        shape: of the layer.
+    """
+
+    attention: AttentionWeights
+    ffn: FFNWeights
+    rest: dict[str, Tensor]
+    rope_pairs: Tensor | None
+    shape: LayerShape
+
+
+class PrunedCheckpoint:
+    """A checkpoint folder written by this package, read one layer at a time; made by `open_pruned`.
+
+    Attributes:
+        folder: where it lies.
+        name: as the user gave it.
+        config: IntraSlice config.
+        dense: stock config of the dense model.
+        spec: the family.
+        shapes: of each layer.
+        dense_shape: of each layer of the dense model.
+    """
+
+    def __init__(self, folder: Path, name: str, config: Any, tensors: dict[str, StoredTensor]) -> None:
+        self.folder = folder
+        self.name = name
+        self.config = config
+        self.dense = dense_config(config)
+        self.spec: FamilySpec = FAMILIES[config.family]
+        self.shapes: tuple[LayerShape, ...] = config.layer_shapes
+        self.dense_shape = dense_shape(config, self.spec)
+        self._tensors = tensors
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.shapes)
+
+    @property
+    def pair_channels(self) -> Tensor | None:
+        """Channels of each rotary pair of a dense head, [d / 2, 2]; None without RoPE."""
+        if not self.spec.rope:
+            return None
+        return pair_channels(rotary_dim(self.dense), self.dense_shape.qk_head_dim)
+
+    def layer_prefix(self, index: int) -> str:
+        """Return what the names of layer `index` begin with."""
+        return f"{self.spec.layers}.{index}."
+
+    def load_layer(self, index: int) -> NeutralLayer:
+        """Load one layer, as stored (no cast).
+
+        Raises:
+            CheckpointError: the weights do not have the shapes of the config.
+        """
+        prefix = self.layer_prefix(index)
+        tensors = {
+            name[len(prefix) :]: _read(stored) for name, stored in self._tensors.items() if name.startswith(prefix)
+        }
+        try:
+            return split_layer(tensors, self.spec, self.shapes[index])
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"layer {index} of {self.name!r} does not have the weights that its config.json promises "
+                f"({one_line(error)})"
+            ) from error
+
+    def load_rest(self) -> dict[str, Tensor]:
+        """Load all tensors outside the decoder layers, by full name."""
+        prefix = f"{self.spec.layers}."
+        return {name: _read(stored) for name, stored in self._tensors.items() if not name.startswith(prefix)}
+
+    def shared_pairs(self) -> tuple[int, ...] | None:
+        """Return the rotary pairs that every kv head of every layer keeps, when it is one choice; None otherwise.
+
+        All pairs of the dense head are one choice too.
+        """
+        if not self.spec.rope:
+            return None
+        everything = tuple(range(self.dense_shape.qk_head_dim // 2))
+        choices: set[tuple[int, ...]] = set()
+        for index, shape in enumerate(self.shapes):
+            if shape.qk_head_dim == self.dense_shape.qk_head_dim:
+                choices.add(everything)
+                continue
+            stored = self._tensors[f"{self.layer_prefix(index)}{self.spec.attention}.rope_index"]
+            choices.update(tuple(row) for row in _read(stored).tolist())
+        return choices.pop() if len(choices) == 1 else None
+
+
+def open_pruned(model: str) -> PrunedCheckpoint:
+    """Open a checkpoint that `prune` has written.
+
+    Raises:
+        CheckpointError: it is not there, not ours, or damaged.
+    """
+    from transformers import AutoConfig
+
+    register()
+    folder = Path(model).expanduser()
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{model!r} is not a checkpoint folder; give the output folder of 'intraslice prune'.")
+    try:
+        ours = "intraslice" in json.loads(path.read_text(encoding="utf-8"))
+        config = AutoConfig.from_pretrained(folder) if ours else None
+    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json of {model!r} is not valid: {one_line(error)}") from error
+    if config is None:
+        raise CheckpointError(
+            f"{model!r} was not pruned by intraslice, so there is nothing to export; give the output folder of "
+            "'intraslice prune'."
+        )
+    return PrunedCheckpoint(folder, model, config, read_headers(folder, model))
+
+
+def _read(stored: StoredTensor) -> Tensor:
+    with safe_open(stored.path, framework="pt") as file:
+        return file.get_tensor(stored.name)
+
+
+def split_layer(tensors: dict[str, Tensor], spec: FamilySpec, shape: LayerShape) -> NeutralLayer:
+    """Take a layer's stored tensors apart.
+
+    Args:
+        tensors: by name relative to the layer.
+        spec: the family.
+        shape: of the layer.
+    """
+    rest = dict(tensors)
+    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+    qk, v = shape.qk_head_dim, shape.v_head_dim
+    sizes = {"q": heads * qk, "k": kv_heads * qk, "v": kv_heads * v}
+    sizes |= {"gate": shape.intermediate_size, "up": shape.intermediate_size}
+
+    def take(module: str, slot: Slot) -> tuple[Tensor, Tensor | None]:
+        path = _join(module, slot.path)
+        weight, bias = tensors[f"{path}.weight"], tensors.get(f"{path}.bias")
+        rest.pop(f"{path}.weight", None)
+        rest.pop(f"{path}.bias", None)
+        if slot.parts:
+            rows = [sizes[part] for part in slot.parts]
+            weight = weight.split(rows)[slot.part]
+            bias = None if bias is None else bias.split(rows)[slot.part]
+        return weight, bias
+
+    def headed(slot: Slot, count: int, width: int) -> tuple[Tensor, Tensor | None]:
+        weight, bias = take(spec.attention, slot)
+        return weight.reshape(count, width, -1), None if bias is None else bias.reshape(count, width)
+
+    q, q_bias = headed(spec.q, heads, qk)
+    k, k_bias = headed(spec.k, kv_heads, qk)
+    value, v_bias = headed(spec.v, kv_heads, v)
+    o, o_bias = take(spec.attention, spec.o)
+    up, up_bias = take(spec.mlp, spec.up)
+    gate, gate_bias = (None, None) if spec.gate is None else take(spec.mlp, spec.gate)
+    down, down_bias = take(spec.mlp, spec.down)
+    pairs = rest.pop(f"{spec.attention}.rope_index", None)
+    rest.pop(f"{spec.attention}.head_slot", None)
+    return NeutralLayer(
+        attention=AttentionWeights(q=q, k=k, v=value, o=o, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=o_bias),
+        ffn=FFNWeights(up=up, gate=gate, down=down, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias),
+        rest=rest,
+        rope_pairs=pairs,
+        shape=shape,
+    )
+
+
+def join_layer(layer: NeutralLayer, spec: FamilySpec) -> dict[str, Tensor]:
+    """Return the state dict of a stock layer: inverse of `split_layer`, without index buffers."""
+    attention, ffn = layer.attention, layer.ffn
+
+    def flat(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.flatten()
+
+    slots: list[tuple[str, Slot, Tensor, Tensor | None]] = [
+        (spec.attention, spec.q, attention.q.flatten(0, 1), flat(attention.q_bias)),
+        (spec.attention, spec.k, attention.k.flatten(0, 1), flat(attention.k_bias)),
+        (spec.attention, spec.v, attention.v.flatten(0, 1), flat(attention.v_bias)),
+        (spec.attention, spec.o, attention.o, attention.o_bias),
+        (spec.mlp, spec.up, ffn.up, ffn.up_bias),
+        (spec.mlp, spec.down, ffn.down, ffn.down_bias),
+    ]
+    if spec.gate is not None and ffn.gate is not None:
+        slots.append((spec.mlp, spec.gate, ffn.gate, ffn.gate_bias))
+    parts: dict[str, list[tuple[int, Tensor, Tensor | None]]] = {}
+    for module, slot, weight, bias in slots:
+        parts.setdefault(_join(module, slot.path), []).append((slot.part, weight, bias))
+    tensors = dict(layer.rest)
+    for path, found in parts.items():
+        found.sort(key=lambda part: part[0])
+        tensors[f"{path}.weight"] = torch.cat([weight for _, weight, _ in found]).contiguous()
+        biases = [bias for _, _, bias in found if bias is not None]
+        if biases:
+            tensors[f"{path}.bias"] = torch.cat(biases).contiguous()
+    return tensors
+
+
+def _join(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
+
+
+def pad_layer(
+    layer: NeutralLayer, shape: LayerShape, pair_channels: Tensor | None, pairs: Sequence[int] | None = None
+) -> NeutralLayer:
+    """Scatter a layer into a larger shape with zeros; the layer computes the same with the softmax scale it had.
+
+    Args:
+        layer: the layer.
+        shape: the larger shape: one group size, qk_head_dim == v_head_dim.
+        pair_channels: channels of each pair of a dense head, [d / 2, 2]; None without RoPE.
+        pairs: dense pairs that the rows of a head of `shape` stand for, ascending; None: all of the dense head. With
+            a subset a head's rows are the first channels of these pairs, then the second channels.
+
+    Returns:
+        The layer in `shape`; its `rope_pairs` are None.
+
+    Raises:
+        UnsupportedModelError: the layer does not fit into `shape`.
+    """
+    source, attention = layer.shape, layer.attention
+    group, width = shape.heads_per_kv[0], shape.qk_head_dim
+    fits = source.num_key_value_heads <= shape.num_key_value_heads and max(source.heads_per_kv) <= group
+    if not fits or source.v_head_dim > width or source.intermediate_size > shape.intermediate_size:
+        raise UnsupportedModelError(f"a layer of shape {source.to_dict()} does not fit into {shape.to_dict()}.")
+    channels_Kr = _head_channels(layer, pair_channels, pairs, width)
+    v_channels = torch.arange(source.v_head_dim)
+    kv_of_head = torch.repeat_interleave(torch.tensor(source.heads_per_kv))
+    q_channels = channels_Kr[kv_of_head]
+    q_places = torch.cat([kv * group + torch.arange(count) for kv, count in enumerate(source.heads_per_kv)])
+    kv_places = torch.arange(source.num_key_value_heads)
+    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+
+    def rows(tensor: Tensor | None, count: int, places: Tensor, channels: Tensor) -> Tensor | None:
+        if tensor is None:
+            return None
+        padded = tensor.new_zeros(count, width, *tensor.shape[2:])
+        padded[places[:, None], channels] = tensor
+        return padded
+
+    o = attention.o.new_zeros(attention.o.shape[0], heads * width)
+    o[:, (q_places[:, None] * width + v_channels).flatten()] = attention.o
+    v_rows = v_channels.expand(source.num_key_value_heads, -1)
+    padded = AttentionWeights(
+        q=_some(rows(attention.q, heads, q_places, q_channels)),
+        k=_some(rows(attention.k, kv_heads, kv_places, channels_Kr)),
+        v=_some(rows(attention.v, kv_heads, kv_places, v_rows)),
+        o=o,
+        q_bias=rows(attention.q_bias, heads, q_places, q_channels),
+        k_bias=rows(attention.k_bias, kv_heads, kv_places, channels_Kr),
+        v_bias=rows(attention.v_bias, kv_heads, kv_places, v_rows),
+        o_bias=attention.o_bias,
+    )
+    missing = shape.intermediate_size - source.intermediate_size
+
+    def more_rows(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+
+    ffn = layer.ffn
+    return NeutralLayer(
+        attention=padded,
+        ffn=FFNWeights(
+            up=_some(more_rows(ffn.up)),
+            gate=more_rows(ffn.gate),
+            # Zero columns silence the padded channels whatever the activation makes of zero.
+            down=torch.cat([ffn.down, ffn.down.new_zeros(ffn.down.shape[0], missing)], dim=1),
+            up_bias=more_rows(ffn.up_bias),
+            gate_bias=more_rows(ffn.gate_bias),
+            down_bias=ffn.down_bias,
+        ),
+        rest=layer.rest,
+        rope_pairs=None,
+        shape=shape,
+    )
+
+
+def _some(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+def _head_channels(
+    layer: NeutralLayer, pair_channels: Tensor | None, pairs: Sequence[int] | None, width: int
+) -> Tensor:
+    """Return where each row of a query or key head goes in a head of the larger shape, [K, r]."""
+    kv_heads, narrow = layer.shape.num_key_value_heads, layer.shape.qk_head_dim
+    if pair_channels is None:
+        return torch.arange(narrow).expand(kv_heads, -1)
+    num_pairs = pair_channels.shape[0]
+    if layer.rope_pairs is not None:
+        own = layer.rope_pairs
+    elif narrow == 2 * num_pairs and pairs is None:
+        # All pairs, in the order of the dense head.
+        return torch.arange(narrow).expand(kv_heads, -1)
+    else:
+        own = torch.arange(num_pairs).expand(kv_heads, -1)
+    if pairs is None:
+        return torch.cat([pair_channels[own, 0], pair_channels[own, 1]], dim=1)
+    place = torch.full((num_pairs,), -1)
+    place[list(pairs)] = torch.arange(len(pairs))
+    places = place[own]
+    if (places < 0).any() or 2 * len(pairs) != width:
+        raise UnsupportedModelError("the kept rotary pairs of a head are not among those of the larger shape.")
+    return torch.cat([places, len(pairs) + places], dim=1)
+
+
+def scale_queries(layer: NeutralLayer, factor: float) -> NeutralLayer:
+    """Multiply the queries, for runtimes whose softmax scale is another one than that of the dense head."""
+    attention = layer.attention
+    bias = None if attention.q_bias is None else attention.q_bias * factor
+    return replace(layer, attention=replace(attention, q=attention.q * factor, q_bias=bias))
+
+
+def padding_cost(checkpoint: PrunedCheckpoint, shapes: Sequence[LayerShape]) -> float:
+    """Return by which fraction the decoder layers' linear weights grow when each layer gets its shape in `shapes`."""
+
+    def total(found: Sequence[LayerShape]) -> int:
+        return sum(checkpoint.spec.num_parameters(shape, checkpoint.config.hidden_size) for shape in found)
+
+    return total(shapes) / total(checkpoint.shapes) - 1.0
+
+
+PROMPT_TOKENS = 24
+
+
+def prompt_tokens(vocab_size: int) -> Tensor:
+    """Return the token ids that exports are verified with, [1, T]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, (1, PROMPT_TOKENS), generator=generator)
+
+
+@torch.no_grad()
+def reference_logits(checkpoint: PrunedCheckpoint, tokens_1T: Tensor) -> Tensor:
+    """Return the logits of the checkpoint itself in float32, [1, T, vocabulary]."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    return model(tokens_1T).logits
