@@ -9,7 +9,7 @@ import yaml
 
 from intraslice.errors import RecipeError
 from intraslice.options import MethodOptions
-from intraslice.recipe import METHODS, Recipe, load_recipe, option_names
+from intraslice.recipe import METHODS, Recipe, fit_to_model, load_recipe, option_names, parse_align
 
 BASE = {"model": "m", "sparsity": 0.3}
 
@@ -181,3 +181,32 @@ def test_missing_file_and_missing_values(tmp_path: Path):
 def test_checked_without_torch():
     code = "import sys, intraslice.recipe; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_target_is_a_preset_that_flags_win_over():
+    recipe = load_recipe(
+        None, {"model": "m", "sparsity": 0.3, "target": "llama.cpp", **parse_align("head=8,context=1")}
+    )
+    assert recipe.allocation.shapes == "width"
+    assert (recipe.attention.head_multiple, recipe.attention.context_multiple, recipe.ffn.ffn_multiple) == (8, 1, 256)
+    both = load_recipe(None, {"model": "m", "sparsity": 0.3, "target": "vllm", "method": "ada-h"})
+    assert both.allocation.shapes == "layer" and not both.allocation.pca_ffn
+
+
+def test_blocks_of_quantised_rows_fit_the_model():
+    recipe = load_recipe(None, {"model": "m", "sparsity": 0.3, "target": "llama.cpp"})
+    assert fit_to_model(recipe, "llama", 4096).ffn.ffn_multiple == 256
+    assert fit_to_model(recipe, "llama", 576).ffn.ffn_multiple == 64
+    free = load_recipe(None, {"model": "m", "sparsity": 0.3})
+    assert fit_to_model(free, "llama", 577) == free
+
+
+@pytest.mark.parametrize("text", ["ffn", "ffn=x", "wide=3", "ffn=8;head=4", ""])
+def test_wrong_alignments_are_refused(text):
+    with pytest.raises(RecipeError, match="ffn=256,head=32"):
+        parse_align(text)
+
+
+def test_an_unknown_target_is_named():
+    with pytest.raises(RecipeError, match="unknown target 'llamacpp'.*Did you mean 'llama.cpp'"):
+        load_recipe(None, {"model": "m", "sparsity": 0.3, "target": "llamacpp"})

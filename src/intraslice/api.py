@@ -19,7 +19,7 @@ from intraslice.evaluation.perplexity import Perplexity, measure_perplexity, tok
 from intraslice.inspection import ModelInfo, estimate_peak_bytes, inspect_model
 from intraslice.loading import load_model
 from intraslice.progress import Progress, SilentProgress
-from intraslice.recipe import Recipe, load_recipe
+from intraslice.recipe import Recipe, fit_to_model, load_recipe
 from intraslice.result import PruneResult
 from intraslice.text import check_source, load_text
 
@@ -30,6 +30,7 @@ def prune(
     output: str | Path | None = None,
     sparsity: float | None = None,
     method: str | None = None,
+    target: str | None = None,
     calibration: str | None = None,
     options: Mapping[str, Any] | None = None,
     recipe: str | Path | None = None,
@@ -44,6 +45,7 @@ def prune(
         output: folder to write.
         sparsity: fraction of the decoder layers' linear weights to remove, in [0, 0.95).
         method: name of a preset; "intraslice" unless given.
+        target: runtime that the shapes are chosen for: "transformers" (default), "vllm", "llama.cpp" or "stock".
         calibration: data set name, text file, "self" or "builtin"; "builtin" unless given.
         options: further settings by dotted name, for example {"calibration.num_samples": 64}.
         recipe: YAML file whose values hold where no argument says otherwise.
@@ -59,6 +61,7 @@ def prune(
         "output": None if output is None else str(output),
         "sparsity": sparsity,
         "method": method,
+        "target": target,
         "calibration.source": calibration,
         **(options or {}),
     }
@@ -96,6 +99,7 @@ def prune_recipe(
         trust_remote_code=recipe.trust_remote_code,
         progress=progress,
     )
+    recipe = fit_to_model(recipe, checkpoint.spec.name, checkpoint.config.hidden_size)
     wanted = recipe.calibration
     check_seqlen(checkpoint.config, wanted.seqlen)
     calibration = load_calibration(
@@ -166,6 +170,7 @@ class DryRun:
 def dry_run(recipe: Recipe) -> DryRun:
     """Say what a recipe would do; writes nothing and loads no weights."""
     info = inspect_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    recipe = fit_to_model(recipe, info.family, info.hidden_size)
     kept = round((1 - recipe.sparsity) * info.dense_layer_parameters)
     return DryRun(
         dense=info,

@@ -23,6 +23,8 @@ class AllocationOptions:
         ffn_bias: lambda_b; the FFN loses ffn_bias times the target sparsity, attention the rest.
         max_block_sparsity: cap on what one attention or FFN block may lose; the excess goes to other layers.
         num_ffn_blocks: into how many blocks the channels of `act` are cut for the correction.
+        shapes: which shapes layers may take: "free" (the paper), "layer" (one group size a layer), "width" (also one
+            head width and one choice of RoPE pairs for all layers), or "model" (one shape for all layers).
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -33,6 +35,7 @@ class AllocationOptions:
     ffn_bias: float = 1.15
     max_block_sparsity: float = 0.9
     num_ffn_blocks: int = 32
+    shapes: Literal["free", "layer", "width", "model"] = "free"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,7 @@ class AttentionOptions:
         adaptive_heads: remove weak heads and shrink the others by PCA; False removes whole heads only.
         min_head_fraction: heads keep at least this fraction of head_dim (paper: 96 of 128); 0 switches it off.
         head_multiple: kept head dimensions are a multiple of this (even, because of RoPE pairs).
+        context_multiple: query heads times their width are a multiple of this; for allocation.shapes other than "free".
         reconstruct: ridge regression into o_proj (Eq. 6); False only drops rows.
         damping: lambda of Eq. 6, relative to the mean diagonal of the second moment.
         shrink_to: what lambda pulls the solution towards: "weights" (what plain removal would leave), or "zero"
@@ -58,6 +62,7 @@ class AttentionOptions:
     adaptive_heads: bool = True
     min_head_fraction: float = 0.75
     head_multiple: int = 4
+    context_multiple: int = 1
     reconstruct: bool = True
     damping: float = 0.05
     shrink_to: Literal["weights", "zero"] = "weights"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,31 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Presets as overrides of the options' defaults: the default method, the ablations of the paper's Table 4 (with
 IPca, without Pca-A, without Ada-H as well), and the paper's equations to the letter."""
+
+
+TARGETS: dict[str, dict[str, Any]] = {
+    "transformers": {},
+    # Attention kernels take multiples of 8 or 16 up to 256; 32 channels suit every matrix kernel.
+    "vllm": {
+        "allocation": {"shapes": "layer"},
+        "attention": {"head_multiple": 16},
+        "ffn": {"ffn_multiple": 32},
+    },
+    # Quantised rows are made of blocks of 32 weights, K-quants of 256.
+    "llama.cpp": {
+        "allocation": {"shapes": "width"},
+        "attention": {"head_multiple": 16, "context_multiple": 32},
+        "ffn": {"ffn_multiple": 256},
+    },
+    "stock": {"allocation": {"shapes": "model"}, "attention": {"head_multiple": 8}},
+}
+"""Where the model will run, as overrides of the options' defaults: shapes that the runtime runs well."""
+
+_WITHOUT_TARGET = {("llama.cpp", "opt"), ("stock", "opt")}
+# llama.cpp has no OPT, and the OPT class derives the head width from the number of heads.
+
+ALIGNMENTS = {"ffn": "ffn.ffn_multiple", "head": "attention.head_multiple", "context": "attention.context_multiple"}
+"""What `--align` calls the multiples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +93,7 @@ class Recipe(BaseModel):
         trust_remote_code: whether code that comes with the input model may be executed.
         output: folder to write.
         method: name of the preset the options started from.
+        target: runtime that the shapes are chosen for, also a preset.
         sparsity: fraction of the decoder layers' linear weights to remove.
     """
 
@@ -78,6 +104,7 @@ class Recipe(BaseModel):
     trust_remote_code: bool = False
     output: str | None = None
     method: str = "intraslice"
+    target: str = "transformers"
     sparsity: float
     allocation: AllocationOptions = AllocationOptions()
     attention: AttentionOptions = AttentionOptions()
@@ -127,6 +154,7 @@ _RANGES: dict[str, _Range] = {
     "allocation.num_ffn_blocks": _Range(1),
     "attention.min_head_fraction": _Range(0, 1),
     "attention.head_multiple": _Range(2, multiple=2),
+    "attention.context_multiple": _Range(1),
     "attention.damping": _Range(0, low_open=True),
     "ffn.damping": _Range(0, low_open=True),
     "ffn.ffn_multiple": _Range(1),
@@ -162,12 +190,9 @@ def load_recipe(
     file_values = _read_file(path) if path is not None else {}
     given = _merge(file_values, _nest({name: value for name, value in (flags or {}).items() if value is not None}))
     given = _merge(given, _nest(_parse_sets(sets)))
-    method = given.get("method", Recipe.model_fields["method"].default)
-    if not isinstance(method, str) or method not in METHODS:
-        raise RecipeError(
-            f"unknown method {method!r}; methods are {', '.join(METHODS)}.{nearest(str(method), METHODS)}"
-        )
-    values = _merge(METHODS[method], given)
+    method, target = (_preset(given, name, known) for name, known in (("method", METHODS), ("target", TARGETS)))
+    # Section by section: both presets may set fields of the same one.
+    values = _merge(_merge(METHODS[method], TARGETS[target]), given)
     # Checked first and by hand: the message must not depend on what else is missing.
     _check_missing(values)
     try:
@@ -176,6 +201,47 @@ def load_recipe(
         raise RecipeError(_sentence(error)) from None
     _check_ranges(recipe)
     return recipe
+
+
+def _preset(given: Mapping[str, Any], name: str, known: Mapping[str, Any]) -> str:
+    value = given.get(name, Recipe.model_fields[name].default)
+    if not isinstance(value, str) or value not in known:
+        raise RecipeError(f"unknown {name} {value!r}; {name}s are {', '.join(known)}.{nearest(str(value), known)}")
+    return value
+
+
+def parse_align(text: str) -> dict[str, int]:
+    """Return the options that `--align ffn=256,head=32` stands for.
+
+    Raises:
+        RecipeError: a name or number is wrong.
+    """
+    options = {}
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        if name not in ALIGNMENTS or not number.isdecimal():
+            raise RecipeError(
+                f"--align takes name=number pairs of {', '.join(ALIGNMENTS)}, for example ffn=256,head=32; got {text!r}"
+            )
+        options[ALIGNMENTS[name]] = int(number)
+    return options
+
+
+def fit_to_model(recipe: Recipe, family: str, hidden_size: int) -> Recipe:
+    """Return the recipe with the FFN multiple that helps this model.
+
+    K-quants need rows of a multiple of 256 weights. Where hidden_size is none, most matrices of the model cannot have
+    them, and steps as coarse as that would cost quality for nothing.
+
+    Raises:
+        RecipeError: the target cannot run the architecture in another shape.
+    """
+    if (recipe.target, family) in _WITHOUT_TARGET:
+        raise RecipeError(f"target {recipe.target} cannot run a pruned {family} model; use --target transformers.")
+    multiple = recipe.ffn.ffn_multiple
+    if recipe.target != "llama.cpp" or hidden_size % multiple == 0:
+        return recipe
+    return recipe.model_copy(update={"ffn": replace(recipe.ffn, ffn_multiple=math.gcd(multiple, hidden_size))})
 
 
 def option_names() -> list[str]:

@@ -27,6 +27,15 @@ class HeadChoice:
     width: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadPlan:
+    """The exact shape of an attention block: every kv head serves `group` query heads of `width` dimensions."""
+
+    num_key_value_heads: int
+    group: int
+    width: int
+
+
 def kept_kv_heads(heads: Sequence[int], group: int) -> tuple[int, ...]:
     """Return the kv heads that still serve a query head, ascending."""
     return tuple(sorted({head // group for head in heads}))
@@ -133,6 +142,22 @@ def whole_heads(scores_H: Tensor, *, budget_dims: float, head_dim: int, group: i
             break
         kept = rest
     return HeadChoice(tuple(kept), float(head_dim))
+
+
+def planned_heads(scores_H: Tensor, *, num_kv_heads: int, group: int, dense_group: int) -> HeadChoice:
+    """Choose the best `num_kv_heads` groups of the best `group` query heads each.
+
+    Args:
+        scores_H: score of each query head.
+        num_kv_heads: kv heads to keep.
+        group: query heads to keep of each.
+        dense_group: query heads a kv head in the dense model.
+    """
+    grouped = scores_H.view(-1, dense_group)
+    members = torch.argsort(grouped, dim=1, descending=True, stable=True)[:, :group]  # [K, group]
+    kept = top_indices(grouped.gather(1, members).sum(1), num_kv_heads)
+    heads = sorted((kept[:, None] * dense_group + members[kept]).flatten().tolist())
+    return HeadChoice(tuple(heads), float("nan"))
 
 
 def round_to_multiple(value: float, multiple: int, low: int, high: int) -> int:

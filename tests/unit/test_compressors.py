@@ -42,16 +42,7 @@ def test_head_scores_is_equation_2():
 
 def test_rope_pair_scores_is_the_mean_of_all_products():
     query, key = _random(10, H, d), _random(12, K, d, seed=1)
-    stats = AttentionStats(
-        context=torch.zeros(0),
-        query=torch.zeros(0),
-        key=torch.zeros(0),
-        key_sum=torch.zeros(0),
-        query_abs=query.abs().sum(0) / 10,
-        key_abs=key.abs().sum(0) / 12,
-        num_tokens=1,
-    )
-    scores = rope_pair_scores(stats, pair_channels(d, d))
+    scores = rope_pair_scores(query.abs().sum(0) / 10, key.abs().sum(0) / 12, 1, pair_channels(d, d))
     for h in range(H):
         products = (query[:, None, h] * key[None, :, h // 2]).abs().mean((0, 1))
         for pair in range(d // 2):

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from intraslice.allocators.base import Allocation, BlockSizes
 from intraslice.allocators.mask_gradient import MaskScores, allocate_by_mask_gradient
+from intraslice.allocators.shapes import ShapeGrid, allocate_shapes
 from intraslice.allocators.uniform import allocate_uniform
 
-__all__ = ["Allocation", "BlockSizes", "MaskScores", "allocate_by_mask_gradient", "allocate_uniform"]
+__all__ = [
+    "Allocation",
+    "BlockSizes",
+    "MaskScores",
+    "ShapeGrid",
+    "allocate_by_mask_gradient",
+    "allocate_shapes",
+    "allocate_uniform",
+]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from intraslice.errors import BudgetError
 from intraslice.options import AllocationOptions
+from intraslice.selection import HeadPlan
 
 
 @dataclass(frozen=True)
@@ -19,19 +20,39 @@ class BlockSizes:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Fractions of its linear weights that each block keeps, in (0, 1]."""
+    """What each block keeps.
+
+    Attributes:
+        attention, ffn: fractions of the block's linear weights, in (0, 1].
+        heads: exact shapes of the attention blocks, where a runtime asks for them; the fractions are then theirs.
+        rope_pairs: rotary pairs that all heads of all layers keep; None leaves the choice to each kv head.
+        kept_importance: share of the importance of all channels that these shapes keep.
+        free_importance: the share that free shapes would have kept.
+    """
 
     attention: tuple[float, ...]
     ffn: tuple[float, ...]
+    heads: tuple[HeadPlan, ...] | None = None
+    rope_pairs: tuple[int, ...] | None = None
+    kept_importance: float | None = None
+    free_importance: float | None = None
 
-    def to_dict(self) -> dict[str, list[float]]:
+    def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
-        return {"attention": list(self.attention), "ffn": list(self.ffn)}
+        return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Sequence[float]]) -> Allocation:
-        """Inverse of `to_dict`."""
-        return cls(tuple(data["attention"]), tuple(data["ffn"]))
+    def from_dict(cls, data: dict[str, Any]) -> Allocation:
+        """Inverse of `to_dict`, also after a way through JSON."""
+        heads, pairs = data["heads"], data["rope_pairs"]
+        return cls(
+            tuple(data["attention"]),
+            tuple(data["ffn"]),
+            None if heads is None else tuple(HeadPlan(**plan) for plan in heads),
+            None if pairs is None else tuple(pairs),
+            data["kept_importance"],
+            data["free_importance"],
+        )
 
 
 def split_sparsity(sizes: BlockSizes, sparsity: float, options: AllocationOptions) -> tuple[float, float]:

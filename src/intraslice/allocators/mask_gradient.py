@@ -25,12 +25,15 @@ class MaskScores:
         act_grad: the same on `act`, [S, F].
         context_moment: second moment of `context` in blocks of one head, [H, d, d].
         act_moment: second moment of `act` in blocks of neighbouring channels, [F / w, w, w].
+        pair_scores: mean |q k| of each rotary pair of the dense head, summed over the query heads, [d / 2]; None
+            without RoPE.
     """
 
     context_grad: tuple[Tensor, ...]
     act_grad: tuple[Tensor, ...]
     context_moment: tuple[Tensor, ...]
     act_moment: tuple[Tensor, ...]
+    pair_scores: tuple[Tensor, ...] | None = None
 
 
 def channel_importance(grad_SC: Tensor, moment_bww: Tensor | None) -> Tensor:

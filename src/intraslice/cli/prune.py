@@ -52,6 +52,14 @@ def prune(
             ".parquet file, or self (sampled from the model).",
         ),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Where the model will run: transformers (default, free shapes), vllm, llama.cpp or stock."),
+    ] = None,
+    align: Annotated[
+        str | None,
+        typer.Option(metavar="ffn=N,head=N", help="Multiples of FFN channels and head dimensions to keep."),
+    ] = None,
     num_samples: Annotated[int | None, typer.Option(help="Calibration sequences (default: 128).")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in a sequence (default: 2048).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random (default: 0).")] = None,
@@ -89,13 +97,15 @@ def prune(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Prune a model and write a smaller checkpoint that loads like any other."""
-    from intraslice.recipe import load_recipe
+    from intraslice.recipe import load_recipe, parse_align
 
     flags = {
         "model": model,
         "output": output,
         "sparsity": sparsity,
         "method": method,
+        "target": target,
+        **(parse_align(align) if align is not None else {}),
         "calibration.source": calibration,
         "calibration.num_samples": num_samples,
         "calibration.seqlen": seqlen,

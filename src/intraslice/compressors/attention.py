@@ -8,6 +8,7 @@ Shapes: N tokens, D hidden_size, H query heads, K kv heads, d head_dim, r and p 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,16 @@ from torch import Tensor
 from intraslice.edits import AttentionWeights, QKEdit, ValueEdit
 from intraslice.linalg import eigh_descending, low_rank_scores, residual_energy, ridge_solve
 from intraslice.options import AttentionOptions
-from intraslice.selection import adaptive_heads, kept_kv_heads, round_to_multiple, top_indices, whole_heads
+from intraslice.selection import (
+    HeadPlan,
+    adaptive_heads,
+    kept_kv_heads,
+    planned_heads,
+    reconstruction_score,
+    round_to_multiple,
+    top_indices,
+    whole_heads,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +73,19 @@ def head_scores(context_Hdd: Tensor, o_weight: Tensor) -> Tensor:
     return (channel_energy * weight_energy).sum(1)
 
 
-def rope_pair_scores(stats: AttentionStats, pairs_to_channels: Tensor) -> Tensor:
+def rope_pair_scores(query_abs_Hd: Tensor, key_abs_Kd: Tensor, num_tokens: int, pairs_to_channels: Tensor) -> Tensor:
     """Return the mean |q k| of the two channels of each pair after RoPE, per query head, [H, d / 2].
 
     Over all pairs of tokens the mean of |q_t k_s| is the product of the means of |q| and |k|.
+
+    Args:
+        query_abs_Hd: sum of |q| over the tokens.
+        key_abs_Kd: sum of |k|.
+        num_tokens: N.
+        pairs_to_channels: int64 [d / 2, 2].
     """
-    group = stats.query_abs.shape[0] // stats.key_abs.shape[0]
-    product_Hd = stats.query_abs * stats.key_abs.repeat_interleave(group, 0) / stats.num_tokens**2
+    group = query_abs_Hd.shape[0] // key_abs_Kd.shape[0]
+    product_Hd = query_abs_Hd * key_abs_Kd.repeat_interleave(group, 0) / num_tokens**2
     return product_Hd[:, pairs_to_channels].sum(-1)
 
 
@@ -79,6 +95,8 @@ def choose_qk(
     budget: float,
     options: AttentionOptions,
     pairs_to_channels: Tensor | None,
+    plan: HeadPlan | None = None,
+    shared_pairs: Sequence[int] | None = None,
 ) -> QKEdit:
     """Choose heads, widths and what replaces query and key.
 
@@ -88,13 +106,23 @@ def choose_qk(
         budget: linear weights that the block may keep.
         options: settings.
         pairs_to_channels: int64 [d / 2, 2] channels of each RoPE pair; None without RoPE.
+        plan: exact shape of the block; None leaves it to the budget.
+        shared_pairs: the pairs to keep, when all heads of the model keep the same.
     """
     _, head_dim, hidden_size = weights.q.shape
     # q and o cost D weights per query head and dimension, k and v per kv head: two matrices of the same width.
     budget_dims = budget / (2 * hidden_size)
     scores = head_scores(stats.context, weights.o)
-    if options.adaptive_heads:
-        spectrum, _ = eigh_descending(stats.context)
+    spectrum, _ = eigh_descending(stats.context)
+    if plan is not None:
+        choice = planned_heads(
+            reconstruction_score(scores, spectrum, range(len(scores)), plan.width),
+            num_kv_heads=plan.num_key_value_heads,
+            group=plan.group,
+            dense_group=weights.group,
+        )
+        width = plan.width
+    elif options.adaptive_heads:
         choice = adaptive_heads(
             scores,
             spectrum,
@@ -116,8 +144,10 @@ def choose_qk(
         return edit
     kv_heads = kept_kv_heads(choice.heads, weights.group)
     members = {kv: [head for head in choice.heads if head // weights.group == kv] for kv in kv_heads}
+    if shared_pairs is not None:
+        return replace(edit, rope_pairs=torch.tensor(shared_pairs).repeat(len(kv_heads), 1))
     if pairs_to_channels is not None:
-        pair_scores = rope_pair_scores(stats, pairs_to_channels)
+        pair_scores = rope_pair_scores(stats.query_abs, stats.key_abs, stats.num_tokens, pairs_to_channels)
         pairs = torch.stack([top_indices(pair_scores[members[kv]].sum(0), width // 2) for kv in kv_heads])
         return replace(edit, rope_pairs=pairs)
     bases = []

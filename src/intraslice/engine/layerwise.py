@@ -21,9 +21,9 @@ from intraslice.engine.hidden import HiddenStates
 from intraslice.engine.model import StreamedModel
 from intraslice.errors import NumericalError
 from intraslice.options import AttentionOptions, FFNOptions
-from intraslice.runtime.configuration_intraslice import LayerShape, rotary_dim
-from intraslice.runtime.modeling_intraslice import PrunedAttention, pair_channels
-from intraslice.selection import round_to_multiple
+from intraslice.runtime.configuration_intraslice import LayerShape
+from intraslice.runtime.modeling_intraslice import PrunedAttention
+from intraslice.selection import HeadPlan, round_to_multiple
 from intraslice.stats import BlockSecondMoment, SecondMoment, Sum
 from intraslice.surgery import write_attention, write_ffn
 
@@ -36,11 +36,15 @@ class LayerBudget:
         attention: for q, k, v and o.
         ffn: for up, gate and down, before what attention left over (or overdrew) is added.
         iter_pca: whether Eq. 7 is applied to the FFN.
+        heads: exact shape of the attention block; None leaves it to the budget.
+        rope_pairs: pairs that all heads of the model keep; None leaves them to each kv head.
     """
 
     attention: float
     ffn: float
     iter_pca: bool
+    heads: HeadPlan | None = None
+    rope_pairs: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def prune_layer(
         NumericalError: activations are NaN or infinite, or a system cannot be solved.
     """
     try:
-        attention = _prune_attention(model, block, index, streams, budget.attention, attention_options)
+        attention = _prune_attention(model, block, index, streams, budget, attention_options)
         moments = _ffn_moments(model, block, index, streams, ffn_options)
         spent = _attention_cost(model, attention.shape)
         keep = _channels_to_keep(model, budget.ffn + budget.attention - spent, ffn_options.ffn_multiple)
@@ -130,25 +134,19 @@ class _PrunedAttentionBlock:
     error: float
 
 
-def _pairs(model: StreamedModel) -> Tensor | None:
-    if not model.spec.rope:
-        return None
-    return pair_channels(rotary_dim(model.config), model.dense_shape.qk_head_dim)
-
-
 def _prune_attention(
     model: StreamedModel,
     block: DecoderBlock,
     index: int,
     streams: Streams,
-    budget: float,
+    budget: LayerBudget,
     options: AttentionOptions,
 ) -> _PrunedAttentionBlock:
     dense = block.attention
     weights = read_attention(block, model.dense_shape)
     stats = _attention_stats(model, block, index, streams.pruned)
-    pairs = _pairs(model)
-    edit = choose_qk(weights, stats, budget, options, pairs)
+    pairs = model.pairs_to_channels
+    edit = choose_qk(weights, stats, budget.attention, options, pairs, budget.heads, budget.rope_pairs)
     trial, per_kv = fuse_qk(weights, edit, pairs)
     ffn_width = model.dense_shape.intermediate_size
     write_attention(block, model.config, index, attention_shape(per_kv, trial, ffn_width), trial, edit.rope_pairs)

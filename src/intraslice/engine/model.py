@@ -15,8 +15,8 @@ from intraslice.blocks import DecoderBlock, norms_come_first
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.errors import NumericalError
 from intraslice.placement import Placement
-from intraslice.runtime.configuration_intraslice import LayerShape, dense_shape
-from intraslice.runtime.modeling_intraslice import apply_layer_shape
+from intraslice.runtime.configuration_intraslice import LayerShape, dense_shape, rotary_dim
+from intraslice.runtime.modeling_intraslice import apply_layer_shape, pair_channels
 
 _LOGIT_POSITIONS = 512  # positions whose logits exist at once in the loss
 
@@ -76,6 +76,26 @@ class StreamedModel:
             rotary = self._decoder.get_submodule("rotary_emb")
             self._decoder.rotary_emb = type(rotary)(config=self.config).to(device)
         self.model.requires_grad_(False)
+
+    @property
+    def pairs_to_channels(self) -> Tensor | None:
+        """Channels of each rotary pair of a dense head, [d / 2, 2]; None without RoPE."""
+        if not self.spec.rope:
+            return None
+        return pair_channels(rotary_dim(self.config), self.dense_shape.qk_head_dim)
+
+    @property
+    def partly_rotated(self) -> bool:
+        """Whether RoPE leaves some channels of a head as they are."""
+        return self.spec.rope and rotary_dim(self.config) != self.dense_shape.qk_head_dim
+
+    @property
+    def heads_divide_hidden(self) -> bool:
+        """Whether the stock class refuses head counts that do not divide hidden_size.
+
+        LlamaConfig does; without biases the same model can be written as a Mistral, which does not.
+        """
+        return self.spec.name == "llama" and bool(self.config.attention_bias)
 
     @torch.no_grad()
     def embed(self, tokens_NT: Tensor) -> Tensor:

@@ -15,7 +15,14 @@ import torch
 import transformers
 
 from intraslice import __version__
-from intraslice.allocators import Allocation, BlockSizes, allocate_by_mask_gradient, allocate_uniform
+from intraslice.allocators import (
+    Allocation,
+    BlockSizes,
+    ShapeGrid,
+    allocate_by_mask_gradient,
+    allocate_shapes,
+    allocate_uniform,
+)
 from intraslice.calibration import Calibration
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.writer import assemble, check_output, publish, save_side_files, write_text
@@ -23,8 +30,8 @@ from intraslice.engine.hidden import HiddenStates
 from intraslice.engine.layerwise import LayerBudget, Streams, propagate_layer, prune_layer
 from intraslice.engine.model import StreamedModel
 from intraslice.engine.rundir import RunDir
-from intraslice.engine.scan import scan_mask_gradients
-from intraslice.errors import BudgetError
+from intraslice.engine.scan import SCAN_VERSION, scan_mask_gradients
+from intraslice.errors import BudgetError, RecipeError
 from intraslice.model_card import render
 from intraslice.options import MethodOptions, RunOptions
 from intraslice.placement import Placement, dtype_name, matmul_precision
@@ -208,6 +215,7 @@ def _kept_scan_path(folder: Path, identity: dict[str, Any], method: MethodOption
     decides = {name: identity[name] for name in ("model", "device", "batch_tokens", "compute", "matmul")}
     decides["tokens"] = identity["calibration"]["fingerprint"]
     decides["num_ffn_blocks"] = method.allocation.num_ffn_blocks
+    decides["version"] = SCAN_VERSION
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return folder / f"scan-{digest[:32]}.safetensors"
 
@@ -223,10 +231,16 @@ def _allocate(
     progress: Progress,
 ) -> Allocation:
     options = method.allocation
+    if options.shapes != "free" and options.name != "mask_gradient":
+        raise RecipeError(
+            f"allocation.shapes = {options.shapes} chooses shapes by mask gradients; it needs "
+            "allocation.name = mask_gradient."
+        )
     # Both allocators refuse an unreachable budget; asking the cheap one first costs no gradient pass.
     uniform = allocate_uniform(sizes, method.sparsity, options)
     if options.name == "uniform" or method.sparsity == 0:
         return uniform
+    grid = _shape_grid(model, method)
     scores = scan_mask_gradients(
         model,
         calibration.tokens,
@@ -236,7 +250,35 @@ def _allocate(
         save_path=scan_path,
         progress=progress,
     )
-    return allocate_by_mask_gradient(scores, sizes, method.sparsity, options)
+    if grid is None:
+        return allocate_by_mask_gradient(scores, sizes, method.sparsity, options)
+    allocation = allocate_shapes(scores, sizes, method.sparsity, options, grid)
+    progress.note(
+        f"allocation.shapes = {options.shapes} keeps {allocation.kept_importance:.1%} of the channels' importance; "
+        f"free shapes would keep {allocation.free_importance:.1%}"
+    )
+    return allocation
+
+
+def _shape_grid(model: StreamedModel, method: MethodOptions) -> ShapeGrid | None:
+    """Return the shapes that the options allow, or None when they are free."""
+    if method.allocation.shapes == "free":
+        return None
+    attention, head_dim = method.attention, model.dense_shape.qk_head_dim
+    least = max(attention.head_multiple, attention.min_head_fraction * head_dim)
+    widths = [w for w in range(attention.head_multiple, head_dim, attention.head_multiple) if w >= least]
+    if not attention.adaptive_heads or (model.partly_rotated and method.allocation.shapes != "layer"):
+        # A shared choice of RoPE pairs has no room for channels that are not rotated.
+        widths = []
+    return ShapeGrid(
+        num_key_value_heads=model.dense_shape.num_key_value_heads,
+        hidden_size=model.config.hidden_size,
+        num_ffn_matrices=model.spec.num_ffn_matrices,
+        widths=(*widths, head_dim),
+        context_multiple=attention.context_multiple,
+        ffn_multiple=method.ffn.ffn_multiple,
+        heads_divide_hidden=method.allocation.shapes == "model" and model.heads_divide_hidden,
+    )
 
 
 def _prune_layers(
@@ -267,6 +309,8 @@ def _prune_layers(
                 attention=work.allocation.attention[index] * sizes.attention[index],
                 ffn=work.allocation.ffn[index] * sizes.ffn[index] + work.carry,
                 iter_pca=index in iterated,
+                heads=None if work.allocation.heads is None else work.allocation.heads[index],
+                rope_pairs=work.allocation.rope_pairs,
             )
             pruned = prune_layer(model, block, index, streams, budget, method.attention, method.ffn)
             model.placement.synchronize()

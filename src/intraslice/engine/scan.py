@@ -18,10 +18,14 @@ from torch import Tensor
 from intraslice.allocators import MaskScores
 from intraslice.blocks import DecoderBlock
 from intraslice.checkpoint.writer import write_tensors
+from intraslice.compressors.attention import rope_pair_scores
 from intraslice.engine.model import StreamedModel
 from intraslice.errors import NumericalError
 from intraslice.progress import Progress
-from intraslice.stats import BlockSecondMoment
+from intraslice.stats import BlockSecondMoment, Sum
+
+SCAN_VERSION = 2
+"""Part of the name of a kept gradient pass: raise it when what is measured changes."""
 
 
 @dataclass
@@ -32,20 +36,13 @@ class _Accumulators:
     act_grad: Tensor  # [L, S, F]
     context_moment: Tensor  # [L, H, d, d]
     act_moment: Tensor  # [L, F / w, w, w]
+    query_abs: Tensor  # [L, H, d], sums of |q| after RoPE
+    key_abs: Tensor  # [L, K, d]
     done: int = 0
 
     def save(self, path: Path) -> None:
         """Write the sums and how many sequences they cover."""
-        write_tensors(
-            path,
-            {
-                "context_grad": self.context_grad,
-                "act_grad": self.act_grad,
-                "context_moment": self.context_moment,
-                "act_moment": self.act_moment,
-                "done": torch.tensor(self.done),
-            },
-        )
+        write_tensors(path, {**vars(self), "done": torch.tensor(self.done)})
 
     @classmethod
     def load(cls, path: Path) -> _Accumulators:
@@ -55,10 +52,20 @@ class _Accumulators:
         tensors = load_file(path)
         return cls(**{**tensors, "done": int(tensors["done"])})  # type: ignore[arg-type]
 
-    def scores(self) -> MaskScores:
-        """Return the sums layer by layer."""
+    def scores(self, num_tokens: int, pairs_to_channels: Tensor | None) -> MaskScores:
+        """Return what the allocators read, layer by layer."""
+        pair_scores = None
+        if pairs_to_channels is not None:
+            pair_scores = tuple(
+                rope_pair_scores(query_abs, key_abs, num_tokens, pairs_to_channels).sum(0)
+                for query_abs, key_abs in zip(self.query_abs, self.key_abs, strict=True)
+            )
         return MaskScores(
-            tuple(self.context_grad), tuple(self.act_grad), tuple(self.context_moment), tuple(self.act_moment)
+            context_grad=tuple(self.context_grad),
+            act_grad=tuple(self.act_grad),
+            context_moment=tuple(self.context_moment),
+            act_moment=tuple(self.act_moment),
+            pair_scores=pair_scores,
         )
 
 
@@ -105,6 +112,8 @@ def scan_mask_gradients(
             torch.zeros(layers, num_sequences, shape.intermediate_size, dtype=torch.float64),
             torch.zeros(layers, shape.num_attention_heads, shape.v_head_dim, shape.v_head_dim, dtype=torch.float64),
             torch.zeros(layers, shape.intermediate_size // width, width, width, dtype=torch.float64),
+            torch.zeros(layers, shape.num_attention_heads, shape.qk_head_dim, dtype=torch.float64),
+            torch.zeros(layers, shape.num_key_value_heads, shape.qk_head_dim, dtype=torch.float64),
         )
     itemsize = model.placement.compute_dtype.itemsize
     per_sequence = (layers + 2) * seqlen * model.config.hidden_size * itemsize
@@ -120,7 +129,7 @@ def scan_mask_gradients(
         bad = (~torch.isfinite(grads)).flatten(1).any(1).nonzero().flatten().tolist()
         if bad:
             raise NumericalError(f"the {name} mask gradients of layer {bad[0]} are NaN or infinite.")
-    return sums.scores()
+    return sums.scores(tokens_ST.numel(), model.pairs_to_channels)
 
 
 def _scan_chunk(
@@ -139,11 +148,16 @@ def _scan_chunk(
         block, kwargs = model.load_layer(index), model.layer_kwargs[index]
         context_moment = BlockSecondMoment(*sums.context_moment[index].shape[:2], device=device, dtype=stat_dtype)
         act_moment = BlockSecondMoment(*sums.act_moment[index].shape[:2], device=device, dtype=stat_dtype)
+        query_abs = Sum(*sums.query_abs[index].shape, device=device, dtype=stat_dtype)
+        key_abs = Sum(*sums.key_abs[index].shape, device=device, dtype=stat_dtype)
+        measured = _Measured(context_moment, act_moment, query_abs, key_abs)
         for part, states in zip(parts, boundaries, strict=True):
-            states.append(_forward(block, states[-1], kwargs, context_moment, act_moment))
+            states.append(_forward(block, states[-1], kwargs, measured))
             advance(part.stop - part.start)
         sums.context_moment[index] += context_moment.value
         sums.act_moment[index] += act_moment.value
+        sums.query_abs[index] += query_abs.value
+        sums.key_abs[index] += key_abs.value
     gradients = []
     for part, states in zip(parts, boundaries, strict=True):
         gradients.append(model.loss_gradient(tokens_ST[part], states.pop())[1])
@@ -158,19 +172,27 @@ def _scan_chunk(
             advance(part.stop - part.start)
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """The statistics of one layer that its forward pass feeds."""
+
+    context_moment: BlockSecondMoment
+    act_moment: BlockSecondMoment
+    query_abs: Sum
+    key_abs: Sum
+
+
 @torch.no_grad()
-def _forward(
-    block: DecoderBlock,
-    hidden_BTD: Tensor,
-    kwargs: dict,
-    context_moment: BlockSecondMoment,
-    act_moment: BlockSecondMoment,
-) -> Tensor:
-    context = block.context(block.attention, block.attention_input(hidden_BTD), kwargs)
-    context_moment.update(context.flatten(0, 1))
+def _forward(block: DecoderBlock, hidden_BTD: Tensor, kwargs: dict, measured: _Measured) -> Tensor:
+    attention = block.attention
+    query, key, value = attention.project(block.attention_input(hidden_BTD), kwargs.get("position_embeddings"))
+    measured.query_abs.update(query.abs().sum((0, 2)))
+    measured.key_abs.update(key.abs().sum((0, 2)))
+    context, _ = attention.attend(query, key, value, kwargs.get("attention_mask"))
+    measured.context_moment.update(context.flatten(0, 1))
     middle = block.add_attention(hidden_BTD, block.out_projection(context))
     act = block.act(block.ffn_input(middle))
-    act_moment.update(act.flatten(0, 1))
+    measured.act_moment.update(act.flatten(0, 1))
     return block.add_ffn(middle, block.down_projection(act))
 
 
