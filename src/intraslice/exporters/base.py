@@ -9,10 +9,13 @@ Shapes: D hidden_size, K kv heads, r qk_head_dim, p v_head_dim, d head_dim of th
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,8 +23,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from intraslice.checkpoint.folder import StoredTensor, one_line, read_headers
+from intraslice.checkpoint.tensorfile import writing
+from intraslice.checkpoint.writer import check_output, publish
 from intraslice.edits import AttentionWeights, FFNWeights
-from intraslice.errors import CheckpointError, UnsupportedModelError
+from intraslice.errors import CheckpointError, RecipeError, UnsupportedModelError, nearest
 from intraslice.runtime import register
 from intraslice.runtime.configuration_intraslice import (
     FAMILIES,
@@ -47,11 +52,17 @@ class ExportOptions:
         overwrite: replace an existing output.
     """
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    pad_to: Literal["dense", "max"] = "dense"
+    dtype: str = "auto"
+    pad_to: str = "dense"
     tokenizer_from: str | None = None
     verify: bool = True
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("dtype", ("auto", "float32", "bfloat16", "float16")), ("pad_to", ("dense", "max"))):
+            value = getattr(self, name)
+            if value not in known:
+                raise RecipeError(f"{name} must be one of {', '.join(known)}, got {value!r}.{nearest(value, known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,8 +402,9 @@ def _head_channels(
 def scale_queries(layer: NeutralLayer, factor: float) -> NeutralLayer:
     """Multiply the queries, for runtimes whose softmax scale is another one than that of the dense head."""
     attention = layer.attention
-    bias = None if attention.q_bias is None else attention.q_bias * factor
-    return replace(layer, attention=replace(attention, q=attention.q * factor, q_bias=bias))
+    # In float32: what is rounded afterwards is the product.
+    bias = None if attention.q_bias is None else attention.q_bias.float() * factor
+    return replace(layer, attention=replace(attention, q=attention.q.float() * factor, q_bias=bias))
 
 
 def padding_cost(checkpoint: PrunedCheckpoint, shapes: Sequence[LayerShape]) -> float:
@@ -420,3 +432,76 @@ def reference_logits(checkpoint: PrunedCheckpoint, tokens_1T: Tensor) -> Tensor:
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
     return model(tokens_1T).logits
+
+
+@contextmanager
+def staged_folder(output: Path, overwrite: bool, *, source: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `output` at the end; after an error nothing is left of it.
+
+    Args:
+        output: final name.
+        overwrite: replace an existing output.
+        source: folder of the checkpoint; it is never replaced.
+
+    Raises:
+        OutputError: `output` may not be replaced, or cannot be written.
+    """
+    check_output(output, overwrite, source=source)
+    parent = output.absolute().parent
+    with writing(output):
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{output.absolute().name}.partial-", dir=parent))
+        # A folder inside, because mkdtemp makes one that nobody else may read.
+        staging = scratch / output.absolute().name
+        staging.mkdir()
+    try:
+        yield staging
+        publish(staging, output, overwrite)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def dense_frequencies(checkpoint: PrunedCheckpoint) -> tuple[Tensor, float]:
+    """Return the inverse frequencies of the dense head's rotary pairs, [d / 2] float64, and the factor on cos and sin.
+
+    Raises:
+        UnsupportedModelError: they depend on the length of the sequence, or some channels are not rotated.
+    """
+    from transformers.models.llama import modeling_llama
+
+    kind = (vars(checkpoint.dense).get("rope_parameters") or {}).get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise UnsupportedModelError(
+            f"the rotary frequencies of type {kind!r} change with the length of the text, so a subset of the pairs "
+            "cannot be written as constants; prune with attention.adaptive_heads=false, or use --to padded."
+        )
+    if rotary_dim(checkpoint.dense) != checkpoint.dense_shape.qk_head_dim:
+        raise UnsupportedModelError("a head that is only partly rotated cannot be written as a subset of rotary pairs.")
+    # All families compute their frequencies alike, from rope_parameters.
+    rotary: Any = modeling_llama.LlamaRotaryEmbedding
+    embedding = rotary(checkpoint.dense)
+    return embedding.inv_freq.double(), float(embedding.attention_scaling)
+
+
+_TOLERANCE = {"float16": 0.02, "bfloat16": 0.1}
+
+
+def check_logits(found: Tensor, wanted: Tensor, dtype: str) -> float:
+    """Return the largest difference of the logits of an export to those of the checkpoint.
+
+    Args:
+        found: logits of the export.
+        wanted: logits of the checkpoint.
+        dtype: of the exported weights; half precision may differ more.
+
+    Raises:
+        CheckpointError: the difference is more than rounding.
+    """
+    difference = float((found.float() - wanted).abs().max())
+    limit = _TOLERANCE.get(dtype, 0.0) * float(wanted.abs().max()) + 1e-2
+    if not difference <= limit:
+        raise CheckpointError(
+            f"the export computes other logits than the checkpoint (difference {difference:.3g}, at most {limit:.3g} "
+            "is rounding); nothing was written. Please report this."
+        )
+    return difference
