@@ -1,0 +1,192 @@
+"""What a GGUF file of a pruned model holds: shapes that llama.cpp runs, rotary factors, remarks for the user.
+
+Shapes: W head width of the file, d head_dim of the dense model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from intraslice.errors import UnsupportedModelError
+from intraslice.exporters.base import ExportOptions, PrunedCheckpoint, padding_cost
+from intraslice.runtime.configuration_intraslice import LayerShape, rotary_dim
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Rotary types whose frequencies are constants; those of the others change with the length of the text.
+_CONSTANT_ROPE = ("default", "linear", "llama3", "yarn")
+# An angle divided by this is zero: pairs that are not rotated.
+_NO_ROTATION = 1e30
+# llama.cpp computes nonsense for a layer with attention and no FFN channels.
+_SMALLEST_FFN = 32
+# Rows that are no multiple of this stay unquantised.
+_QUANT_BLOCK = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilePlan:
+    """What the file will hold.
+
+    Attributes:
+        shapes: of each layer in the file.
+        pairs: dense rotary pairs of a head, when it is narrower than the dense one; None: all, in their dense places.
+        row_order: where row i of a query or key head of the file comes from, int64 [W].
+        rope_factors: what llama.cpp divides its angles by, float32 [W / 2]; None: they are right as they are.
+        query_scale: factor on the queries that makes up for llama.cpp's softmax scale.
+        context_length: up to which the model is exact.
+        dtype: of the matrices.
+        notes: for the user.
+    """
+
+    shapes: tuple[LayerShape, ...]
+    pairs: tuple[int, ...] | None
+    row_order: Tensor
+    rope_factors: Tensor | None
+    query_scale: float
+    context_length: int
+    dtype: torch.dtype
+    notes: tuple[str, ...]
+
+    @property
+    def width(self) -> int:
+        """Head width W."""
+        return self.row_order.numel()
+
+
+def make_plan(checkpoint: PrunedCheckpoint, options: ExportOptions) -> FilePlan:
+    """Decide what the file will hold.
+
+    Raises:
+        UnsupportedModelError: llama.cpp has no place for what the model does.
+    """
+    spec, values = checkpoint.spec, vars(checkpoint.dense)
+    channels = checkpoint.pair_channels
+    if channels is None or spec.gate is None:
+        raise UnsupportedModelError(
+            f"a {spec.name} model cannot be exported to GGUF: llama.cpp's architecture with a shape per layer has "
+            "rotary positions and gated FFNs only; load the checkpoint with transformers or vLLM instead"
+        )
+    if values[spec.activation] not in ("silu", "swish"):
+        raise UnsupportedModelError(
+            f"the activation {values[spec.activation]!r} cannot be exported to GGUF: llama.cpp's architecture with a "
+            "shape per layer has 'silu' only"
+        )
+    dense_width, shared = checkpoint.dense_shape.qk_head_dim, checkpoint.shared_pairs()
+    widest_value = max(shape.v_head_dim for shape in checkpoint.shapes)
+    narrow = shared is not None and widest_value <= 2 * len(shared) < dense_width
+    pairs = shared if narrow else None
+    width = 2 * len(pairs) if pairs is not None else dense_width
+    shapes = tuple(_fitting(shape, width) for shape in checkpoint.shapes)
+    factors, attention_factor = _rope_factors(checkpoint, pairs, width)
+    context, notes = _context_length(checkpoint)
+    notes += _padding_notes(checkpoint, shapes) + _quantisation_notes(shapes, width)
+    return FilePlan(
+        shapes=shapes,
+        pairs=pairs,
+        # A narrow head has all first channels, then all second ones.
+        row_order=(channels if pairs is None else torch.arange(width).view(2, -1).T).flatten(),
+        rope_factors=factors,
+        query_scale=math.sqrt(width / dense_width) * attention_factor**2,
+        context_length=context,
+        dtype=_matrix_dtype(checkpoint, options),
+        notes=tuple(notes),
+    )
+
+
+def _fitting(shape: LayerShape, width: int) -> LayerShape:
+    """Return the smallest shape of the format that holds a layer."""
+    return LayerShape(
+        heads_per_kv=(max(shape.heads_per_kv),) * shape.num_key_value_heads,
+        qk_head_dim=width,
+        v_head_dim=width,
+        intermediate_size=shape.intermediate_size or _SMALLEST_FFN,
+    )
+
+
+def _rope_factors(
+    checkpoint: PrunedCheckpoint, pairs: tuple[int, ...] | None, width: int
+) -> tuple[Tensor | None, float]:
+    """Return the divisors of llama.cpp's angles, and what the dense model multiplies cos and sin with."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    dense = checkpoint.dense
+    rope = vars(dense)["rope_parameters"]
+    kind = rope.get("rope_type", "default")
+    if kind not in _CONSTANT_ROPE:
+        raise UnsupportedModelError(
+            f"the rotary embedding of type {kind!r} changes with the length of the text, which a GGUF file of a pruned "
+            "model cannot hold; load the checkpoint with transformers or vLLM instead"
+        )
+    rotated, dense_width = rotary_dim(dense), checkpoint.dense_shape.qk_head_dim
+    base, attention_factor = float(rope["rope_theta"]), 1.0
+    if kind == "default":
+        frequencies = base ** -(torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
+    else:
+        frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](dense, torch.device("cpu"))
+    if attention_factor != 1.0 and rotated != dense_width:
+        raise UnsupportedModelError(
+            f"the rotary embedding of type {kind!r} scales {rotated} of {dense_width} channels of a head, which a GGUF "
+            "file of a pruned model cannot hold; load the checkpoint with transformers or vLLM instead"
+        )
+    wanted = torch.zeros(dense_width // 2, dtype=torch.float64)
+    wanted[: rotated // 2] = frequencies.double()
+    wanted = wanted if pairs is None else wanted[list(pairs)]
+    given = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    factors = torch.where(wanted > 0, given / wanted, _NO_ROTATION).float()
+    plain = torch.allclose(factors, torch.ones_like(factors), rtol=0.0, atol=1e-6)
+    return None if plain else factors, attention_factor
+
+
+def _context_length(checkpoint: PrunedCheckpoint) -> tuple[int, list[str]]:
+    spec, values = checkpoint.spec, vars(checkpoint.dense)
+    longest = int(values["max_position_embeddings"])
+    window = values.get(spec.sliding_window) if spec.sliding_window else None
+    kinds = values.get("layer_types")
+    if not window or window >= longest or (kinds and "sliding_attention" not in kinds):
+        return longest, []
+    return int(window), [
+        f"llama.cpp has no attention window for this architecture, so the context length is {window} instead of "
+        f"{longest} tokens: up to there a window of {window} changes nothing."
+    ]
+
+
+def _padding_notes(checkpoint: PrunedCheckpoint, shapes: tuple[LayerShape, ...]) -> list[str]:
+    padded = [old for old, new in zip(checkpoint.shapes, shapes, strict=True) if old != new]
+    if not padded:
+        return []
+    width = shapes[0].qk_head_dim
+    reasons = []
+    if any(shape.qk_head_dim != width or shape.v_head_dim != width for shape in padded):
+        reasons.append("head widths or rotary pairs that differ")
+    if any(len(set(shape.heads_per_kv)) > 1 for shape in padded):
+        reasons.append("kv heads with different numbers of query heads")
+    if any(shape.intermediate_size == 0 for shape in padded):
+        reasons.append("layers without an FFN")
+    return [
+        f"{len(padded)} of {len(shapes)} layers are zero-padded, because llama.cpp has no place for "
+        f"{' and '.join(reasons)}: the decoder weights grow by {padding_cost(checkpoint, shapes):.1%}, which pruning "
+        "with --target llama.cpp avoids."
+    ]
+
+
+def _quantisation_notes(shapes: tuple[LayerShape, ...], width: int) -> list[str]:
+    odd = sum(
+        (shape.num_attention_heads * width) % _QUANT_BLOCK > 0 or shape.intermediate_size % _QUANT_BLOCK > 0
+        for shape in shapes
+    )
+    if not odd:
+        return []
+    return [
+        f"{odd} of {len(shapes)} layers have rows that are no multiple of {_QUANT_BLOCK}; llama.cpp's quantisation "
+        "leaves those matrices in float16, and pruning with --target llama.cpp avoids them."
+    ]
+
+
+def _matrix_dtype(checkpoint: PrunedCheckpoint, options: ExportOptions) -> torch.dtype:
+    if options.dtype != "auto":
+        return DTYPES[options.dtype]
+    stored = checkpoint.load_layer(0).attention.o.dtype
+    return stored if stored in DTYPES.values() else torch.float32
