@@ -16,6 +16,8 @@ from intraslice.engine.run import prune_checkpoint
 from intraslice.errors import OutputError, RecipeError
 from intraslice.evaluation.bench import BenchOptions, BenchResult, bench_models
 from intraslice.evaluation.perplexity import Perplexity, measure_perplexity, tokenize
+from intraslice.exporters import export_checkpoint
+from intraslice.exporters.base import ExportOptions, ExportReport
 from intraslice.inspection import ModelInfo, estimate_peak_bytes, inspect_model
 from intraslice.loading import load_model
 from intraslice.progress import Progress, SilentProgress
@@ -252,3 +254,41 @@ def benchmark(
     """
     base = None if against is None else str(against)
     return bench_models(str(model), base, options=options, progress=progress)
+
+
+def export(
+    checkpoint: str | Path,
+    *,
+    to: str,
+    output: str | Path,
+    dtype: str = "auto",
+    pad_to: str = "dense",
+    tokenizer_from: str | Path | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write a pruned checkpoint in the form of another runtime.
+
+    Args:
+        checkpoint: folder that `prune` has written.
+        to: "stock", "padded", "gguf" or "onnx".
+        output: folder to write; for gguf, the file.
+        dtype: of the written weights: "auto" (as stored), "float32", "bfloat16" or "float16".
+        pad_to: for padded: "dense", or "max" for the largest of each size that occurs.
+        tokenizer_from: for gguf: a GGUF file of the base model whose tokenizer is copied.
+        verify: reload the result in its runtime, where that is installed, and compare the logits of a prompt.
+        overwrite: replace an existing output.
+        progress: shows the layers.
+
+    Raises:
+        IntraSliceError: see errors.py; nothing is left under `output` then.
+    """
+    options = ExportOptions(
+        dtype=dtype,
+        pad_to=pad_to,
+        tokenizer_from=None if tokenizer_from is None else str(tokenizer_from),
+        verify=verify,
+        overwrite=overwrite,
+    )
+    return export_checkpoint(str(checkpoint), to, Path(output).expanduser(), options, progress)

@@ -12,7 +12,7 @@ from typing import cast
 
 import typer
 
-from intraslice.cli import bench, evaluate, inspect, prune
+from intraslice.cli import bench, evaluate, export, inspect, prune
 from intraslice.cli.console import INTERRUPTED_STATUS, complain
 from intraslice.errors import IntraSliceError
 
@@ -30,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("prune")(prune.prune)
+app.command("export")(export.export)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("inspect")(inspect.inspect)

@@ -85,9 +85,12 @@ class StreamedModel:
         return pair_channels(rotary_dim(self.config), self.dense_shape.qk_head_dim)
 
     @property
-    def partly_rotated(self) -> bool:
-        """Whether RoPE leaves some channels of a head as they are."""
-        return self.spec.rope and rotary_dim(self.config) != self.dense_shape.qk_head_dim
+    def can_share_pairs(self) -> bool:
+        """Whether stock runtimes can be told a subset of RoPE pairs that all heads keep.
+
+        There is no room in it for channels that are not rotated, and Phi3Config takes no subset.
+        """
+        return self.spec.name != "phi3" and rotary_dim(self.config) == self.dense_shape.qk_head_dim
 
     @property
     def heads_divide_hidden(self) -> bool:

@@ -267,8 +267,7 @@ def _shape_grid(model: StreamedModel, method: MethodOptions) -> ShapeGrid | None
     attention, head_dim = method.attention, model.dense_shape.qk_head_dim
     least = max(attention.head_multiple, attention.min_head_fraction * head_dim)
     widths = [w for w in range(attention.head_multiple, head_dim, attention.head_multiple) if w >= least]
-    if not attention.adaptive_heads or (model.partly_rotated and method.allocation.shapes != "layer"):
-        # A shared choice of RoPE pairs has no room for channels that are not rotated.
+    if not attention.adaptive_heads or (method.allocation.shapes != "layer" and not model.can_share_pairs):
         widths = []
     return ShapeGrid(
         num_key_value_heads=model.dense_shape.num_key_value_heads,

@@ -1,0 +1,243 @@
+"""Plain Hugging Face checkpoints, without code of ours: one shape for all layers, rotary pairs shared by all heads.
+
+Exact. The softmax scale of the dense head is folded into the queries, and the frequencies of a subset of rotary pairs
+are written as factors of the "longrope" type, which every stock class reads.
+
+Shapes: d head_dim of the dense model, W head width of the export.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+
+from intraslice.checkpoint.writer import assemble, save_side_files, write_tensors, write_text
+from intraslice.errors import CheckpointError, UnsupportedModelError
+from intraslice.exporters.base import (
+    ExportOptions,
+    ExportReport,
+    NeutralLayer,
+    PrunedCheckpoint,
+    check_logits,
+    dense_frequencies,
+    join_layer,
+    pad_layer,
+    padding_cost,
+    prompt_tokens,
+    reference_logits,
+    scale_queries,
+    staged_folder,
+)
+from intraslice.placement import dtype_from_name
+from intraslice.progress import Progress
+from intraslice.runtime.configuration_intraslice import LayerShape
+
+_SHARD_BYTES = 1 << 30
+# Fields of a config that belong to one class or file.
+_NOT_CARRIED_OVER = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
+
+
+def export_stock(
+    checkpoint: PrunedCheckpoint, output: Path, options: ExportOptions, progress: Progress
+) -> ExportReport:
+    """Write a checkpoint whose layers have one shape as the stock class of its family.
+
+    Args:
+        checkpoint: the pruned checkpoint.
+        output: folder to write.
+        options: settings.
+        progress: shows the layers.
+
+    Raises:
+        UnsupportedModelError: the shapes cannot be expressed; the message says why and what padding would cost.
+    """
+    _check_expressible(checkpoint)
+    pairs = checkpoint.shared_pairs()
+    return write_stock(checkpoint, checkpoint.shapes[0], pairs, output, options, progress, to="stock")
+
+
+def _check_expressible(checkpoint: PrunedCheckpoint) -> None:
+    shapes = checkpoint.shapes
+    different = len(set(shapes))
+    ragged = sum(len(set(shape.heads_per_kv)) > 1 for shape in shapes)
+    if different > 1:
+        reason = f"its {len(shapes)} layers have {different} different shapes, and stock classes know only one"
+    elif ragged:
+        reason = "its kv heads serve different numbers of query heads"
+    elif shapes[0].qk_head_dim != shapes[0].v_head_dim:
+        reason = f"query/key heads are {shapes[0].qk_head_dim} wide and value heads {shapes[0].v_head_dim}"
+    elif checkpoint.spec.rope and checkpoint.shared_pairs() is None:
+        reason = "its heads keep different rotary pairs, and stock classes rotate all heads alike"
+    else:
+        return
+    cost = padding_cost(checkpoint, (checkpoint.dense_shape,) * len(shapes))
+    raise UnsupportedModelError(
+        f"{checkpoint.name!r} cannot become a stock model: {reason}; prune with --target stock, or use --to padded "
+        f"(exact, but {cost:+.0%} decoder weights)."
+    )
+
+
+def write_stock(
+    checkpoint: PrunedCheckpoint,
+    shape: LayerShape,
+    pairs: Sequence[int] | None,
+    output: Path,
+    options: ExportOptions,
+    progress: Progress,
+    *,
+    to: str,
+    notes: tuple[str, ...] = (),
+) -> ExportReport:
+    """Write every layer, zero-padded to `shape`, as the stock class of the family.
+
+    Args:
+        checkpoint: the pruned checkpoint.
+        shape: of every layer of the export.
+        pairs: rotary pairs that its heads have; None: those of the dense head.
+        output: folder to write.
+        options: settings.
+        progress: shows the layers.
+        to: name of the exporter, for the report.
+        notes: remarks for the report.
+    """
+    started = time.monotonic()
+    dense_width = checkpoint.dense_shape.qk_head_dim
+    if pairs is not None and len(pairs) == dense_width // 2:
+        pairs = None
+    config = stock_config(checkpoint, shape, pairs)
+    factor = (shape.qk_head_dim / dense_width) ** 0.5
+    with staged_folder(output, options.overwrite, source=checkpoint.folder) as staging:
+        layers = staging.parent / "layers"
+        files: list[Path] = []
+        dtype = None if options.dtype == "auto" else dtype_from_name(options.dtype)
+        with progress.step(f"export to {to}", checkpoint.num_layers) as advance:
+            for index in range(checkpoint.num_layers):
+                layer = checkpoint.load_layer(index)
+                stored = layer.attention.q.dtype
+                padded = scale_queries(_padded(layer, shape, checkpoint.pair_channels, pairs), factor)
+                tensors = join_layer(padded, checkpoint.spec)
+                tensors = {name: tensor.to(dtype or stored) for name, tensor in tensors.items()}
+                files.append(layers / f"{index:05d}.safetensors")
+                write_tensors(files[-1], tensors)
+                advance(1)
+        rest = {name: tensor.to(dtype or tensor.dtype) for name, tensor in checkpoint.load_rest().items()}
+        config.dtype = dtype or next(iter(rest.values())).dtype
+        prefixes = [checkpoint.layer_prefix(index) for index in range(checkpoint.num_layers)]
+        assemble(staging, files, prefixes, rest, _SHARD_BYTES)
+        del rest
+        save_side_files(staging, config, checkpoint.folder, runtime_files=False)
+        _write_both_rope_forms(staging / "config.json")
+        difference = _verify(checkpoint, staging, options) if options.verify else None
+    return ExportReport(
+        to=to,
+        output=str(output),
+        notes=notes,
+        max_logit_difference=difference,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _padded(
+    layer: NeutralLayer, shape: LayerShape, pair_channels: Tensor | None, pairs: Sequence[int] | None
+) -> NeutralLayer:
+    if layer.shape == shape:
+        # Nothing to scatter; rows of q and k are in the order of the shared pairs already.
+        return layer
+    return pad_layer(layer, shape, pair_channels, pairs)
+
+
+def stock_config(checkpoint: PrunedCheckpoint, shape: LayerShape, pairs: Sequence[int] | None) -> Any:
+    """Return the config of the stock class for one shape of all layers.
+
+    Args:
+        checkpoint: the pruned checkpoint.
+        shape: of every layer.
+        pairs: rotary pairs of every head; None: those of the dense head.
+
+    Raises:
+        UnsupportedModelError: the stock classes cannot have this shape.
+    """
+    from transformers import MistralConfig
+
+    dense, spec = checkpoint.dense, checkpoint.spec
+    values = {name: value for name, value in dense.to_dict().items() if name not in _NOT_CARRIED_OVER}
+    heads, width = shape.num_attention_heads, shape.qk_head_dim
+    values["num_attention_heads"] = heads
+    values[spec.intermediate_size] = shape.intermediate_size
+    if spec.name == "opt":
+        if heads * width != dense.hidden_size:
+            raise UnsupportedModelError(
+                f"the OPT class has heads of hidden_size / num_attention_heads = {dense.hidden_size} / {heads} "
+                f"channels, not of {width}; use --to padded."
+            )
+    else:
+        values |= {"num_key_value_heads": shape.num_key_value_heads, "head_dim": width}
+    if pairs is not None:
+        values["rope_parameters"] = _subset_rope(checkpoint, pairs)
+    kind: Any = type(dense)
+    if spec.name == "llama" and dense.hidden_size % heads:
+        if values.pop("attention_bias", False) or values.pop("mlp_bias", False):
+            raise UnsupportedModelError(
+                f"LlamaConfig refuses {heads} heads, because they do not divide hidden_size {dense.hidden_size}, and "
+                "with biases no other stock class fits; prune with --target stock, or use --to padded."
+            )
+        # The same computation, without that check.
+        kind = MistralConfig
+        values["sliding_window"] = None
+    try:
+        return kind(**values, architectures=[kind.__name__.replace("Config", "ForCausalLM")])
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UnsupportedModelError(
+            f"{kind.__name__} refuses heads of {width} channels with a subset of the rotary pairs "
+            f"({' '.join(str(error).split())}); use --to padded."
+        ) from error
+
+
+def _subset_rope(checkpoint: PrunedCheckpoint, pairs: Sequence[int]) -> dict[str, Any]:
+    """Return rope parameters that give pair j of a head the frequency of dense pair pairs[j].
+
+    longrope divides base^(-2j/W) by a factor for each j, so the factor is base^(-2j/W) over the wanted frequency.
+    """
+    inv_freq, attention_factor = dense_frequencies(checkpoint)
+    base = float(vars(checkpoint.dense)["rope_parameters"]["rope_theta"])
+    count = len(pairs)
+    plain = base ** (-torch.arange(count, dtype=torch.float64) / count)
+    factors = (plain / inv_freq[list(pairs)]).tolist()
+    return {
+        "rope_type": "longrope",
+        "rope_theta": base,
+        "short_factor": factors,
+        "long_factor": factors,
+        "factor": 1.0,
+        "attention_factor": attention_factor,
+        "original_max_position_embeddings": checkpoint.dense.max_position_embeddings,
+    }
+
+
+def _write_both_rope_forms(path: Path) -> None:
+    """Add the RoPE keys of older readers: without rope_theta they silently take the default angles."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    rope = data.get("rope_parameters")
+    if rope:
+        data["rope_theta"] = rope["rope_theta"]
+        data["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+        write_text(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
+
+
+@torch.no_grad()
+def _verify(checkpoint: PrunedCheckpoint, folder: Path, options: ExportOptions) -> float:
+    from transformers import AutoModelForCausalLM
+
+    tokens = prompt_tokens(checkpoint.config.vocab_size)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"transformers cannot load the export: {' '.join(str(error).split())}") from error
+    return check_logits(model(tokens).logits, reference_logits(checkpoint, tokens), options.dtype)
