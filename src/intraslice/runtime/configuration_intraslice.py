@@ -242,6 +242,24 @@ class _PrunedConfig(_ConfigBase):
         if layers != self.num_hidden_layers:
             raise ValueError(f"config.json has shapes of {layers} layers, but {self.num_hidden_layers} layers.")
 
+    def check_vllm(self, tensor_parallel_size: int) -> None:
+        """Refuse what vLLM would run with wrong results or stop at without saying why.
+
+        Raises:
+            ValueError: for groups of different sizes in one layer, or a layer split over devices.
+        """
+        for layer_idx, shape in enumerate(self.layer_shapes):
+            if len(set(shape.heads_per_kv)) > 1:
+                raise ValueError(
+                    f"vLLM needs equally many query heads for all kv heads of a layer, but layer {layer_idx} has "
+                    f"{', '.join(map(str, shape.heads_per_kv))}; prune with `--target vllm`."
+                )
+        if tensor_parallel_size > 1:
+            raise ValueError(
+                f"vLLM cannot split pruned layers over {tensor_parallel_size} devices; set tensor_parallel_size=1, or "
+                "prune with `--target stock` and export with `--to stock`."
+            )
+
     def validate_rope(self) -> None:
         """Check the RoPE settings against the dense head."""
         with dense_sizes(self):

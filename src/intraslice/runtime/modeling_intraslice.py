@@ -9,6 +9,7 @@ p v_head_dim, d head_dim of the dense model.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -146,6 +147,7 @@ class PrunedAttention(nn.Module):
         self.num_kv_heads = shape.num_key_value_heads
         self.qk_head_dim = shape.qk_head_dim
         self.v_head_dim = shape.v_head_dim
+        self.widest = max(shape.qk_head_dim, shape.v_head_dim)
         self.max_group = max(shape.heads_per_kv)
         self.ragged = min(shape.heads_per_kv) != self.max_group
         # Attention functions repeat K and V by this number; ragged groups gather before the call instead.
@@ -300,8 +302,7 @@ class PrunedAttention(nn.Module):
             key, value = key.index_select(1, kv_of_head), value.index_select(1, kv_of_head)
         if self.qk_head_dim != self.v_head_dim and name != "eager" and not one_token:
             # Fast kernels want one width. Copying the cache for a single token costs more than it gains.
-            width = max(self.qk_head_dim, self.v_head_dim)
-            query, key, value = (_widened(x, width) for x in (query, key, value))
+            query, key, value = (_widened(x, self.widest) for x in (query, key, value))
         if self.sliding_window is not None:
             kwargs["sliding_window"] = self.sliding_window
         context, weights = attention(
@@ -316,10 +317,14 @@ class PrunedAttention(nn.Module):
         )
         if packed:
             return self._unpack(context.transpose(1, 2)).flatten(1).unsqueeze(1), self._unpack(weights)
+        return self._narrowed(context, B, T), weights
+
+    def _narrowed(self, context: torch.Tensor, B: int, T: int) -> torch.Tensor:
+        """Return [B, T, H * p], without the channels that `_widened` added."""
         context = context.reshape(B, T, self.num_heads, -1)
         if context.shape[-1] != self.v_head_dim:
             context = context[..., : self.v_head_dim]
-        return context.flatten(2), weights
+        return context.flatten(2)
 
     def _pack(self, query_BH1r: torch.Tensor) -> torch.Tensor:
         """Lay the heads of a group out as tokens, [B, K, G, r], so that the cache is not copied."""
@@ -358,7 +363,15 @@ class PrunedAttention(nn.Module):
         query, key, value = self.project(hidden_states, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        context, weights = self.attend(query, key, value, attention_mask, **kwargs)
+        if self.config._attn_implementation == "vllm":
+            # vLLM keeps the cache itself. It recognises an attention layer by this look-up, this one call and its
+            # `scaling`, in the source of this very function.
+            attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface("vllm", eager_attention_forward)
+            query, key, value = (_widened(x, self.widest) for x in (query, key, value))
+            context, weights = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+            context = self._narrowed(context, *hidden_states.shape[:2])
+        else:
+            context, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return getattr(self, self.spec.o.path)(context), weights
 
 
@@ -422,9 +435,14 @@ def _resized(linear: Any, out_features: int, in_features: int) -> nn.Module:
 
 def _shape_layers(model: Any, config: Any) -> None:
     """Give the layers of a dense stock model (or OPT decoder) the shapes of the config."""
+    if config._attn_implementation == "vllm":
+        # Nothing here may import vLLM; when it builds a model, it is there.
+        config.check_vllm(sys.modules["vllm.distributed"].get_tensor_model_parallel_world_size())
     spec = FAMILIES[config.family]
     for layer_idx, (layer, shape) in enumerate(zip(model.layers, config.layer_shapes, strict=True)):
         apply_layer_shape(layer, config, spec, layer_idx, shape)
+        # Where other buffers are made: vLLM builds parameters on the meta device, but no buffers.
+        layer.get_submodule(spec.attention).register_indices()
     if spec.rope:
         # Scaled RoPE recomputes its frequencies while the model runs, from the dense head_dim.
         model.rotary_emb.config = dense_config(config)
