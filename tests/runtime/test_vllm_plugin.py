@@ -51,8 +51,8 @@ def vllm(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
 
     def attend(module, query, key, value, attention_mask, scaling, **kwargs):
-        # As vLLM: one width, no mask, [tokens, heads * width] out.
-        assert query.shape[-1] == key.shape[-1] == value.shape[-1]
+        # As vLLM: the width of the cache, no mask, [tokens, heads * width] out.
+        assert query.shape[-1] == key.shape[-1] == value.shape[-1] == module.attn.head_size
         assert (query.shape[1], key.shape[1]) == (module.num_heads, module.num_kv_heads)
         fake.calls.append(module.layer_idx)
         context = torch.nn.functional.scaled_dot_product_attention(
@@ -161,6 +161,8 @@ def test_the_attention_of_vllm_sees_one_width_and_gives_the_same(vllm, case):
     randomise(expected)
     actual = AutoModelForCausalLM.from_config(config, attn_implementation="vllm").double().eval()
     actual.load_state_dict(expected.state_dict())
+    for layer in (module for module in actual.modules() if isinstance(module, PrunedAttention)):
+        layer.attn = SimpleNamespace(head_size=32)
     # vLLM flattens all requests to one row.
     ids = tokens(batch=1)
     with torch.no_grad():

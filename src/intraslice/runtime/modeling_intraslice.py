@@ -131,6 +131,7 @@ class PrunedAttention(nn.Module):
 
     rope_index: torch.Tensor | None
     head_slot: torch.Tensor | None
+    attn: Any
 
     def __init__(self, config: PretrainedConfig, layer_idx: int, spec: FamilySpec, shape: LayerShape):
         super().__init__()
@@ -147,7 +148,6 @@ class PrunedAttention(nn.Module):
         self.num_kv_heads = shape.num_key_value_heads
         self.qk_head_dim = shape.qk_head_dim
         self.v_head_dim = shape.v_head_dim
-        self.widest = max(shape.qk_head_dim, shape.v_head_dim)
         self.max_group = max(shape.heads_per_kv)
         self.ragged = min(shape.heads_per_kv) != self.max_group
         # Attention functions repeat K and V by this number; ragged groups gather before the call instead.
@@ -302,7 +302,8 @@ class PrunedAttention(nn.Module):
             key, value = key.index_select(1, kv_of_head), value.index_select(1, kv_of_head)
         if self.qk_head_dim != self.v_head_dim and name != "eager" and not one_token:
             # Fast kernels want one width. Copying the cache for a single token costs more than it gains.
-            query, key, value = (_widened(x, self.widest) for x in (query, key, value))
+            width = max(self.qk_head_dim, self.v_head_dim)
+            query, key, value = (_widened(x, width) for x in (query, key, value))
         if self.sliding_window is not None:
             kwargs["sliding_window"] = self.sliding_window
         context, weights = attention(
@@ -367,7 +368,8 @@ class PrunedAttention(nn.Module):
             # vLLM keeps the cache itself. It recognises an attention layer by this look-up, this one call and its
             # `scaling`, in the source of this very function.
             attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface("vllm", eager_attention_forward)
-            query, key, value = (_widened(x, self.widest) for x in (query, key, value))
+            # `attn` is what vLLM attached here; its cache has one width for keys and values, that of the config.
+            query, key, value = (_widened(x, self.attn.head_size) for x in (query, key, value))
             context, weights = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
             context = self._narrowed(context, *hidden_states.shape[:2])
         else:
