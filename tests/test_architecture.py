@@ -29,7 +29,8 @@ RULES: dict[str, set[str]] = {
     "blocks": {"edits", "runtime"},
     "surgery": {"blocks", "edits", "runtime"},
     "checkpoint": {"checkpoint", "errors", "progress", "runtime"},
-    "exporters": {"exporters", "edits", "checkpoint", "errors", "progress", "placement", "loading", "runtime", "result"},
+    "exporters": {"exporters", "edits", "checkpoint", "errors", "progress"}
+    | {"placement", "loading", "runtime", "result"},
     "engine": PURE
     | {"engine", "compressors", "allocators", "blocks", "surgery", "checkpoint", "calibration"}
     | {"placement", "progress", "result", "model_card", "runtime", ""},

@@ -152,13 +152,19 @@ class PrunedCheckpoint:
         tensors = {
             name[len(prefix) :]: _read(stored) for name, stored in self._tensors.items() if name.startswith(prefix)
         }
+        promise = f"layer {index} of {self.name!r} does not have the weights that its config.json promises"
         try:
-            return split_layer(tensors, self.spec, self.shapes[index])
+            layer = split_layer(tensors, self.spec, self.shapes[index])
         except (KeyError, RuntimeError) as error:
-            raise CheckpointError(
-                f"layer {index} of {self.name!r} does not have the weights that its config.json promises "
-                f"({one_line(error)})"
-            ) from error
+            raise CheckpointError(f"{promise} ({one_line(error)})") from error
+        shape, ffn, hidden = layer.shape, layer.ffn, self.config.hidden_size
+        context, channels = shape.num_attention_heads * shape.v_head_dim, shape.intermediate_size
+        sizes = [(layer.attention.o, (hidden, context)), (ffn.down, (hidden, channels))]
+        sizes += [(tensor, (channels, hidden)) for tensor in (ffn.up, ffn.gate) if tensor is not None]
+        for tensor, size in sizes:
+            if tuple(tensor.shape) != size:
+                raise CheckpointError(f"{promise} (shape {list(tensor.shape)} instead of {list(size)})")
+        return layer
 
     def load_rest(self) -> dict[str, Tensor]:
         """Load all tensors outside the decoder layers, by full name."""

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from intraslice.errors import CheckpointError, MissingExtraError, OutputError
 from intraslice.exporters.base import (
     ExportOptions,
     ExportReport,
-    NeutralLayer,
     PrunedCheckpoint,
     pad_layer,
     prompt_tokens,
@@ -204,7 +202,7 @@ def _layer_sizes(shape: LayerShape, width: int, hidden: int) -> dict[str, tuple[
 def _layer_tensors(checkpoint: PrunedCheckpoint, plan: FilePlan, index: int) -> dict[str, Tensor]:
     """Load a layer in the form of the file, names relative to the layer."""
     spec = checkpoint.spec
-    layer = _in_float32(_load_layer(checkpoint, index))
+    layer = checkpoint.load_layer(index)
     if layer.shape != plan.shapes[index]:
         layer = pad_layer(layer, plan.shapes[index], checkpoint.pair_channels, plan.pairs)
     layer = scale_queries(layer, plan.query_scale)
@@ -233,26 +231,6 @@ def _layer_tensors(checkpoint: PrunedCheckpoint, plan: FilePlan, index: int) -> 
         "ffn_down.bias": ffn.down_bias,
     }
     return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-
-def _load_layer(checkpoint: PrunedCheckpoint, index: int) -> NeutralLayer:
-    layer = checkpoint.load_layer(index)
-    shape, ffn, hidden = layer.shape, layer.ffn, checkpoint.dense.hidden_size
-    context, channels = shape.num_attention_heads * shape.v_head_dim, shape.intermediate_size
-    found = [(layer.attention.o, (hidden, context)), (ffn.down, (hidden, channels))]
-    found += [(tensor, (channels, hidden)) for tensor in (ffn.up, ffn.gate) if tensor is not None]
-    if any(tuple(tensor.shape) != size for tensor, size in found):
-        raise CheckpointError(
-            f"layer {index} of {checkpoint.name!r} does not have the weights that its config.json promises"
-        )
-    return layer
-
-
-def _in_float32(layer: NeutralLayer) -> NeutralLayer:
-    """Widen the queries, so that their scale is rounded once."""
-    attention = layer.attention
-    bias = None if attention.q_bias is None else attention.q_bias.float()
-    return replace(layer, attention=replace(attention, q=attention.q.float(), q_bias=bias))
 
 
 def _announce(writer: Any, name: str, size: tuple[int, ...], matrix_dtype: torch.dtype) -> None:
