@@ -239,12 +239,19 @@ def with_ragged_groups(source: Path, target: Path) -> Path:
     return target
 
 
+def parts_of_heads(folder: Path) -> int:
+    """Return the least number of devices that divides the query heads: others vLLM refuses by itself."""
+    heads = json.loads((folder / "config.json").read_text())["num_attention_heads"]
+    return next(parts for parts in range(2, heads + 1) if heads % parts == 0)
+
+
 def reason(said: str) -> str:
     """Return the sentence of the guard, or the last line when it said something else."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     found = [re.search(r"vLLM (needs equally|cannot split).*?\.(?= |$)", line) for line in lines]
     ours = [match[0] for match in found if match]
-    return ours[-1] if ours else f"(no sentence of ours) {lines[-1] if lines else ''}"
+    others = [line for line in lines if re.match(r"(Value error|\w*(Error|Exception)\b)", line)] or lines[-1:]
+    return ours[-1] if ours else f"(no sentence of ours) {' '.join(others[-1:])}"
 
 
 def main() -> None:
@@ -297,9 +304,10 @@ def main() -> None:
             else:
                 passed &= compare(route, expected[reference], answer, options.bar)
 
+        split = {"tensor_parallel_size": parts_of_heads(options.native)} if options.native else {}
         guards = [
-            ("native, tensor_parallel_size=2", options.native, True, {"tensor_parallel_size": 2}),
-            ("plug-in, tensor_parallel_size=2", bare, False, {"tensor_parallel_size": 2}),
+            (f"native, {split}", options.native, True, split),
+            (f"plug-in, {split}", bare, False, split),
             ("native, ragged groups", ragged, True, {}),
             ("plug-in, ragged groups", ragged, False, {}),
         ]
