@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import intraslice
 from intraslice.api import benchmark
 from intraslice.calibration import load_calibration
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.evaluation.bench import BenchOptions
+from intraslice.progress import SilentProgress
+from intraslice.result import PruneResult
 
 
 @torch.inference_mode()
@@ -62,7 +63,7 @@ def main() -> None:
         seed=0,
         vocab_size=checkpoint.config.vocab_size,
         model_folder=checkpoint.folder,
-        progress=intraslice.progress.SilentProgress(),
+        progress=SilentProgress(),
     ).tokens
     pruned = args.out / "pruned"
     before = forward_seconds(checkpoint.folder, tokens, 2)
@@ -79,7 +80,7 @@ def main() -> None:
     command += ["--num-samples", str(args.num_samples), "--seqlen", str(args.calibration_seqlen)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     after = forward_seconds(checkpoint.folder, tokens, 2)
-    result = intraslice.PruneResult.load(pruned)
+    result = PruneResult.load(pruned)
     forward = (before + after) / 2
     bench, compiled = (
         benchmark(pruned, args.model, options=BenchOptions(repetitions=args.repetitions, compile=compile))
