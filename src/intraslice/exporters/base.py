@@ -467,26 +467,31 @@ def staged_folder(output: Path, overwrite: bool, *, source: Path) -> Iterator[Pa
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def dense_frequencies(checkpoint: PrunedCheckpoint) -> tuple[Tensor, float]:
-    """Return the inverse frequencies of the dense head's rotary pairs, [d / 2] float64, and the factor on cos and sin.
+# Rotary types whose frequencies are constants; those of the others change with the length of the text.
+_CONSTANT_ROPE = ("default", "linear", "llama3", "yarn")
 
-    Raises:
-        UnsupportedModelError: they depend on the length of the sequence, or some channels are not rotated.
+
+def rope_type(checkpoint: PrunedCheckpoint) -> str:
+    """Return the type of the dense model's rotary embedding."""
+    return (vars(checkpoint.dense).get("rope_parameters") or {}).get("rope_type", "default")
+
+
+def dense_frequencies(checkpoint: PrunedCheckpoint) -> tuple[Tensor, float] | None:
+    """Return the inverse frequencies of the rotated pairs of a dense head, float64, and the factor on cos and sin.
+
+    None when they change with the length of the text.
     """
-    from transformers.models.llama import modeling_llama
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    kind = (vars(checkpoint.dense).get("rope_parameters") or {}).get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise UnsupportedModelError(
-            f"the rotary frequencies of type {kind!r} change with the length of the text, so a subset of the pairs "
-            "cannot be written as constants; prune with attention.adaptive_heads=false, or use --to padded."
-        )
-    if rotary_dim(checkpoint.dense) != checkpoint.dense_shape.qk_head_dim:
-        raise UnsupportedModelError("a head that is only partly rotated cannot be written as a subset of rotary pairs.")
-    # All families compute their frequencies alike, from rope_parameters.
-    rotary: Any = modeling_llama.LlamaRotaryEmbedding
-    embedding = rotary(checkpoint.dense)
-    return embedding.inv_freq.double(), float(embedding.attention_scaling)
+    dense, kind = checkpoint.dense, rope_type(checkpoint)
+    if kind not in _CONSTANT_ROPE:
+        return None
+    if kind == "default":
+        rotated = rotary_dim(dense)
+        base = float(vars(dense)["rope_parameters"]["rope_theta"])
+        return base ** -(torch.arange(0, rotated, 2, dtype=torch.float64) / rotated), 1.0
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](dense, torch.device("cpu"))
+    return frequencies.double(), float(attention_factor)
 
 
 _TOLERANCE = {"float16": 0.02, "bfloat16": 0.1}

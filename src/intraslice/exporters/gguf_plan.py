@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from intraslice.errors import UnsupportedModelError
-from intraslice.exporters.base import ExportOptions, PrunedCheckpoint, padding_cost
+from intraslice.exporters.base import ExportOptions, PrunedCheckpoint, dense_frequencies, padding_cost, rope_type
 from intraslice.runtime.configuration_intraslice import LayerShape, rotary_dim
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Rotary types whose frequencies are constants; those of the others change with the length of the text.
-_CONSTANT_ROPE = ("default", "linear", "llama3", "yarn")
 # An angle divided by this is zero: pairs that are not rotated.
 _NO_ROTATION = 1e30
 # llama.cpp computes nonsense for a layer with attention and no FFN channels.
@@ -110,29 +108,22 @@ def _rope_factors(
     checkpoint: PrunedCheckpoint, pairs: tuple[int, ...] | None, width: int
 ) -> tuple[Tensor | None, float]:
     """Return the divisors of llama.cpp's angles, and what the dense model multiplies cos and sin with."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    dense = checkpoint.dense
-    rope = vars(dense)["rope_parameters"]
-    kind = rope.get("rope_type", "default")
-    if kind not in _CONSTANT_ROPE:
+    kind, found = rope_type(checkpoint), dense_frequencies(checkpoint)
+    if found is None:
         raise UnsupportedModelError(
             f"the rotary embedding of type {kind!r} changes with the length of the text, which a GGUF file of a pruned "
             "model cannot hold; load the checkpoint with transformers or vLLM instead"
         )
-    rotated, dense_width = rotary_dim(dense), checkpoint.dense_shape.qk_head_dim
-    base, attention_factor = float(rope["rope_theta"]), 1.0
-    if kind == "default":
-        frequencies = base ** -(torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
-    else:
-        frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](dense, torch.device("cpu"))
+    frequencies, attention_factor = found
+    rotated, dense_width = rotary_dim(checkpoint.dense), checkpoint.dense_shape.qk_head_dim
+    base = float(vars(checkpoint.dense)["rope_parameters"]["rope_theta"])
     if attention_factor != 1.0 and rotated != dense_width:
         raise UnsupportedModelError(
             f"the rotary embedding of type {kind!r} scales {rotated} of {dense_width} channels of a head, which a GGUF "
             "file of a pruned model cannot hold; load the checkpoint with transformers or vLLM instead"
         )
     wanted = torch.zeros(dense_width // 2, dtype=torch.float64)
-    wanted[: rotated // 2] = frequencies.double()
+    wanted[: rotated // 2] = frequencies
     wanted = wanted if pairs is None else wanted[list(pairs)]
     given = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     factors = torch.where(wanted > 0, given / wanted, _NO_ROTATION).float()

@@ -32,12 +32,13 @@ from intraslice.exporters.base import (
     padding_cost,
     prompt_tokens,
     reference_logits,
+    rope_type,
     scale_queries,
     staged_folder,
 )
 from intraslice.placement import dtype_from_name
 from intraslice.progress import Progress
-from intraslice.runtime.configuration_intraslice import LayerShape
+from intraslice.runtime.configuration_intraslice import LayerShape, rotary_dim
 
 _SHARD_BYTES = 1 << 30
 # Fields of a config that belong to one class or file.
@@ -205,7 +206,16 @@ def _subset_rope(checkpoint: PrunedCheckpoint, pairs: Sequence[int]) -> dict[str
 
     longrope divides base^(-2j/W) by a factor for each j, so the factor is base^(-2j/W) over the wanted frequency.
     """
-    inv_freq, attention_factor = dense_frequencies(checkpoint)
+    frequencies = dense_frequencies(checkpoint)
+    if frequencies is None:
+        raise UnsupportedModelError(
+            f"the rotary frequencies of type {rope_type(checkpoint)!r} change with the length of the text, so a "
+            "subset of the pairs cannot be written as constants; prune with attention.adaptive_heads=false, or use "
+            "--to padded."
+        )
+    if rotary_dim(checkpoint.dense) != checkpoint.dense_shape.qk_head_dim:
+        raise UnsupportedModelError("a head that is only partly rotated cannot be written as a subset of rotary pairs.")
+    inv_freq, attention_factor = frequencies
     base = float(vars(checkpoint.dense)["rope_parameters"]["rope_theta"])
     count = len(pairs)
     plain = base ** (-torch.arange(count, dtype=torch.float64) / count)
