@@ -118,6 +118,8 @@ def test_wrong_input_writes_nothing(tiny_folder, make_folder, tmp_path: Path, ca
         "no-such-model": ["no-such-model", "-o", str(out), "--sparsity", "0.3"],
         "input model": [good, "-o", good, "--sparsity", "0.3", "--overwrite"],
         "no output": [good, "--sparsity", "0.3"],
+        # Refused after the calibration text was read.
+        "at most 90%": [good, "-o", str(out), "--sparsity", "0.92", *SMALL],
     }
     before = tree(tmp_path)
     for expected, arguments in cases.items():
@@ -152,4 +154,5 @@ def test_full_disk_is_one_sentence(tiny_folder, tmp_path: Path, capfd, monkeypat
     monkeypatch.setattr(api, "prune_checkpoint", full)
     out = tmp_path / "pruned"
     assert main(["prune", str(tiny_folder("llama")), "-o", str(out), "--sparsity", "0.3", *SMALL]) == 2
-    assert "No space left" in capfd.readouterr().err.splitlines()[-1]
+    sentence = capfd.readouterr().err.splitlines()[-1]
+    assert "'model.safetensors': no space left" in sentence and "free some space" in sentence

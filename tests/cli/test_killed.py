@@ -19,7 +19,7 @@ def test_kill_and_resume(make_folder, tmp_path):
     model, killed, whole = make_folder("llama", num_hidden_layers=24), tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(_command(model, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     first_layer = tmp_path / "killed.partial" / "layers" / "00000.safetensors"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not first_layer.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)

@@ -5,6 +5,7 @@ Nothing here or in the command modules imports torch at the top: `--help` and wr
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -74,13 +75,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, MemoryError) as error:
         if "--debug" in given:
             raise
-        return _fail(f"out of memory. {error}" if isinstance(error, MemoryError) else str(error))
+        return _fail(f"out of memory. {error}" if isinstance(error, MemoryError) else _system_sentence(error))
     return status if isinstance(status, int) else 0
 
 
 def _fail(sentence: str) -> int:
     complain(f"error: {' '.join(sentence.split())}")
     return ERROR_STATUS
+
+
+def _system_sentence(error: OSError) -> str:
+    if error.strerror is None:
+        return str(error)
+    advice = " free some space, or name an output on another disk." if error.errno == errno.ENOSPC else ""
+    place = f"{error.filename!r}: " if error.filename else ""
+    return f"{place}{error.strerror.lower()}.{advice}"
 
 
 def _usage_sentence(error: BaseException) -> str:

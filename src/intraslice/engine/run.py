@@ -123,7 +123,7 @@ def prune_checkpoint(
     clock = _Clock(work.seconds)
     if work.records or work.allocation:
         progress.note(f"resuming: {len(work.records)} of {checkpoint.num_layers} layers are finished")
-    with torch.random.fork_rng(devices=[]):
+    with work, torch.random.fork_rng(devices=[]):
         torch.manual_seed(calibration.seed)
         model = StreamedModel(checkpoint, placement)
         sizes = _block_sizes(model)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from intraslice.allocators import Allocation
 from intraslice.checkpoint.writer import write_tensors, write_text
-from intraslice.errors import CheckpointError, OutputError, ResumeMismatchError
+from intraslice.errors import CheckpointError, IntraSliceError, OutputError, ResumeMismatchError
 from intraslice.result import LayerRecord, layer_record_from_dict
 
 _MANIFEST = "manifest.json"
@@ -69,6 +69,15 @@ class RunDir:
         self.path.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.staging, ignore_errors=True)
         self.save()
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave nothing behind when the run was refused before anything worth keeping was finished."""
+        finished = self.allocation is not None or self.scan_path.exists()
+        if kind is not None and issubclass(kind, IntraSliceError) and not finished:
+            self.remove()
 
     def _load(self, manifest: Path) -> None:
         try:
