@@ -6,20 +6,12 @@ from pathlib import Path
 import pytest
 
 from intraslice.cli.app import main
+from task_rows import ROWS, write_tasks
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    piqa = [
-        {"goal": "Dry a wet shirt", "sol1": "Hang it in the sun.", "sol2": "Put it into a lake.", "label": 0},
-        {"goal": "Cut bread", "sol1": "Use a spoon.", "sol2": "Use a knife with teeth.", "label": 1},
-    ]
-    boolq = [{"passage": "Cork floats.", "question": "does cork float", "label": 1}]
-    for name, rows in (("piqa", piqa), ("boolq", boolq)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return write_tasks(tmp_path / "data", {"piqa": ROWS["piqa"], "boolq": ROWS["boolq"][:1]})
 
 
 def call(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

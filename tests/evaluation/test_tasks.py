@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import builtins
-import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +12,11 @@ import torch
 from intraslice import api
 from intraslice.errors import CalibrationError, MissingExtraError, NumericalError, RecipeError, TaskError
 from intraslice.evaluation import harness
-from intraslice.evaluation.task_data import FIELDS
 from intraslice.evaluation.tasks import evaluate_tasks, open_tasks
+from runtime.tiny_models import pruned_model
+from task_rows import ROWS, write_tasks
 from tiny import VOCAB_SIZE, tiny_model
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tasks"
-
-
-def choices(*texts: str) -> dict[str, list[str]]:
-    return {"text": list(texts), "label": [*"ABCDE"][: len(texts)]}
-
-
-def arc(question: str, key: str, *texts: str) -> dict[str, Any]:
-    return {"id": f"x {question}", "question": question, "choices": choices(*texts), "answerKey": key}
-
-
-ARC = [
-    arc("What falls from clouds?", "B", "Sand", "Rain", "Glass"),
-    arc("What do bees make?", "A", "Honey", "Bread", "Iron", "Paper", "Salt"),
-    arc("Which one is cold?", "C", "Fire", "Steam", "Ice", "Lava"),
-]
-# Own sentences under the hub's field names, fields that no definition uses among them.
-ROWS: dict[str, list[dict[str, Any]]] = {
-    "arc_easy": ARC,
-    "arc_challenge": ARC[::-1],
-    "piqa": [
-        {"goal": "Dry a wet shirt", "sol1": "Hang it in the sun.", "sol2": "Put it into a lake.", "label": 0},
-        {"goal": "Cut bread", "sol1": "Use a spoon.", "sol2": "Use a knife with teeth.", "label": 1},
-    ],
-    "winogrande": [
-        {"sentence": "The cup fell off the shelf as the _ was tilted.", "option1": "cup", "option2": "shelf"},
-        {"sentence": "Ann thanked Eve because _ had helped.", "option1": "Ann", "option2": "Eve"},
-    ],
-    "openbookqa": [
-        {"id": "7", "question_stem": "A plant needs", "choices": choices("light", "a hat"), "answerKey": "A"},
-        {"id": "8", "question_stem": "Frogs live", "choices": choices("in ponds", "in fire"), "answerKey": "A"},
-    ],
-    "boolq": [
-        {"passage": "Cork floats on water.", "question": "does cork float", "idx": 4, "label": 1},
-        {"passage": "Lead is a heavy metal.", "question": "is lead light", "idx": 5, "label": 0},
-    ],
-    "hellaswag": [
-        {
-            "ind": 24,
-            "activity_label": "Baking",
-            "ctx_a": "A man mixes flour.",
-            "ctx_b": "then he",
-            "endings": ["adds  water [title] and stirs.", "flies [step] off.", "sleeps."],
-            "label": "0",
-        },
-        {"activity_label": "Sport", "ctx_a": "A ball rolls.", "ctx_b": "", "endings": ["It", "He sings"], "label": "1"},
-    ],
-}
-for row, answer in zip(ROWS["winogrande"], ("2", "2"), strict=True):
-    row["answer"] = answer
 NAMES = tuple(ROWS)
 HUB_FILES = {
     "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test"),
@@ -78,13 +27,6 @@ HUB_FILES = {
     "boolq": ("aps/super_glue", "boolq", "validation"),
     "hellaswag": ("Rowan/hellaswag", None, "validation"),
 }
-
-
-def write_tasks(folder: Path, rows: dict[str, list[dict[str, Any]]] = ROWS) -> Path:
-    folder.mkdir(exist_ok=True)
-    for task, examples in rows.items():
-        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
-    return folder
 
 
 @pytest.fixture
@@ -241,79 +183,11 @@ def test_a_limit_takes_the_first_examples(data: Path, tokenizer):
     assert first.to_dict()["tasks"]["arc_easy"]["acc"] in (0.0, 1.0)
 
 
-def test_the_fingerprint_is_that_of_the_files(data: Path, tmp_path: Path):
-    both = open_tasks(["piqa", "boolq"], data).data
-    assert open_tasks(["boolq", "piqa"], data).data == both
-    assert open_tasks(["piqa"], data).data != both
-    assert open_tasks(["piqa", "boolq"], write_tasks(tmp_path / "copy")).data == both
-    with open(data / "boolq.jsonl", "a") as file:
-        file.write("\n")
-    assert open_tasks(["piqa", "boolq"], data).data != both
-
-
 def test_nothing_of_lm_eval_is_shown(data: Path, tokenizer, capfd: pytest.CaptureFixture[str]):
     evaluate_tasks(tiny_model("llama"), tokenizer, NAMES, task_data=data)
     assert capfd.readouterr() == ("", "")
     # And its own bar is back afterwards.
     assert harness.lm_eval.api.task.tqdm.__name__ == "tqdm"
-
-
-def edited(data: Path, task: str, change: Callable[[list[str]], list[str]]) -> list[str]:
-    path = data / f"{task}.jsonl"
-    path.write_text("\n".join(change(path.read_text().splitlines())))
-    return [task]
-
-
-def without(field: str) -> Callable[[list[str]], list[str]]:
-    def change(lines: list[str]) -> list[str]:
-        last = {key: value for key, value in json.loads(lines[-1]).items() if key != field}
-        return [*lines[:-1], json.dumps(last)]
-
-    return change
-
-
-def with_value(field: str, value: Any) -> Callable[[list[str]], list[str]]:
-    return lambda lines: [json.dumps({**json.loads(lines[0]), field: value}), *lines[1:]]
-
-
-@pytest.mark.parametrize(
-    ("task", "change", "message"),
-    [
-        ("piqa", without("sol2"), r"line 2 of '.*piqa.jsonl' has no field 'sol2'; piqa needs goal, sol1, sol2, label"),
-        ("piqa", lambda lines: [lines[0], "{"], r"line 2 of '.*piqa.jsonl' is not JSON"),
-        ("piqa", lambda lines: ["[1]"], r"line 1 of '.*piqa.jsonl' is not a JSON object"),
-        ("piqa", lambda lines: ["", " "], r"piqa.jsonl' holds no examples"),
-        ("piqa", with_value("label", -1), r"line 1 of .*'label' has to be one of 0, 1, not -1"),
-        ("boolq", with_value("label", True), r"'label' has to be one of 0, 1, not true"),
-        ("piqa", with_value("sol1", ""), r"'sol1' has to be a text that is not empty"),
-        ("winogrande", with_value("answer", 1), r"'answer' has to be one of '1', '2', not 1"),
-        ("winogrande", with_value("sentence", "no gap"), r"'sentence' has to be a text with the blank '_'"),
-        ("arc_easy", with_value("answerKey", "E"), r"'answerKey' has to be one of choices.label"),
-        ("arc_easy", with_value("choices", {"text": ["a"], "label": ["A", "B"]}), r"'choices' has to be"),
-        ("openbookqa", with_value("choices", ["a"]), r"'choices' has to be"),
-        ("hellaswag", with_value("label", 0), r"'label' has to be the number of an ending, as a text, not 0"),
-        ("hellaswag", with_value("endings", "a"), r"'endings' has to be a list of texts"),
-    ],
-)
-def test_wrong_lines(data: Path, task: str, change: Any, message: str):
-    with pytest.raises(TaskError, match=message):
-        open_tasks(edited(data, task, change), data)
-
-
-def test_not_utf8(data: Path):
-    (data / "piqa.jsonl").write_bytes(b'{"goal": "\xff"}')
-    with pytest.raises(TaskError, match="not UTF-8"):
-        open_tasks(["piqa"], data)
-
-
-def test_missing_files(data: Path):
-    (data / "piqa.jsonl").unlink()
-    with pytest.raises(TaskError, match=r"has no file piqa.jsonl; it has data for arc_challenge, arc_easy, boolq"):
-        open_tasks(["boolq", "piqa"], data)
-    with pytest.raises(TaskError, match="no folder of task data"):
-        open_tasks(["piqa"], data / "none")
-    with pytest.raises(TaskError, match=r"no local form of task 'arc_esy'.*Did you mean 'arc_easy'\?"):
-        open_tasks(["arc_esy"], data)
 
 
 def test_wrong_names(monkeypatch: pytest.MonkeyPatch):
@@ -387,16 +261,18 @@ def test_models_that_cannot_be_scored(data: Path, tokenizer):
         score(broken)
 
 
+def test_a_saved_pruned_model(data: Path, tmp_path: Path, tokenizer):
+    model = pruned_model("llama-gqa-biases", torch.float32, vocab_size=VOCAB_SIZE, max_position_embeddings=128)
+    model.save_pretrained(tmp_path / "pruned")
+    tokenizer.save_pretrained(tmp_path / "pruned")
+    names = ["hellaswag", "winogrande"]
+    saved = api.evaluate_tasks(tmp_path / "pruned", names, task_data=data, batch_size=3)
+    assert saved.tasks == evaluate_tasks(model, tokenizer, names, task_data=data, batch_size=3).tasks
+    assert list(saved.tasks) == names
+
+
 def test_api_refuses_before_the_model_is_loaded(data: Path, tmp_path: Path):
     with pytest.raises(TaskError, match="no local form"):
         api.evaluate_tasks(tmp_path / "no model", ["pica"], task_data=data)
     with pytest.raises(RecipeError, match="limit"):
         api.evaluate_tasks(tmp_path / "no model", ["piqa"], limit=-1)
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data of the five tasks in ../shared")
-def test_the_whole_data_of_five_tasks():
-    sizes = {"arc_easy": 2376, "arc_challenge": 1172, "openbookqa": 500, "piqa": 1838, "winogrande": 1267}
-    opened = open_tasks(list(sizes), SHARED)
-    assert {name: len(task.eval_docs) for name, task in opened.tasks.items()} == sizes
-    assert set(sizes) < set(FIELDS)

@@ -196,8 +196,8 @@ def _check_tokens(pairs: Sequence[tuple[list[int], list[int]]], vocab_size: int)
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the log and the progress bars of lm-eval and datasets off the screen."""
-    loggers = [logging.getLogger("lm_eval"), logging.getLogger("datasets")]
+    """Keep the logs and the progress bars of lm-eval and of what it loads data with off the screen."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     module: Any = lm_eval.api.task
     without_bars, bar = datasets.are_progress_bars_disabled(), module.tqdm
