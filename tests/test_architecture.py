@@ -26,6 +26,8 @@ RULES: dict[str, set[str]] = {
     "compressors": PURE | {"compressors"},
     "allocators": PURE | {"allocators"},
     "placement": {"errors"},
+    "evaluation.likelihood": {"evaluation.perplexity"},
+    "evaluation.task_data": {"errors"},
     "blocks": {"edits", "runtime"},
     "surgery": {"blocks", "edits", "runtime"},
     "checkpoint": {"checkpoint", "errors", "progress", "runtime"},
@@ -60,6 +62,16 @@ def test_imports_go_one_way(path):
                 assert any(target == a or (a and target.startswith(a + ".")) for a in allowed), (
                     f"{module} must not import intraslice.{target}"
                 )
+
+
+def test_one_file_imports_lm_eval():
+    users = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            users |= {module_of(path) for name in names if name.split(".")[0] == "lm_eval"}
+    assert users == {"evaluation.harness"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from intraslice.engine.run import prune_checkpoint
 from intraslice.errors import OutputError, RecipeError
 from intraslice.evaluation.bench import BenchOptions, BenchResult, bench_models
 from intraslice.evaluation.perplexity import Perplexity, measure_perplexity, tokenize
+from intraslice.evaluation.tasks import DEFAULT_BATCH_SIZE, TaskResults, check_range, open_tasks, score_tasks
 from intraslice.exporters import export_checkpoint
 from intraslice.exporters.base import ExportOptions, ExportReport
 from intraslice.inspection import ModelInfo, estimate_peak_bytes, inspect_model
@@ -235,6 +236,47 @@ def evaluate(
     )
     tokens = tokenize(content, tokenizer)
     return measure_perplexity(loaded, tokens, seqlen=seqlen, windows=windows, progress=progress)
+
+
+def evaluate_tasks(
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    task_data: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> TaskResults:
+    """Measure the zero-shot accuracy of a saved model, dense or pruned, by lm-eval's official task definitions.
+
+    Args:
+        model: folder, hub id, .gguf file or built-in name.
+        tasks: names of lm-eval, for example ["arc_easy", "piqa"].
+        task_data: folder of <task>.jsonl files with the field names of the hub's data sets; None loads those.
+        limit: use at most so many examples of each task, from the start; None uses all.
+        batch_size: examples at a time.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu" or a torch device.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: whether code that comes with the model may be executed.
+        progress: shows the answers.
+    """
+    # The tasks come first: a wrong name or line must not cost the loading of the model.
+    check_range(limit, batch_size)
+    opened = open_tasks(tasks, None if task_data is None else Path(task_data).expanduser())
+    loaded, tokenizer = load_model(
+        str(model),
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    return score_tasks(loaded, tokenizer, opened, limit=limit, batch_size=batch_size, progress=progress)
 
 
 def benchmark(

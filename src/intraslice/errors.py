@@ -26,6 +26,10 @@ class CalibrationError(IntraSliceError):
     """The calibration text is missing, too short or does not fit the model."""
 
 
+class TaskError(IntraSliceError):
+    """A zero-shot task is unknown, or its data is missing or malformed."""
+
+
 class CheckpointError(IntraSliceError):
     """A checkpoint is missing, corrupt, unsafe or contradicts its config."""
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from intraslice.cli.console import ConsoleProgress, print_line, write_json
+from intraslice.cli.console import ConsoleProgress, print_line, print_table, write_json
+from intraslice.errors import RecipeError
+
+if TYPE_CHECKING:
+    from intraslice.evaluation.tasks import TaskResults
+
+_OF_PERPLEXITY = ("text", "seqlen", "windows", "text_field")
+_OF_TASKS = ("task_data", "limit", "batch_size")
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Dense or pruned: folder, hub id, .gguf file or smollm2-135m.")],
     text: Annotated[
         str,
@@ -22,6 +30,22 @@ def evaluate(
     text_field: Annotated[
         str | None, typer.Option(help="Column of a .jsonl or .parquet file that holds the text.")
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Measure zero-shot accuracy instead, through lm-eval: arc_easy, arc_challenge, piqa, winogrande, "
+            "openbookqa, boolq, hellaswag (the paper's seven), or others of its tasks.",
+        ),
+    ] = None,
+    task_data: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Read <task>.jsonl files, with the field names of the hub, from here."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use at most so many examples of each task, from the start (default: all).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples of a task at a time.")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, or a torch device.")] = "auto",
     dtype: Annotated[str, typer.Option(help="To compute in: auto (as stored), float32, bfloat16 or float16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
@@ -31,22 +55,37 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Measure the perplexity of a saved model, dense or pruned."""
+    """Measure the perplexity of a saved model, dense or pruned; with --tasks its zero-shot accuracy."""
+    _refuse_options(context, _OF_PERPLEXITY if tasks is not None else _OF_TASKS, tasks is not None)
+    shared: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    if tasks is not None:
+        _tasks(model, tasks, as_json, task_data=task_data, limit=limit, batch_size=batch_size, **shared)
+    else:
+        _perplexity(model, text, as_json, seqlen=seqlen, windows=windows, text_field=text_field, **shared)
+
+
+def _refuse_options(context: typer.Context, names: tuple[str, ...], with_tasks: bool) -> None:
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise RecipeError(
+                f"{option} belongs to the perplexity and cannot be used with --tasks; leave one of the two out."
+                if with_tasks
+                else f"{option} belongs to zero-shot tasks; name them with --tasks, or leave it out."
+            )
+
+
+def _perplexity(model: str, text: str, as_json: bool, **options: Any) -> None:
     from intraslice import api
 
     with ConsoleProgress() as progress:
-        result = api.evaluate(
-            model,
-            text=text,
-            seqlen=seqlen,
-            windows=windows,
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            text_field=text_field,
-            progress=progress,
-        )
+        result = api.evaluate(model, text=text, progress=progress, **options)
     if as_json:
         write_json({"model": model, "text": text, **result.to_dict()})
         return
@@ -55,3 +94,41 @@ def evaluate(
         f"({result.num_windows} windows of {result.seqlen} tokens, {result.num_tokens:,} predicted, "
         f"{result.seconds:.1f} s)"
     )
+
+
+def _tasks(model: str, tasks: str, as_json: bool, **options: Any) -> None:
+    from intraslice import api
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    with ConsoleProgress() as progress:
+        results = api.evaluate_tasks(model, names, progress=progress, **options)
+    if as_json:
+        write_json({"model": model, **results.to_dict()})
+        return
+    _print_tasks(results)
+    data = "the hub" if options["task_data"] is None else options["task_data"]
+    print_line(
+        f"{model}, 0-shot, data of {data}, lm-eval {results.lm_eval}, {results.seconds:.1f} s; "
+        "averaged: acc_norm where a task has it, else acc"
+    )
+
+
+def _print_tasks(results: TaskResults) -> None:
+    rows = [
+        [
+            name,
+            _share(score.acc, score.acc_stderr),
+            _share(score.acc_norm, score.acc_norm_stderr),
+            _share(score.reported, None),
+            f"{score.samples:,}",
+        ]
+        for name, score in results.tasks.items()
+    ]
+    rows.append(["average", "", "", _share(results.average, None), ""])
+    print_table("Zero-shot accuracy, %", ["task", "acc", "acc_norm", "averaged", "examples"], rows)
+
+
+def _share(value: float | None, error: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.2f}" if error is None else f"{100 * value:.2f} \u00b1 {100 * error:.2f}"

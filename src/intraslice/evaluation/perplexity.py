@@ -129,16 +129,25 @@ def _check(model: PreTrainedModel, tokens: Tensor, seqlen: int, windows: int | N
 def _window_nll(model: PreTrainedModel, window: Tensor) -> float:
     """Return the summed negative log likelihood of tokens 1..T-1 of a window [1, T]."""
     targets = window[0, 1:]
-    family = model.config.model_type.removeprefix("intraslice_")
-    if family not in FAMILIES:
-        # Other models may scale or cap their logits after the head, so only their own forward is right.
+    parts = decoder_and_head(model)
+    if parts is None:
         logits = model(input_ids=window, use_cache=False).logits[0, :-1]  # [T - 1, V]
         return _summed_nll(logits, targets)
-    decoder: Any = model.base_model
-    head: Any = model.get_output_embeddings()
+    decoder, head = parts
     hidden = decoder(input_ids=window, use_cache=False).last_hidden_state[0, :-1]  # [T - 1, D]
     chunks = zip(hidden.split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS), strict=True)
     return sum(_summed_nll(head(chunk), target) for chunk, target in chunks)
+
+
+def decoder_and_head(model: PreTrainedModel) -> tuple[Any, Any] | None:
+    """Return the decoder and the head of a model whose logits are the head of the decoder's outputs.
+
+    None for architectures that we do not know: they may scale or cap their logits after the head, so that only their
+    own forward pass is right.
+    """
+    if model.config.model_type.removeprefix("intraslice_") not in FAMILIES:
+        return None
+    return model.base_model, model.get_output_embeddings()
 
 
 def _summed_nll(logits: Tensor, targets: Tensor) -> float:
