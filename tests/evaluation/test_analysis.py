@@ -22,8 +22,13 @@ from intraslice.evaluation.analysis import (
 from intraslice.runtime.configuration_intraslice import FAMILIES, LayerShape, pruned_config
 from tiny import VOCAB_SIZE, make_tiny, tiny_config
 
-SPECS = {"llama": ("self_attn.o_proj", "mlp.down_proj"), "phi3": ("self_attn.o_proj", "mlp.down_proj")}
-SPECS["opt"] = ("self_attn.out_proj", "fc2")
+HALF_ROPE = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+CASES = [
+    ("llama", {}),
+    ("phi3", {"rope_parameters": HALF_ROPE, "sliding_window": 6}),
+    ("opt", {}),
+    ("opt", {"do_layer_norm_before": False}),
+]
 
 
 def token_rows(rows: int = 3, length: int = 20) -> torch.Tensor:
@@ -65,9 +70,9 @@ def test_masks_keep_both_channels_of_the_best_pairs_of_each_kv_head():
     assert masks.tolist() == [[0, 1, 1, 0, 1, 1], [1, 0, 1, 1, 0, 1]]
 
 
-@pytest.mark.parametrize("family", SPECS)
-def test_streamed_numbers_are_those_of_stored_activations(family: str, tmp_path: Path):
-    folder = make_tiny(family, tmp_path / "m", dtype=torch.float64)
+@pytest.mark.parametrize(("family", "overrides"), CASES)
+def test_streamed_numbers_are_those_of_stored_activations(family: str, overrides: dict, tmp_path: Path):
+    folder = make_tiny(family, tmp_path / "m", dtype=torch.float64, **overrides)
     rows = token_rows()
     stored: dict[str, list[torch.Tensor]] = {}
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
@@ -77,7 +82,9 @@ def test_streamed_numbers_are_those_of_stored_activations(family: str, tmp_path:
         stored.setdefault(name, []).append(x.detach().reshape(-1, x.shape[-1]))
 
     for index, layer in enumerate(stock.get_decoder().layers):
-        o, down = (layer.get_submodule(path) for path in SPECS[family])
+        is_opt = family == "opt"
+        o = layer.self_attn.out_proj if is_opt else layer.self_attn.o_proj
+        down = layer.fc2 if is_opt else layer.mlp.down_proj
         o.register_forward_pre_hook(lambda module, args, i=index: keep(f"context{i}", args))
         o.register_forward_hook(lambda module, args, output, i=index: keep(f"attention_output{i}", output))
         down.register_forward_pre_hook(lambda module, args, i=index: keep(f"act{i}", args))

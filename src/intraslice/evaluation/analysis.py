@@ -109,8 +109,8 @@ def analyse_model(
     checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
     placement = Placement.choose(device, "auto", checkpoint.dtype)
     streamed = StreamedModel(checkpoint, placement)
-    shape = (*tokens_NT.shape, streamed.config.hidden_size)
-    hidden = HiddenStates(shape, placement.compute_dtype, 1, placement.device)
+    N, T = tokens_NT.shape
+    hidden = HiddenStates((N, T, streamed.config.hidden_size), placement.compute_dtype, 1, placement.device)
     for part in hidden.slices():
         hidden.write(part, streamed.embed(tokens_NT[part]))
     streamed.release()
@@ -138,7 +138,7 @@ def analyse_model(
         "hidden_size": streamed.config.hidden_size,
         "head_dim": dense.v_head_dim,
         "intermediate_size": dense.intermediate_size,
-        "num_tokens": tokens_NT.numel(),
+        "num_tokens": N * T,
     }
 
 
