@@ -265,8 +265,7 @@ def analyse(
         text_field: the column of a .jsonl or .parquet file that holds the text.
         progress: shows the layers.
 
-    Returns:
-        What `evaluation.analysis.analyse_model` says.
+    Returns what `evaluation.analysis.analyse_model` says.
     """
     check_source(text)
     checkpoint = open_checkpoint(str(model), revision=revision, trust_remote_code=trust_remote_code, progress=progress)
