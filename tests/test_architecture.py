@@ -36,6 +36,9 @@ RULES: dict[str, set[str]] = {
     "engine": PURE
     | {"engine", "compressors", "allocators", "blocks", "surgery", "checkpoint", "calibration"}
     | {"placement", "progress", "result", "model_card", "runtime", ""},
+    # Looks at activations with the engine's own streaming; the rest of `evaluation` sees saved models only.
+    "evaluation.analysis": {"blocks", "checkpoint", "compressors", "engine.hidden", "engine.model", "errors"}
+    | {"placement", "progress", "selection", "stats"},
 }
 
 

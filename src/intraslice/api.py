@@ -14,6 +14,7 @@ from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.writer import check_output
 from intraslice.engine.run import prune_checkpoint
 from intraslice.errors import OutputError, RecipeError
+from intraslice.evaluation.analysis import analyse_model
 from intraslice.evaluation.bench import BenchOptions, BenchResult, bench_models
 from intraslice.evaluation.perplexity import Perplexity, measure_perplexity, tokenize
 from intraslice.evaluation.tasks import DEFAULT_BATCH_SIZE, TaskResults, check_range, open_tasks, score_tasks
@@ -277,6 +278,60 @@ def evaluate_tasks(
         progress=progress,
     )
     return score_tasks(loaded, tokenizer, opened, limit=limit, batch_size=batch_size, progress=progress)
+
+
+def analyse(
+    model: str | Path,
+    *,
+    text: str = "builtin",
+    num_samples: int = 8,
+    seqlen: int = 1024,
+    seed: int = 0,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    text_field: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure what there is to compress in a dense model: spectra, effective ranks, RoPE-pair sensitivity.
+
+    Args:
+        model: hub id, folder, .gguf file or built-in name.
+        text: as the calibration text of `prune`; the same text gives the same tokens.
+        num_samples: token blocks.
+        seqlen: tokens in a block.
+        seed: of the choice of blocks.
+        device: "auto", "cpu" or a torch device.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: whether code that comes with the model may be executed.
+        text_field: the column of a .jsonl or .parquet file that holds the text.
+        progress: shows the layers.
+
+    Returns what `evaluation.analysis.analyse_model` says.
+    """
+    check_source(text)
+    checkpoint = open_checkpoint(str(model), revision=revision, trust_remote_code=trust_remote_code, progress=progress)
+    check_seqlen(checkpoint.config, seqlen)
+    calibration = load_calibration(
+        text,
+        checkpoint.load_tokenizer(),
+        num_samples=num_samples,
+        seqlen=seqlen,
+        seed=seed,
+        vocab_size=checkpoint.config.vocab_size,
+        model_folder=checkpoint.folder,
+        progress=progress,
+        text_field=text_field,
+        device=device,
+    )
+    return analyse_model(
+        str(model),
+        calibration.tokens,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
 
 
 def benchmark(

@@ -41,6 +41,19 @@ class Preactivations(Protocol):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]: ...
 
 
+class _AtLeastFloat32:
+    """Batches of half precision as float32: the squared sums of Eq. 7 and the epsilon of Adam do not fit float16."""
+
+    def __init__(self, preactivations: Preactivations) -> None:
+        self.activation = preactivations.activation
+        self._preactivations = preactivations
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        for up, gate, target in self._preactivations:
+            dtype = torch.promote_types(up.dtype, torch.float32)
+            yield up.to(dtype), None if gate is None else gate.to(dtype), target.to(dtype)
+
+
 def pseudo_inverse(recon_PF: Tensor) -> Tensor:
     """Return Q_r^+ [F, P] by damped normal equations: Q_r^T (Q_r Q_r^T + e I)^-1."""
     return ridge_solve(recon_PF @ recon_PF.T, recon_PF, _PINV_DAMPING).T.contiguous()
@@ -68,6 +81,7 @@ def iterate_pca(
     channels = initial.channels
     if channels is None:
         raise ValueError("iterate_pca starts from a channel selection")
+    preactivations = _AtLeastFloat32(preactivations)
     act_FF, width = moments.act, moments.act.shape[0]
     selection = torch.zeros(width, len(channels))
     selection[channels, torch.arange(len(channels))] = 1.0

@@ -1,0 +1,42 @@
+"""Eq. 7 on half-precision activations, as an accelerator has them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from intraslice.compressors.ffn import block_target, select_channels, solve_down
+from intraslice.compressors.iter_pca import iterate_pca
+from intraslice.options import FFNOptions
+
+
+class Replay:
+    activation = torch.nn.SiLU()
+
+    def __init__(self, dtype: torch.dtype, down: torch.Tensor) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.up, self.gate = (torch.randn(1024, 128, generator=generator).to(dtype) for _ in range(2))
+        self.down = down.to(dtype)
+
+    @property
+    def act(self) -> torch.Tensor:
+        return self.activation(self.gate) * self.up
+
+    def __iter__(self):
+        yield self.up, self.gate, self.act @ self.down.T
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_improves_a_block_as_float32_does(dtype: torch.dtype):
+    down = torch.randn(32, 128, generator=torch.Generator().manual_seed(1))
+    options = FFNOptions(iter_pca=True, shrink_to="zero", damping=0.01, target="block")
+    errors = {}
+    for kind in (torch.float32, dtype):
+        replay = Replay(kind, down)
+        act = replay.act.double()
+        moments = block_target(act.T @ act, down)
+        edit, error = solve_down(moments, down, select_channels(moments.act, down, 64), options)
+        errors[kind] = (error, iterate_pca(replay, moments, edit, error, options)[1])
+    before, after = errors[dtype]
+    assert after < before
+    assert after == pytest.approx(errors[torch.float32][1], rel=0.02)  # the activations themselves are rounded
