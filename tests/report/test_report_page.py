@@ -204,6 +204,8 @@ def test_the_best_of_each_sparsity_is_marked(document, text):
         assert str(sorted(c["perplexity"] for c in group)[1]) not in marked(text)
     dense = next(c for c in document["cells"] if c["method"] == "dense")
     assert str(dense["perplexity"]) not in marked(text)
+    # All methods of a sparsity have the same KV cache here.
+    assert not marked(text) & {str(c["speed"]["kv_cache_bytes_per_token"]) for c in document["cells"]}
 
 
 def with_perplexities(values: dict[str, float | None]) -> str:

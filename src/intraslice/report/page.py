@@ -55,7 +55,7 @@ def render_report(comparison: dict[str, Any]) -> str:
 
 
 def _asset(name: str) -> str:
-    return files("intraslice.report").joinpath("assets", name).read_text(encoding="utf-8")
+    return (files("intraslice.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _policy(script: str) -> str:

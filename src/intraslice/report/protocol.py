@@ -15,9 +15,9 @@ TITLES = {"text": "Perplexity text", "tasks": "Tasks", "speed": "Speed", "calibr
 
 def protocol_section(comparison: dict[str, Any]) -> str:
     """Return the section about protocol, machine, versions and commands."""
-    protocol = comparison.get("protocol") or {}
+    protocol: dict[str, Any] = comparison.get("protocol") or {}
     blocks = [
-        _block(TITLES.get(name, name.replace("_", " ").capitalize()), value)
+        _block(TITLES.get(name) or name.replace("_", " ").capitalize(), value)
         for name, value in protocol.items()
         if value and name not in ("machine", "versions")
     ]

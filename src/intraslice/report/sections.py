@@ -44,8 +44,8 @@ def article(index: int, model: str, comparison: dict[str, Any], *, alone: bool) 
         ("rank", "Effective rank of the layer outputs", RANK_NOTE, _rank(index, done)),
         ("spectra", "Spectra of the dense model", SPECTRA_NOTE, _spectra(analysis)),
         ("rope", "Sensitivity to rotary pairs", ROPE_NOTE, _rope(analysis)),
-        ("sweeps", "Sweeps", "", _sweeps(cells)),
-        ("cost", "Cost of pruning", "Time and peak memory of the pruning run.", _cost(index, done)),
+        ("sweeps", "Sweeps", SWEEP_NOTE, _sweeps(cells)),
+        ("cost", "Cost of pruning", COST_NOTE, _cost(index, done)),
     ]
     found = [(f"{name}-{index}", title, note, body) for name, title, note, body in found if body]
     links = "".join(f'<li><a href="#{name}">{escape(title)}</a></li>' for name, title, _, _ in found)
@@ -81,6 +81,14 @@ SPECTRA_NOTE = (
     "narrow, few directions carry the layer."
 )
 ROPE_NOTE = "Relative error of the attention output when only this share of the rotary pairs of each head is kept."
+
+SWEEP_NOTE = (
+    "One option changed at a time, all else as in the table. The paper shows the size of the calibration data and "
+    "lambda_b (allocation.ffn_bias)."
+)
+COST_NOTE = (
+    "Time and peak memory of the pruning run. A gradient pass that several runs share is counted in the first of them."
+)
 
 
 def _figure(chart: str, caption: str, kind: str = "", **data: str) -> str:

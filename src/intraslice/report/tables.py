@@ -112,13 +112,14 @@ def _order(cell: Cell) -> tuple[float, float]:
 
 
 def _best_of(cells: Sequence[Cell], column: Column) -> dict[Any, float]:
-    pick = min if column.best == "min" else max
-    best: dict[Any, float] = {}
+    groups: dict[Any, list[float]] = {}
     for cell in cells:
         value = get(cell, column.path)
         if value is not None and cell["method"] != DENSE and not cell.get("error"):
-            best[cell["asked"]] = pick(best.get(cell["asked"], value), value)
-    return best
+            groups.setdefault(cell["asked"], []).append(value)
+    pick = min if column.best == "min" else max
+    # Where all are alike, none is best.
+    return {value: pick(values) for value, values in groups.items() if min(values) < max(values)}
 
 
 def _head(title: str, unit: str, kind: str = "") -> str:

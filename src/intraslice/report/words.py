@@ -118,8 +118,8 @@ def _best(groups: dict[float, list[Cell]], metric: Metric) -> str:
         wins.setdefault(first["label"], []).append(asked(value) + tie)
         place = next((i for i, cell in enumerate(order) if cell["method"] == OURS), None)
         if place:
-            number_of_ours = metric.text(get(order[place], metric.path))
-            behind.append(f"{number_of_ours} at {asked(value)} (place {place + 1} of {len(order)})")
+            own = metric.text(get(order[place], metric.path))
+            behind.append(f"{own} at {asked(value)} (place {place + 1} of {len(order)})")
     if not wins:
         return ""
     best = "; ".join(f"<b>{escape(label)}</b> at {_join(where)}" for label, where in wins.items())

@@ -11,11 +11,12 @@ function draw(figure) {
 
 function fillTable(figure) {
   const [head, ...rows] = figure.table;
-  const cells = (row, tag) => row.map((text) => `<${tag}>${escapeText(text)}</${tag}>`).join("");
-  const body = rows.map((row) => `<tr>${cells(row, "td")}</tr>`).join("");
+  const names = head.map((text) => `<th scope="col">${escapeText(text)}</th>`).join("");
+  const body = rows.map((row) => `<tr>${row.map((text) => `<td>${escapeText(text)}</td>`).join("")}</tr>`).join("");
+  const title = escapeText(figure.querySelector("figcaption").textContent);
   $$(".scroll", figure).forEach((old) => old.remove());
   figure.querySelector("details").insertAdjacentHTML(
-    "beforeend", `<div class="scroll" tabindex="0"><table class="left"><thead><tr>${cells(head, "th")}</tr></thead><tbody>${body}</tbody></table></div>`);
+    "beforeend", `<div class="scroll" tabindex="0" role="region" aria-label="${title}"><table class="left"><thead><tr>${names}</tr></thead><tbody>${body}</tbody></table></div>`);
 }
 
 const visibleFigures = () => $$("article:not([hidden]) figure");

@@ -169,7 +169,8 @@ const CHARTS = {
       y: METRICS[field],
       rules: denseRule(model, field, METRICS[field].format),
       series: [...groups.values()].map((found, i) => ({
-        name: `${found[0].method}, ${asked(found[0].asked)}`,
+        // Cells of a sweep may be named one by one; then the method says what they have in common.
+        name: `${found.every((c) => c.label === found[0].label) ? found[0].label : found[0].method}, ${asked(found[0].asked)}`,
         style: seriesStyle(i - 1, i === 0),
         points: found.map((c) => ({ x: labels ? values.indexOf(c.sweep.value) : c.sweep.value, y: c[field] })),
       })),

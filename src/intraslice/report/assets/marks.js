@@ -9,11 +9,13 @@ const COLOURS = 8;
 const escapeText = (text) =>
   String(text).replace(/[&<>"']/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" })[c]);
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
-const grouped = (value, digits) =>
-  value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+// Made once: a formatter takes far longer to make than to use.
+const fixed = [0, 1, 2].map((digits) => new Intl.NumberFormat("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits }));
+const fourDigits = new Intl.NumberFormat("en-US", { maximumSignificantDigits: 4 });
+const grouped = (value, digits) => fixed[digits].format(value);
 
 const format = {
-  plain: (v) => (isNumber(v) ? v.toLocaleString("en-US", { maximumSignificantDigits: 4 }) : DASH),
+  plain: (v) => (isNumber(v) ? fourDigits.format(v) : DASH),
   whole: (v) => (isNumber(v) ? grouped(v, 0) : DASH),
   perplexity: (v) => (isNumber(v) ? grouped(v, v < 100 ? 2 : v < 1000 ? 1 : 0) : DASH),
   percent: (v) => (isNumber(v) ? `${grouped(100 * v, 1)} %` : DASH),
