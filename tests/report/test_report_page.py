@@ -265,7 +265,7 @@ NASTY = "</script><script>alert(1)</script><!-- \"'&<img src=x onerror=alert(1)>
 
 
 def test_text_of_the_document_stays_text():
-    document = sample((NASTY,), methods=("intraslice",), sparsities=(0.3,), layers=1)
+    document = sample((NASTY,), methods=("intraslice",), sparsities=(0.3, 0.4), layers=1)
     clean = Page(render_report(sample(methods=("intraslice",), sparsities=(0.3,), layers=1)))
     document["title"] = document["protocol"]["machine"] = document["created"] = NASTY
     document["protocol"]["calibration"][NASTY] = NASTY
@@ -273,7 +273,9 @@ def test_text_of_the_document_stays_text():
         cell["label"] = NASTY + cell["label"]
         cell["options"][NASTY] = NASTY
         cell["tasks"] = {NASTY + name: score for name, score in cell["tasks"].items()}
+    # One cell of the table, one of a sweep.
     document["cells"][2].update(error=NASTY)
+    document["cells"][-2].update(error=NASTY)
     document["cells"][-1]["sweep"].update(option=NASTY, value=NASTY)
     text = render_report(document)
     page = Page(text)
