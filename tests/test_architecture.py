@@ -33,6 +33,7 @@ RULES: dict[str, set[str]] = {
     "checkpoint": {"checkpoint", "errors", "progress", "runtime"},
     "exporters": {"exporters", "edits", "checkpoint", "errors", "progress"}
     | {"placement", "loading", "runtime", "result"},
+    "report": {"report", "errors"},
     "engine": PURE
     | {"engine", "compressors", "allocators", "blocks", "surgery", "checkpoint", "calibration"}
     | {"placement", "progress", "result", "model_card", "runtime", ""},
