@@ -45,6 +45,7 @@ def bench(
         repetitions=repetitions,
         dtype=dtype,
         device=device,
+        compile=compiled,
         trust_remote_code=trust_remote_code,
     )
     with ConsoleProgress() as progress:
