@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from intraslice.cli.app import main
+from intraslice.cli.bench import _ranges
 from intraslice.evaluation import bench
 from intraslice.evaluation.bench import BenchOptions
 
@@ -34,6 +37,8 @@ def options_of(monkeypatch: pytest.MonkeyPatch):
 
 def test_every_flag_reaches_the_measurement(options_of):
     assert options_of() == BenchOptions()
+    several = options_of("--kv-lengths", "512, 2048", "--batch-sizes", "1,4")
+    assert several.points == [(1, 512), (1, 2048), (4, 512), (4, 2048)]
     flags = "--prompt-tokens 9 --decode-tokens 3 --batch-size 2 --repetitions 4 --device cpu --dtype float32"
     given = options_of(*flags.split(), "--compile", "--trust-remote-code")
     assert given == BenchOptions(
@@ -46,3 +51,48 @@ def test_every_flag_reaches_the_measurement(options_of):
         compile=True,
         trust_remote_code=True,
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--kv-lengths", "512,x"), "512,2048"),
+        (("--kv-lengths", ""), "512,2048"),
+        (("--batch-sizes", "0"), "batch_sizes must be at least 1"),
+        (("--layers", "--kv-lengths", "8,16"), "one KV length"),
+        (("--layers", "--compile"), "without --compile"),
+    ],
+)
+def test_wrong_numbers_are_refused(arguments, expected, capfd):
+    assert main(["bench", "model", *arguments]) == 2
+    line = capfd.readouterr().err.strip()
+    assert line.startswith("error: ") and "\n" not in line and expected in line
+
+
+def test_layers_beyond_learned_positions_are_refused(tiny_folder, capfd):
+    assert main(["bench", str(tiny_folder("opt")), "--layers"]) == 2
+    assert "--prompt-tokens 64 or less" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_tables_of_several_lengths(tiny_folder, capfd):
+    folder = str(tiny_folder("llama"))
+    arguments = ["--kv-lengths", "8,16", "--decode-tokens", "2", "--repetitions", "1"]
+    assert main(["bench", folder, "--against", folder, *arguments]) == 0
+    lines = [line.split() for line in capfd.readouterr().out.splitlines()]
+    assert {tuple(line[:2]) for line in lines if line[:1] == ["1"]} == {("1", "8"), ("1", "16")}
+
+
+def test_layers_table_and_json(tiny_folder, capfd):
+    folder = str(tiny_folder("llama"))
+    arguments = ["--layers", "--prompt-tokens", "8", "--decode-tokens", "2", "--repetitions", "1"]
+    assert main(["bench", folder, "--against", folder, *arguments]) == 0
+    out = capfd.readouterr().out
+    assert "0-2" in out and "times as fast" in out
+    assert main(["bench", folder, *arguments, "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["base"] is None and result["speedup"] == {}
+    assert result["model"]["shapes"][0]["layers"] == [0, 1, 2]
+
+
+def test_ranges_of_layers():
+    assert _ranges((0, 1, 2, 5, 7, 8)) == "0-2,5,7-8"
