@@ -9,7 +9,8 @@ import pytest
 from intraslice.cli.app import main
 from intraslice.cli.bench import _ranges
 from intraslice.evaluation import bench
-from intraslice.evaluation.bench import BenchOptions
+from intraslice.evaluation.bench import BenchOptions, BenchResult, ModelSpeed, PointRatio, PointSpeed
+from intraslice.evaluation.timing import Spread
 
 
 class _Measured(Exception):
@@ -74,12 +75,40 @@ def test_layers_beyond_learned_positions_are_refused(tiny_folder, capfd):
     assert "--prompt-tokens 64 or less" in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_tables_of_several_lengths(tiny_folder, capfd):
-    folder = str(tiny_folder("llama"))
-    arguments = ["--kv-lengths", "8,16", "--decode-tokens", "2", "--repetitions", "1"]
-    assert main(["bench", folder, "--against", folder, *arguments]) == 0
-    lines = [line.split() for line in capfd.readouterr().out.splitlines()]
-    assert {tuple(line[:2]) for line in lines if line[:1] == ["1"]} == {("1", "8"), ("1", "16")}
+def _speed(name: str, points: tuple[PointSpeed, ...]) -> ModelSpeed:
+    return ModelSpeed(
+        model=name,
+        parameters=1000,
+        weight_bytes=4000,
+        dtype="float32",
+        device="cpu",
+        prefill_tokens_per_second=points[0].prefill.median,
+        decode_tokens_per_second=points[0].decode.median,
+        kv_cache_bytes_per_token=64.0,
+        peak_memory_bytes=10**8,
+        points=points,
+    )
+
+
+def test_table_of_several_lengths(monkeypatch: pytest.MonkeyPatch, capfd):
+    points = tuple(
+        PointSpeed(
+            batch_size=2,
+            kv_length=length,
+            prefill=Spread(3000.0, 2940.0, 3060.0),
+            decode=Spread(50.0, 49.0, 52.0),
+            kv_cache_bytes=128 * length,
+        )
+        for length in (512, 2048)
+    )
+    ratios = tuple(PointRatio(batch_size=2, kv_length=n, prefill=1.5, decode=1.25) for n in (512, 2048))
+    model, base = _speed("small", points), _speed("big", points)
+    result = BenchResult(model=model, base=base, ratio={}, point_ratios=ratios, options=BenchOptions())
+    monkeypatch.setattr(bench, "bench_models", lambda *_, **__: result)
+    assert main(["bench", "small", "--against", "big"]) == 0
+    lines = [" ".join(line.split()) for line in capfd.readouterr().out.splitlines()]
+    assert "2 512 3,000.0 +-2% 3,000.0 +-2% 1.500 50.0 +-3% 50.0 +-3% 1.250 65.5 kB" in lines
+    assert any(line.startswith("2 2048 ") and line.endswith("262.1 kB") for line in lines)
 
 
 def test_layers_table_and_json(tiny_folder, capfd):

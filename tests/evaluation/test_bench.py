@@ -56,7 +56,7 @@ def test_decoding_begins_on_a_cache_of_the_asked_length(tiny_folder):
     model, _ = load_model(str(tiny_folder("llama")), device="cpu")
     lengths = []
 
-    def step(*_: object, **kwargs: Any) -> None:
+    def step(_: object, __: object, kwargs: dict[str, Any]) -> None:
         lengths.append((kwargs["input_ids"].shape[1], kwargs["past_key_values"].get_seq_length()))
 
     model.register_forward_pre_hook(step, with_kwargs=True)
