@@ -7,21 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from intraslice.calibration import load_calibration
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.writer import check_output
 from intraslice.engine.run import prune_checkpoint
+from intraslice.engine.rundir import interrupted_sparsity
 from intraslice.errors import OutputError, RecipeError
 from intraslice.evaluation.analysis import analyse_model
 from intraslice.evaluation.bench import BenchOptions, BenchResult, bench_models
+from intraslice.evaluation.layer_bench import LayerBenchResult, bench_layers
 from intraslice.evaluation.perplexity import Perplexity, measure_perplexity, tokenize
+from intraslice.evaluation.target_speed import choose_sparsity
 from intraslice.evaluation.tasks import DEFAULT_BATCH_SIZE, TaskResults, check_range, open_tasks, score_tasks
 from intraslice.exporters import export_checkpoint
 from intraslice.exporters.base import ExportOptions, ExportReport
-from intraslice.inspection import ModelInfo, estimate_peak_bytes, inspect_model
-from intraslice.loading import load_model
+from intraslice.inspection import ModelInfo, estimate_peak_bytes, family_of, inspect_model
+from intraslice.loading import load_config, load_model
+from intraslice.placement import Placement, choose_device, dtype_from_name
 from intraslice.progress import Progress, SilentProgress
 from intraslice.recipe import Recipe, fit_to_model, load_recipe
 from intraslice.result import PruneResult
@@ -33,6 +38,8 @@ def prune(
     *,
     output: str | Path | None = None,
     sparsity: float | None = None,
+    target_speedup: float | None = None,
+    speedup_of: str | None = None,
     method: str | None = None,
     target: str | None = None,
     calibration: str | None = None,
@@ -48,6 +55,9 @@ def prune(
         model: hub id, local folder, .gguf file or built-in name.
         output: folder to write.
         sparsity: fraction of the decoder layers' linear weights to remove, in [0, 0.95).
+        target_speedup: instead of sparsity: how many times as fast as the dense model the result should be; layers
+            are measured on this machine to find the sparsity.
+        speedup_of: what is to be faster: "decode" (default) or "prefill".
         method: name of a preset; "intraslice" unless given.
         target: runtime that the shapes are chosen for: "transformers" (default), "vllm", "llama.cpp" or "stock".
         calibration: data set name, text file, "self" or "builtin"; "builtin" unless given.
@@ -64,6 +74,8 @@ def prune(
         "model": model,
         "output": None if output is None else str(output),
         "sparsity": sparsity,
+        "target_speedup": target_speedup,
+        "speedup_of": speedup_of,
         "method": method,
         "target": target,
         "calibration.source": calibration,
@@ -106,6 +118,8 @@ def prune_recipe(
     recipe = fit_to_model(recipe, checkpoint.spec.name, checkpoint.config.hidden_size)
     wanted = recipe.calibration
     check_seqlen(checkpoint.config, wanted.seqlen)
+    begun_with = interrupted_sparsity(output) if resume else None
+    recipe = _with_sparsity(recipe, checkpoint.config, checkpoint.dtype, begun_with, progress)
     calibration = load_calibration(
         wanted.source,
         checkpoint.load_tokenizer(),
@@ -131,6 +145,36 @@ def prune_recipe(
         command=command,
         progress=progress,
     )
+
+
+def _with_sparsity(
+    recipe: Recipe, config: Any, stored: torch.dtype, begun_with: float | None, progress: Progress
+) -> Recipe:
+    """Return the recipe with the sparsity that its target_speedup asks for.
+
+    Args:
+        recipe: with a sparsity, or with a target_speedup.
+        config: stock config of the dense model.
+        stored: dtype of its weights.
+        begun_with: what the run that is resumed has chosen; measured again it might be another one.
+        progress: shows the measurement.
+    """
+    if recipe.target_speedup is None:
+        return recipe
+    if begun_with is not None:
+        progress.note(f"sparsity {begun_with:g}, as the interrupted run has chosen")
+        return recipe.model_copy(update={"sparsity": begun_with})
+    dtype = stored if recipe.run.dtype == "auto" else dtype_from_name(recipe.run.dtype)
+    sparsity = choose_sparsity(
+        config,
+        family_of(config),
+        recipe.model_copy(update={"sparsity": 0.0}).method_options(),
+        speedup=recipe.target_speedup,
+        speedup_of=recipe.speedup_of,
+        placement=Placement(choose_device(recipe.run.device), dtype, dtype, torch.float32),
+        progress=progress,
+    )
+    return recipe.model_copy(update={"sparsity": sparsity})
 
 
 def check_seqlen(config: Any, seqlen: int) -> None:
@@ -161,7 +205,7 @@ class DryRun:
         target_layer_parameters: linear weights of the decoder layers to keep.
         target_parameters: all parameters of the pruned model, tied ones once.
         estimated_peak_bytes: rough peak memory.
-        recipe: every setting.
+        recipe: every setting, with the sparsity that follows from a target_speedup.
     """
 
     dense: ModelInfo
@@ -171,11 +215,14 @@ class DryRun:
     recipe: Recipe
 
 
-def dry_run(recipe: Recipe) -> DryRun:
+def dry_run(recipe: Recipe, *, progress: Progress | None = None) -> DryRun:
     """Say what a recipe would do; writes nothing and loads no weights."""
     info = inspect_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     recipe = fit_to_model(recipe, info.family, info.hidden_size)
-    kept = round((1 - recipe.sparsity) * info.dense_layer_parameters)
+    if recipe.target_speedup is not None:
+        config, _ = load_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+        recipe = _with_sparsity(recipe, config, config.dtype or torch.float32, None, progress or SilentProgress())
+    kept = round((1 - recipe.method_options().sparsity) * info.dense_layer_parameters)
     return DryRun(
         dense=info,
         target_layer_parameters=kept,
@@ -351,6 +398,25 @@ def benchmark(
     """
     base = None if against is None else str(against)
     return bench_models(str(model), base, options=options, progress=progress)
+
+
+def benchmark_layers(
+    model: str | Path,
+    against: str | Path | None = None,
+    *,
+    options: BenchOptions | None = None,
+    progress: Progress | None = None,
+) -> LayerBenchResult:
+    """Measure each distinct decoder layer of a saved model alone, in turns with the dense one.
+
+    Args:
+        model: folder, hub id, .gguf file or built-in name.
+        against: the dense model; its shape with random weights unless given.
+        options: what is run; 4096 tokens unless given.
+        progress: shows the repetitions.
+    """
+    base = None if against is None else str(against)
+    return bench_layers(str(model), base, options=options, progress=progress)
 
 
 def export(

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -94,7 +94,10 @@ class Recipe(BaseModel):
         output: folder to write.
         method: name of the preset the options started from.
         target: runtime that the shapes are chosen for, also a preset.
-        sparsity: fraction of the decoder layers' linear weights to remove.
+        sparsity: fraction of the decoder layers' linear weights to remove; None until it follows from target_speedup.
+        target_speedup: how many times as fast as the dense model the pruned one should be on this machine; the other
+            way to give the budget.
+        speedup_of: what is to be faster.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -105,7 +108,9 @@ class Recipe(BaseModel):
     output: str | None = None
     method: str = "intraslice"
     target: str = "transformers"
-    sparsity: float
+    sparsity: float | None = None
+    target_speedup: float | None = None
+    speedup_of: Literal["decode", "prefill"] = "decode"
     allocation: AllocationOptions = AllocationOptions()
     attention: AttentionOptions = AttentionOptions()
     ffn: FFNOptions = FFNOptions()
@@ -114,6 +119,7 @@ class Recipe(BaseModel):
 
     def method_options(self) -> MethodOptions:
         """Return the part that the compressors and allocators read."""
+        assert self.sparsity is not None, "a sparsity has to be chosen first"
         return MethodOptions(sparsity=self.sparsity, allocation=self.allocation, attention=self.attention, ffn=self.ffn)
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,6 +155,7 @@ class _Range:
 
 _RANGES: dict[str, _Range] = {
     "sparsity": _Range(0, MAX_SPARSITY, high_open=True),
+    "target_speedup": _Range(1, low_open=True),
     "allocation.ffn_bias": _Range(0, low_open=True),
     "allocation.max_block_sparsity": _Range(0, 1, low_open=True, high_open=True),
     "allocation.num_ffn_blocks": _Range(1),
@@ -321,27 +328,33 @@ def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 def _check_missing(values: Mapping[str, Any]) -> None:
     if values.get("model") is None:
         raise RecipeError("no model is given; name a hub id, a folder, a .gguf file or smollm2-135m")
-    if values.get("sparsity") is None:
-        raise RecipeError("no sparsity is given; add --sparsity 0.3, or a line `sparsity: 0.3` to the recipe")
+    sparsity, speedup = values.get("sparsity"), values.get("target_speedup")
+    if sparsity is None and speedup is None:
+        raise RecipeError(
+            "no sparsity is given; add --sparsity 0.3 or --target-speedup 1.5, or a line `sparsity: 0.3` to the recipe"
+        )
+    if sparsity is not None and speedup is not None:
+        raise RecipeError(
+            f"sparsity {sparsity} and target_speedup {speedup} are both given; one decides the other, so keep only one."
+        )
     unknown = [name for name in values if name not in Recipe.model_fields]
     if unknown:
         raise RecipeError(_unknown(unknown[0]))
+    name = "target_speedup" if sparsity is None else "sparsity"
     try:
-        sparsity = TypeAdapter(float).validate_python(values["sparsity"])
+        budget = TypeAdapter(float).validate_python(values[name])
     except ValidationError:
-        raise RecipeError(f"sparsity must be a number in {_interval()}, got {values['sparsity']!r}") from None
-    _check_range("sparsity", sparsity)
-
-
-def _interval() -> str:
-    return f"[0, {MAX_SPARSITY})"
+        raise RecipeError(f"{name} must be a number {_RANGES[name]}, got {values[name]!r}") from None
+    _check_range(name, budget)
 
 
 def _check_ranges(recipe: Recipe) -> None:
     for name in _RANGES:
         section, _, rest = name.partition(".")
         value = getattr(recipe, section)
-        _check_range(name, getattr(value, rest) if rest else value)
+        value = getattr(value, rest) if rest else value
+        if value is not None:
+            _check_range(name, value)
 
 
 def _check_range(name: str, value: float) -> None:

@@ -40,6 +40,16 @@ def prune(
         str | None,
         typer.Option(metavar="FLOAT", help="Share of the decoder layers' weights to remove, in [0, 0.95)."),
     ] = None,
+    target_speedup: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FLOAT",
+            help="Instead of --sparsity: how many times as fast as the dense model; layers are measured here.",
+        ),
+    ] = None,
+    speedup_of: Annotated[
+        str | None, typer.Option(metavar="decode|prefill", help="What is to be faster (default: decode).")
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(help="intraslice (default), iter-pca, the ablations ada-h and naive, or paper."),
@@ -103,6 +113,8 @@ def prune(
         "model": model,
         "output": output,
         "sparsity": sparsity,
+        "target_speedup": target_speedup,
+        "speedup_of": speedup_of,
         "method": method,
         "target": target,
         **(parse_align(align) if align is not None else {}),
@@ -181,16 +193,24 @@ def print_result(result: PruneResult) -> None:
         [(*row, percent(after / before)) for row, (before, after) in zip(change, sizes, strict=True)],
     )
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items() if name != "total")
-    print_line(f"sparsity      {result.sparsity:.4f} (asked for {result.requested_sparsity:g})")
+    print_line(f"sparsity      {result.sparsity:.4f} (asked for {_asked(result)})")
     print_line(f"seconds       {result.seconds.get('total', 0):.1f} ({phases})")
     print_line(f"peak memory   {size(result.peak_memory_bytes)}")
     print_line(f"checkpoint    {result.output}")
 
 
+def _asked(result: PruneResult) -> str:
+    speedup = result.recipe.get("target_speedup")
+    if speedup is None:
+        return f"{result.requested_sparsity:g}"
+    return f"{result.requested_sparsity:g}, for {result.recipe['speedup_of']} {speedup:g} times as fast"
+
+
 def _dry_run(recipe: Recipe, as_json: bool) -> None:
     from intraslice.api import dry_run
 
-    plan = dry_run(recipe)
+    with ConsoleProgress() as progress:
+        plan = dry_run(recipe, progress=progress)
     if as_json:
         write_json(
             {

@@ -119,6 +119,9 @@ def prune_checkpoint(
         "matmul": run.matmul,
         "batch_tokens": batch * tokens.shape[1],
     }
+    if recipe.get("target_speedup") is not None:
+        # Measured again, the same target may give another sparsity; a resumed run keeps the one it began with.
+        identity["target_speedup"] = f"{recipe['speedup_of']} {recipe['target_speedup']:g}"
     work = RunDir(output, identity, resume=resume, overwrite=overwrite)
     clock = _Clock(work.seconds)
     if work.records or work.allocation:

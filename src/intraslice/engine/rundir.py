@@ -29,6 +29,19 @@ def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def interrupted_sparsity(output: Path) -> float | None:
+    """Return the sparsity of the interrupted run beside `output`, or None when there is none that can be read."""
+    try:
+        identity = json.loads((_partial(output) / _MANIFEST).read_text())["identity"]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return identity["method.sparsity"]
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
 class RunDir:
     """`<output>.partial`: the manifest, the gradient pass, one file per finished layer.
 
@@ -46,7 +59,7 @@ class RunDir:
     """
 
     def __init__(self, output: Path, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-        self.path = output.with_name(output.name + ".partial")
+        self.path = _partial(output)
         self.scan_path = self.path / "scan.safetensors"
         self.hidden_path = self.path / "hidden.bin"
         self.dense_hidden_path = self.path / "hidden-dense.bin"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 from intraslice.checkpoint.folder import weight_files
 from intraslice.checkpoint.source import resolve_model
 from intraslice.errors import CheckpointError, RecipeError
+from intraslice.evaluation.timing import Spread
 from intraslice.progress import Progress, SilentProgress
 
 
@@ -24,9 +24,11 @@ class BenchOptions:
     """What is run.
 
     Attributes:
-        prompt_tokens: tokens of a prompt.
+        prompt_tokens: tokens of a prompt, and so the length of the KV cache when decoding begins.
         decode_tokens: tokens decoded one by one after the prompt.
         batch_size: sequences at a time.
+        kv_lengths: several values of prompt_tokens, measured in turns; empty for the one above.
+        batch_sizes: several values of batch_size; empty for the one above.
         repetitions: timed repetitions of each model, after one that is not counted.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: "auto", "cpu" or a torch device.
@@ -37,6 +39,8 @@ class BenchOptions:
     prompt_tokens: int = 512
     decode_tokens: int = 64
     batch_size: int = 1
+    kv_lengths: tuple[int, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
     repetitions: int = 5
     dtype: str = "auto"
     device: str = "auto"
@@ -47,11 +51,49 @@ class BenchOptions:
         for name in ("prompt_tokens", "decode_tokens", "batch_size", "repetitions"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("kv_lengths", "batch_sizes"):
+            if any(value < 1 for value in getattr(self, name)):
+                raise RecipeError(f"{name} must be at least 1, got {', '.join(map(str, getattr(self, name)))}.")
+
+    @property
+    def points(self) -> list[tuple[int, int]]:
+        """Every (batch size, KV length) to measure, each once, in the order given."""
+        lengths, sizes = self.kv_lengths or (self.prompt_tokens,), self.batch_sizes or (self.batch_size,)
+        return list(dict.fromkeys((size, length) for size in sizes for length in lengths))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointSpeed:
+    """What a model reaches at one batch size and KV length.
+
+    Attributes:
+        batch_size: sequences at a time.
+        kv_length: tokens of the prompt, and of the KV cache when decoding begins.
+        prefill: prompt tokens a second.
+        decode: decoded tokens a second, all sequences of the batch counted.
+        kv_cache_bytes: of the cache after the prompt.
+    """
+
+    batch_size: int
+    kv_length: int
+    prefill: Spread
+    decode: Spread
+    kv_cache_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointRatio:
+    """How much faster a model is than its base at one batch size and KV length: medians over medians."""
+
+    batch_size: int
+    kv_length: int
+    prefill: float
+    decode: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpeed:
-    """What one saved model was measured at; speeds are medians over the repetitions.
+    """What one saved model was measured at; speeds are medians over the repetitions, at the first of `points`.
 
     Attributes:
         model: as it was named.
@@ -62,7 +104,9 @@ class ModelSpeed:
         prefill_tokens_per_second: prompt tokens through one forward pass.
         decode_tokens_per_second: tokens decoded one by one, all sequences of the batch counted.
         kv_cache_bytes_per_token: bytes of the cache's key and value tensors for one token of one sequence.
-        peak_memory_bytes: peak resident memory of the process (CPU), or of the accelerator's allocator.
+        peak_memory_bytes: peak resident memory of the process (CPU), or of the accelerator's allocator, over all
+            points.
+        points: every batch size and KV length.
     """
 
     model: str
@@ -74,6 +118,7 @@ class ModelSpeed:
     decode_tokens_per_second: float
     kv_cache_bytes_per_token: float
     peak_memory_bytes: int
+    points: tuple[PointSpeed, ...]
 
 
 RATIO_FIELDS = (
@@ -94,12 +139,14 @@ class BenchResult:
         model: the model asked for.
         base: the model it is compared with, or None.
         ratio: model / base, by field; above 1 is faster for speeds, and larger for sizes. Empty without base.
+        point_ratios: speeds of the model / base, by batch size and KV length. Empty without base.
         options: what was run.
     """
 
     model: ModelSpeed
     base: ModelSpeed | None
     ratio: dict[str, float]
+    point_ratios: tuple[PointRatio, ...]
     options: BenchOptions
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,14 +183,21 @@ def bench_models(
             stack.enter_context(_Worker(name, folder, options)) for name, folder in zip(names, folders, strict=True)
         ]
         # The first repetition warms caches and is not counted.
-        with progress.step("benchmark", (options.repetitions + 1) * len(workers)) as advance:
+        points = options.points
+        with progress.step("benchmark", (options.repetitions + 1) * len(points) * len(workers)) as advance:
             for _ in range(options.repetitions + 1):
-                for worker in workers:
-                    worker.repeat()
-                    advance(1)
+                for point in points:
+                    for worker in workers:
+                        worker.repeat(point)
+                        advance(1)
     speeds = [worker.speed() for worker in workers]
-    base = speeds[1] if len(speeds) == 2 else None
-    return BenchResult(model=speeds[0], base=base, ratio=_ratios(speeds), options=options)
+    return BenchResult(
+        model=speeds[0],
+        base=speeds[1] if len(speeds) == 2 else None,
+        ratio=_ratios(speeds),
+        point_ratios=_point_ratios(speeds),
+        options=options,
+    )
 
 
 def _ratios(speeds: Sequence[ModelSpeed]) -> dict[str, float]:
@@ -154,6 +208,20 @@ def _ratios(speeds: Sequence[ModelSpeed]) -> dict[str, float]:
     return {name: value / reference for name, (value, reference) in pairs.items() if value and reference}
 
 
+def _point_ratios(speeds: Sequence[ModelSpeed]) -> tuple[PointRatio, ...]:
+    if len(speeds) < 2:
+        return ()
+    return tuple(
+        PointRatio(
+            batch_size=point.batch_size,
+            kv_length=point.kv_length,
+            prefill=point.prefill.median / base.prefill.median,
+            decode=point.decode.median / base.decode.median,
+        )
+        for point, base in zip(speeds[0].points, speeds[1].points, strict=True)
+    )
+
+
 class _Worker:
     """The process of one model."""
 
@@ -162,7 +230,8 @@ class _Worker:
         self._folder = folder
         self._options = options
         self._loaded: dict[str, Any] = {}
-        self._repetitions: list[dict[str, Any]] = []
+        self._measured: dict[tuple[int, int], list[dict[str, Any]]] = {point: [] for point in options.points}
+        self._peak_memory_bytes = 0
 
     def __enter__(self) -> _Worker:
         # A file and not a pipe: nobody reads it until the process has died, and a full pipe would block it.
@@ -175,7 +244,9 @@ class _Worker:
             text=True,
         )
         try:
-            self._loaded = self._ask({"model": str(self._folder), **asdict(self._options)})
+            longest = max(length for _, length in self._options.points)
+            settings = {**asdict(self._options), "longest_prompt": longest}
+            self._loaded = self._ask({"model": str(self._folder), **settings})
         except CheckpointError:
             self.__exit__()
             raise
@@ -186,8 +257,11 @@ class _Worker:
         self._process.communicate()
         self._messages.close()
 
-    def repeat(self) -> None:
-        self._repetitions.append(self._ask({}))
+    def repeat(self, point: tuple[int, int]) -> None:
+        batch_size, kv_length = point
+        reply = self._ask({"batch_size": batch_size, "kv_length": kv_length})
+        self._measured[point].append(reply)
+        self._peak_memory_bytes = reply["peak_memory_bytes"]
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         requests, replies = self._process.stdin, self._process.stdout
@@ -212,15 +286,29 @@ class _Worker:
         return lines[-1] if lines else f"exit status {status}"
 
     def speed(self) -> ModelSpeed:
-        counted = self._repetitions[1:]
-        medians: dict[str, Any] = {
-            field: statistics.median(repetition[field] for repetition in counted)
-            for field in ("prefill_tokens_per_second", "decode_tokens_per_second", "kv_cache_bytes_per_token")
-        }
+        points = tuple(self._point(point) for point in self._measured)
+        first = points[0]
         return ModelSpeed(
             model=self._name,
             weight_bytes=sum(file.stat().st_size for file in weight_files(self._folder, self._name)),
-            peak_memory_bytes=self._repetitions[-1]["peak_memory_bytes"],
+            peak_memory_bytes=self._peak_memory_bytes,
+            prefill_tokens_per_second=first.prefill.median,
+            decode_tokens_per_second=first.decode.median,
+            kv_cache_bytes_per_token=self._counted((first.batch_size, first.kv_length))[0]["kv_cache_bytes_per_token"],
+            points=points,
             **self._loaded,
-            **medians,
+        )
+
+    def _counted(self, point: tuple[int, int]) -> list[dict[str, Any]]:
+        return self._measured[point][1:]
+
+    def _point(self, point: tuple[int, int]) -> PointSpeed:
+        batch_size, kv_length = point
+        counted = self._counted(point)
+        return PointSpeed(
+            batch_size=batch_size,
+            kv_length=kv_length,
+            prefill=Spread.of([repetition["prefill_tokens_per_second"] for repetition in counted]),
+            decode=Spread.of([repetition["decode_tokens_per_second"] for repetition in counted]),
+            kv_cache_bytes=counted[0]["kv_cache_bytes"],
         )

@@ -2,6 +2,7 @@
 
 Each model has a process of its own, so that peak memory is that of this model alone. The parent writes one
 JSON object a line to standard input and reads one a line from standard output; end of input ends the process.
+The first line says what to load, each one after it names a batch size and a KV length to measure once.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import json
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+import torch._dynamo.config as dynamo_config
 from torch._dynamo.exc import TorchDynamoException
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -47,17 +48,12 @@ def _serve(requests: IO[str], replies: IO[str]) -> None:
         trust_remote_code=settings["trust_remote_code"],
     )
     placement = Placement(model.device, model.dtype, model.dtype, torch.float32)
-    _check_length(model, settings["prompt_tokens"] + settings["decode_tokens"])
-    prompt = torch.randint(model.config.vocab_size, (settings["batch_size"], settings["prompt_tokens"]))
-    prompt = prompt.to(model.device)
-    decoding: Any = (
-        _CompiledDecoding(model, prompt, settings["decode_tokens"]) if settings["compile"] else _EagerDecoding(model)
-    )
+    _check_length(model, settings["longest_prompt"] + settings["decode_tokens"])
+    bench = _Bench(model, placement, settings["decode_tokens"], compiled=settings["compile"])
     loaded = {"parameters": count_parameters(model), "dtype": str(model.dtype).removeprefix("torch.")}
     replies.write(json.dumps({**loaded, "device": model.device.type}) + "\n")
     for line in requests:
-        del line  # Every line asks for the same: one more repetition.
-        measured = _repetition(model, decoding, placement, prompt, settings["decode_tokens"])
+        measured = bench.repetition(**json.loads(line))
         replies.write(json.dumps({**measured, "peak_memory_bytes": _peak_memory_bytes(placement)}) + "\n")
 
 
@@ -80,13 +76,16 @@ class _EagerDecoding:
 class _CompiledDecoding:
     """Decodes through torch.compile, which wants a cache of one size.
 
-    The compiled step knows the addresses of the cache, so all repetitions share one.
+    The compiled step knows the size and the addresses of the cache, so all repetitions at one batch size and KV
+    length share one, and others have their own.
     """
 
     def __init__(self, model: PreTrainedModel, prompt_BT: torch.Tensor, decode_tokens: int) -> None:
         self._model = model
         self._prompt = prompt_BT
         self._cache = StaticCache(config=model.config, max_cache_len=prompt_BT.shape[1] + decode_tokens)
+        # Beyond the limit torch.compile would go on without compiling, and say so only in a log.
+        dynamo_config.recompile_limit += 1
         self.step: Callable[..., Any] = torch.compile(model, dynamic=False)
         try:
             self.step(input_ids=prompt_BT[:, :1], past_key_values=self.cache(None), use_cache=True)
@@ -103,43 +102,67 @@ class _CompiledDecoding:
         return self._cache
 
 
-def _repetition(
-    model: PreTrainedModel,
-    decoding: _EagerDecoding | _CompiledDecoding,
-    placement: Placement,
-    prompt: torch.Tensor,
-    decode_tokens: int,
-) -> dict[str, float]:
-    """Time one prefill of `prompt` [B, T] and `decode_tokens` greedy steps after it."""
-    cache: Any = DynamicCache(config=model.config)
-    placement.synchronize()
-    start = time.perf_counter()
-    output: Any = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    token = output.logits[:, -1:].argmax(-1)  # [B, 1]
-    placement.synchronize()
-    prefilled = time.perf_counter()
-    cache_bytes = _cache_bytes_per_token(cache, prompt.shape[0])
-    cache = decoding.cache(cache)
-    placement.synchronize()
-    decode_started = time.perf_counter()
-    for _ in range(decode_tokens):
-        output = decoding.step(input_ids=token, past_key_values=cache, use_cache=True)
-        token = output.logits[:, -1:].argmax(-1)
-    placement.synchronize()
-    end = time.perf_counter()
-    return {
-        "prefill_tokens_per_second": prompt.numel() / (prefilled - start),
-        "decode_tokens_per_second": prompt.shape[0] * decode_tokens / (end - decode_started),
-        "kv_cache_bytes_per_token": cache_bytes,
-    }
+class _Bench:
+    """A loaded model that is timed at any batch size and KV length."""
+
+    def __init__(self, model: PreTrainedModel, placement: Placement, decode_tokens: int, *, compiled: bool) -> None:
+        self._model = model
+        self._placement = placement
+        self._decode_tokens = decode_tokens
+        self._compiled = compiled
+        self._decoding: dict[tuple[int, int], _EagerDecoding | _CompiledDecoding] = {}
+
+    def repetition(self, batch_size: int, kv_length: int) -> dict[str, float]:
+        """Time one prefill of `kv_length` tokens and the greedy steps that follow on its cache."""
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.randint(self._model.config.vocab_size, (batch_size, kv_length), generator=generator)
+        prompt = prompt.to(self._model.device)
+        decoding = self._decoding_of(prompt)
+        filled: Any = DynamicCache(config=self._model.config)
+        prefill_seconds, token = self._placement.timed(
+            lambda: self._next_token(self._model, prompt, filled, logits_to_keep=1)
+        )
+        per_token, total = _cache_bytes(filled, batch_size)
+        cache = decoding.cache(filled)
+        decode_seconds, _ = self._placement.timed(lambda: self._decode(decoding, token, cache))
+        return {
+            "prefill_tokens_per_second": prompt.numel() / prefill_seconds,
+            "decode_tokens_per_second": batch_size * self._decode_tokens / decode_seconds,
+            "kv_cache_bytes_per_token": per_token,
+            "kv_cache_bytes": total,
+        }
+
+    def _decoding_of(self, prompt_BT: torch.Tensor) -> _EagerDecoding | _CompiledDecoding:
+        batch_size, kv_length = prompt_BT.shape
+        point = batch_size, kv_length
+        if point not in self._decoding:
+            self._decoding[point] = (
+                _CompiledDecoding(self._model, prompt_BT, self._decode_tokens)
+                if self._compiled
+                else _EagerDecoding(self._model)
+            )
+        return self._decoding[point]
+
+    def _decode(self, decoding: _EagerDecoding | _CompiledDecoding, token_B1: torch.Tensor, cache: Any) -> torch.Tensor:
+        for _ in range(self._decode_tokens):
+            token_B1 = self._next_token(decoding.step, token_B1, cache)
+        return token_B1
+
+    @staticmethod
+    def _next_token(step: Callable[..., Any], ids_BT: torch.Tensor, cache: Any, **kwargs: Any) -> torch.Tensor:
+        output = step(input_ids=ids_BT, past_key_values=cache, use_cache=True, **kwargs)
+        return output.logits[:, -1:].argmax(-1)  # [B, 1]
 
 
-def _cache_bytes_per_token(cache: Any, batch_size: int) -> float:
-    total = 0.0
+def _cache_bytes(cache: Any, batch_size: int) -> tuple[float, int]:
+    """Return the bytes of keys and values for one token of one sequence, and of all that the cache holds."""
+    per_token, total = 0.0, 0
     for layer in cache.layers:
         for tensor in (layer.keys, layer.values):  # [B, K, T, d]; a sliding window holds fewer than all T
-            total += tensor.numel() * tensor.element_size() / (batch_size * tensor.shape[-2])
-    return total
+            size = tensor.numel() * tensor.element_size()
+            per_token += size / (batch_size * tensor.shape[-2])
+            total += size
+    return per_token, total
 
 
 def _peak_memory_bytes(placement: Placement) -> int:
