@@ -38,7 +38,10 @@ CAPPED = {"label": "a", "method": "naive"}
     ],
 )
 def test_wrong_files(small: Callable[..., Path], jobs: list, tmp_path: Path, capfd, changes: dict[str, Any], expected):
-    assert main(["compare", str(small(**changes)), "-o", str(tmp_path / "out")]) == 2
+    file = small(**changes)
+    # Saving the tiny model shows a bar.
+    capfd.readouterr()
+    assert main(["compare", str(file), "-o", str(tmp_path / "out")]) == 2
     captured = capfd.readouterr()
     (line,) = [line for line in captured.err.splitlines() if line.strip()]
     assert line.startswith("error: ") and expected in line and captured.out == ""

@@ -48,8 +48,8 @@ class Evaluation(_Section):
     """
 
     text: str = "builtin"
-    seqlen: int = Field(2048, ge=2)
-    windows: int | None = Field(None, ge=1)
+    seqlen: int = Field(default=2048, ge=2)
+    windows: int | None = Field(default=None, ge=1)
     text_field: str | None = None
     dtype: str = "auto"
 
@@ -66,8 +66,8 @@ class Tasks(_Section):
 
     names: list[str] = Field(min_length=1)
     task_data: str | None = None
-    limit: int | None = Field(None, ge=1)
-    batch_size: int = Field(8, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=8, ge=1)
 
 
 class Sweep(_Section):
