@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from intraslice.errors import RecipeError, nearest
 from intraslice.recipe import METHODS, CalibrationOptions, Recipe, load_recipe
+from intraslice.text import check_source
 
 DENSE = "dense"
 _TEXT_FILES = (".txt", ".jsonl", ".parquet")
@@ -157,6 +158,7 @@ def load_spec(path: str | Path) -> ComparisonSpec:
 
     Raises:
         RecipeError: the file cannot be read, a name is unknown, or a value is wrong or out of range.
+        CalibrationError: a text is unknown or missing.
     """
     content = _read(path)
     try:
@@ -221,6 +223,12 @@ def _with_absolute_paths(spec: ComparisonSpec, base: Path) -> ComparisonSpec:
     tasks = spec.tasks
     if tasks is not None and tasks.task_data is not None:
         tasks = tasks.model_copy(update={"task_data": str(base / Path(tasks.task_data).expanduser())})
+    sweeps = [
+        sweep.model_copy(update={"values": [text(str(value)) for value in sweep.values]})
+        if sweep.option == "calibration.source"
+        else sweep
+        for sweep in spec.sweeps
+    ]
     return spec.model_copy(
         update={
             "models": [model(name) for name in dict.fromkeys(spec.models)],
@@ -228,6 +236,7 @@ def _with_absolute_paths(spec: ComparisonSpec, base: Path) -> ComparisonSpec:
             "calibration": replace(spec.calibration, source=text(spec.calibration.source)),
             "evaluation": spec.evaluation.model_copy(update={"text": text(spec.evaluation.text)}),
             "tasks": tasks,
+            "sweeps": sweeps,
         }
     )
 
@@ -242,6 +251,9 @@ def _check(spec: ComparisonSpec) -> None:
     for variant in spec.methods:
         _check_settings(variant.options, f"options of {variant.label!r}")
     _check_settings(spec.options, "options")
+    swept = [value for sweep in spec.sweeps if sweep.option == "calibration.source" for value in sweep.values]
+    for source in (spec.calibration.source, spec.evaluation.text, *swept):
+        check_source(source)
     for variant in spec.methods:
         for sparsity in spec.sparsities:
             spec.recipe(spec.models[0], variant, sparsity)
