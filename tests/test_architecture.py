@@ -34,6 +34,8 @@ RULES: dict[str, set[str]] = {
     "exporters": {"exporters", "edits", "checkpoint", "errors", "progress"}
     | {"placement", "loading", "runtime", "result"},
     "report": {"report", "errors"},
+    "comparison": {"comparison", "api", "recipe", "errors", "progress", "result", "report", "evaluation", "checkpoint"}
+    | {"calibration", "inspection", "loading", "placement", "text", ""},
     "engine": PURE
     | {"engine", "compressors", "allocators", "blocks", "surgery", "checkpoint", "calibration"}
     | {"placement", "progress", "result", "model_card", "runtime", ""},
@@ -82,6 +84,12 @@ def test_one_file_imports_lm_eval():
 def test_only_the_command_line_imports_the_command_line(path):
     if not module_of(path).startswith(("cli", "__main__")):
         assert not any(target.startswith("cli") for target in imported(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_only_the_command_line_imports_comparisons(path):
+    if not module_of(path).startswith(("cli", "comparison")):
+        assert not any(target.startswith("comparison") for target in imported(path))
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)

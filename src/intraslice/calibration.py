@@ -17,7 +17,7 @@ from intraslice.text import SELF, check_source, load_text
 __all__ = ["Calibration", "check_source", "load_calibration", "load_text"]
 
 # How much built-in text to gather for a token; the tokenizers in use make one of 3.5 to 4.5 characters.
-_CHARS_PER_TOKEN = 5
+BUILT_IN_CHARS_PER_TOKEN = 5
 # Memory for the key/value cache while sampling; decides how many sequences grow side by side.
 _CACHE_BYTES = 1 << 29
 
@@ -84,7 +84,7 @@ def load_calibration(
         tokens = _sample(model_folder, tokenizer, num_samples, seqlen, seed, device, progress)
     else:
         # The one place that decides how much built-in text is needed, so that it depends on nothing else.
-        enough = _CHARS_PER_TOKEN * num_samples * seqlen
+        enough = BUILT_IN_CHARS_PER_TOKEN * num_samples * seqlen
         text = load_text(source, text_field=text_field, min_chars=enough, progress=progress)
         # verbose=False: the stream is meant to be longer than the model's context.
         stream = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)

@@ -46,6 +46,10 @@ class OutputError(IntraSliceError):
     """The output cannot be written: it exists, or the disk is full."""
 
 
+class ComparisonError(IntraSliceError):
+    """A part of a comparison failed, or results of different protocols were to be mixed."""
+
+
 class MissingExtraError(IntraSliceError):
     """An optional package is not installed; the message names the extra that brings it."""
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -135,5 +136,11 @@ def matmul_precision(fast: bool) -> Iterator[None]:
 
 def peak_resident_bytes() -> int:
     """Return the largest resident set of this process so far, in bytes."""
+    # On Linux ru_maxrss of a child starts at what its parent used at the fork; VmHWM starts anew.
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

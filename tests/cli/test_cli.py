@@ -38,7 +38,7 @@ def refused(run):
     return call
 
 
-@pytest.mark.parametrize("command", [[], ["prune"], ["eval"], ["bench"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], ["prune"], ["eval"], ["bench"], ["inspect"], ["compare"], ["report"]])
 def test_help_imports_neither_torch_nor_transformers(command: list[str]):
     code = (
         "import sys\nfrom intraslice.cli.app import main\n"

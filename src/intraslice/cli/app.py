@@ -13,7 +13,7 @@ from typing import cast
 
 import typer
 
-from intraslice.cli import bench, evaluate, export, inspect, prune
+from intraslice.cli import bench, compare, evaluate, export, inspect, prune, report
 from intraslice.cli.console import INTERRUPTED_STATUS, complain
 from intraslice.errors import IntraSliceError
 
@@ -34,6 +34,8 @@ app.command("prune")(prune.prune)
 app.command("export")(export.export)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("inspect")(inspect.inspect)
 
 

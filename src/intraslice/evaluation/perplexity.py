@@ -77,7 +77,7 @@ def measure_perplexity(
         RecipeError: seqlen or windows is out of range for the model.
         NumericalError: the model's outputs are not finite.
     """
-    num_windows = _check(model, tokens, seqlen, windows)
+    num_windows = check_windows(model.config, tokens, seqlen, windows)
     blocks = tokens[: num_windows * seqlen].view(num_windows, seqlen)  # [W, T]
     total = 0.0
     start = time.perf_counter()
@@ -103,12 +103,18 @@ def measure_perplexity(
     )
 
 
-def _check(model: PreTrainedModel, tokens: Tensor, seqlen: int, windows: int | None) -> int:
+def check_windows(config: Any, tokens: Tensor, seqlen: int, windows: int | None) -> int:
+    """Return how many windows of a token stream [N] are measured.
+
+    Raises:
+        CalibrationError: the stream holds no whole window, or ids outside the vocabulary.
+        RecipeError: seqlen or windows is out of range for the model.
+    """
     if seqlen < 2:
         raise RecipeError(f"seqlen must be at least 2, got {seqlen}.")
     if windows is not None and windows < 1:
         raise RecipeError(f"windows must be at least 1, got {windows}.")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and seqlen > limit:
         raise RecipeError(f"seqlen {seqlen} is beyond the {limit} positions of the model; use --seqlen {limit}.")
     available = tokens.numel() // seqlen
@@ -118,9 +124,9 @@ def _check(model: PreTrainedModel, tokens: Tensor, seqlen: int, windows: int | N
             "give a longer text or a smaller --seqlen."
         )
     largest = int(tokens.max())
-    if largest >= model.config.vocab_size:
+    if largest >= config.vocab_size:
         raise CalibrationError(
-            f"token id {largest} is outside the vocabulary of {model.config.vocab_size}; "
+            f"token id {largest} is outside the vocabulary of {config.vocab_size}; "
             "the tokenizer does not belong to the model."
         )
     return available if windows is None else min(available, windows)

@@ -1,0 +1,37 @@
+"""`intraslice report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intraslice.cli.console import print_line
+
+
+def report(
+    results: Annotated[
+        list[str],
+        typer.Argument(metavar="RESULT...", help="Folders of comparisons or pruned checkpoints, or their .json files."),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="The page to write.")],
+    table: Annotated[
+        Path | None, typer.Option(metavar="FILE.md", help="Also write the table, as Markdown (or .csv, .json).")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Make the report from results that exist, without measuring anything."""
+    from intraslice.checkpoint.writer import write_text
+    from intraslice.comparison.merge import merge_results
+    from intraslice.comparison.tables import table_text
+    from intraslice.report import render_report
+
+    document = merge_results(results)
+    page = render_report(document)
+    rows = None if table is None else table_text(document, table.suffix)
+    write_text(output.expanduser(), page)
+    print_line(f"report        {output} ({len(document['cells'])} cells)")
+    if table is not None and rows is not None:
+        write_text(table.expanduser(), rows)
+        print_line(f"table         {table}")

@@ -1,0 +1,179 @@
+"""The document of a comparison: what comparison.json holds, and tables and report read. Plain JSON types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from intraslice.comparison.cells import PERPLEXITY, PRUNE, RANK, SPEED, TASK, Facts, TextFacts, Work, calibration_name
+from intraslice.comparison.spec import ComparisonSpec
+
+FORMAT = 1
+_SPEEDS = (
+    "prefill_tokens_per_second",
+    "decode_tokens_per_second",
+    "kv_cache_bytes_per_token",
+    "peak_memory_bytes",
+)
+
+
+def build_cell(work: Work, parts: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+    """Return a finished cell.
+
+    Args:
+        work: the cell.
+        parts: results by the name of the part.
+        facts: of its model.
+    """
+    perplexity = parts[PERPLEXITY]["perplexity"]
+    tasks = {
+        name.removeprefix(TASK): result["tasks"][name.removeprefix(TASK)]
+        for name, result in parts.items()
+        if name.startswith(TASK)
+    }
+    scores = [task_score(task) for task in tasks.values()]
+    return {
+        **_names(work),
+        **(_dense_fields(facts) if work.cell.recipe is None else pruned_fields(parts[PRUNE])),
+        # JSON knows no infinity.
+        "perplexity": perplexity if math.isfinite(perplexity) else None,
+        "tasks": tasks or None,
+        "average": sum(scores) / len(scores) if scores else None,
+        "speed": _speed(parts[SPEED]) if SPEED in parts else None,
+        "effective_rank": parts.get(RANK),
+    }
+
+
+def failed_cell(work: Work, sentence: str) -> dict[str, Any]:
+    """Return a cell that could not be made: every number is null, and `error` says why."""
+    fields = ("sparsity", "parameters", "layer_parameters", "weight_bytes", "perplexity", "tasks", "average", "speed")
+    empty = dict.fromkeys((*fields, "prune", "effective_rank"))
+    return {**_names(work), **empty, "layers": [], "error": sentence}
+
+
+def _names(work: Work) -> dict[str, Any]:
+    cell = work.cell
+    return {
+        "key": work.key,
+        "model": cell.name,
+        "label": cell.label,
+        "method": cell.method,
+        "options": cell.options,
+        "sweep": cell.sweep,
+        "asked": cell.asked,
+    }
+
+
+def pruned_fields(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the content of a result.json says about a cell."""
+    return {
+        "sparsity": result["sparsity"],
+        "parameters": result["pruned_parameters"],
+        "layer_parameters": result["pruned_layer_parameters"],
+        "weight_bytes": result["pruned_bytes"],
+        "prune": {"seconds": result["seconds"], "peak_memory_bytes": result["peak_memory_bytes"]},
+        "layers": [_layer(layer) for layer in result["layers"]],
+    }
+
+
+def _dense_fields(facts: Facts) -> dict[str, Any]:
+    info = facts.info
+    return {
+        "sparsity": 0.0,
+        "parameters": info["num_parameters"],
+        "layer_parameters": info["layer_parameters"],
+        "weight_bytes": info["weight_bytes"],
+        "prune": None,
+        "layers": [_layer(layer) for layer in info["layers"]],
+    }
+
+
+def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
+    shape = layer["shape"]
+    return {
+        "num_attention_heads": sum(shape["heads_per_kv"]),
+        "num_key_value_heads": len(shape["heads_per_kv"]),
+        **{name: shape[name] for name in ("qk_head_dim", "v_head_dim", "intermediate_size")},
+        "num_parameters": layer["num_parameters"],
+        "attention_error": layer["attention_error"],
+        "ffn_error": layer["ffn_error"],
+    }
+
+
+def task_score(task: Mapping[str, Any]) -> float:
+    """Return the accuracy that averages are made of: acc_norm where the task has it, as in the paper."""
+    return task["acc"] if task["acc_norm"] is None else task["acc_norm"]
+
+
+def _speed(result: Mapping[str, Any]) -> dict[str, Any]:
+    ratio = result["ratio"]
+    return {
+        **{name: result["model"][name] for name in _SPEEDS},
+        "prefill_speedup": ratio.get("prefill_tokens_per_second", 1.0),
+        "decode_speedup": ratio.get("decode_tokens_per_second", 1.0),
+    }
+
+
+def build_protocol(
+    spec: ComparisonSpec,
+    names: Mapping[str, str],
+    facts: Mapping[str, Facts],
+    texts: TextFacts,
+    machine: Mapping[str, Any],
+    versions: Mapping[str, str],
+    speed_options: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return how everything is measured; `models` and `tokens` hold fingerprints by the model's short name."""
+    shared = spec.calibration
+    tokens = {names[model]: found.calibrations[calibration_name(shared)] for model, found in facts.items()}
+    evaluation = spec.evaluation
+    tasks = None
+    if spec.tasks is not None:
+        tasks = {"names": spec.tasks.names, "limit": spec.tasks.limit, "data": texts.tasks}
+        tasks["lm_eval"] = versions["lm_eval"]
+    return {
+        "calibration": {
+            "source": _source_name(shared.source),
+            "num_samples": shared.num_samples,
+            "seqlen": shared.seqlen,
+            "seed": shared.seed,
+            "fingerprint": texts.calibration,
+            "tokens": tokens,
+        },
+        "text": {
+            "name": _source_name(evaluation.text),
+            "fingerprint": texts.evaluation,
+            "seqlen": evaluation.seqlen,
+            "windows": evaluation.windows,
+            "dtype": evaluation.dtype,
+        },
+        "tasks": tasks,
+        "speed": None
+        if speed_options is None
+        else {**speed_options, "device": machine["device"], "threads": machine["threads"]},
+        "machine": machine["machine"],
+        "versions": dict(versions),
+        "models": {names[model]: found.fingerprint for model, found in facts.items()},
+    }
+
+
+def build_document(
+    title: str, protocol: dict[str, Any], cells: Sequence[dict[str, Any]], analysis: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the whole document."""
+    return {
+        "format": FORMAT,
+        "title": title,
+        "created": date.today().isoformat(),
+        "protocol": protocol,
+        "cells": list(cells),
+        "analysis": dict(analysis),
+    }
+
+
+def _source_name(source: str) -> str:
+    """Return the name of a text without the folders of this machine."""
+    return Path(source).name

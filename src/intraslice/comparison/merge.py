@@ -1,0 +1,205 @@
+"""Existing results as one document: comparisons, and checkpoints that were pruned one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from intraslice.comparison.cells import digest, short_names
+from intraslice.comparison.document import FORMAT, pruned_fields
+from intraslice.comparison.spec import DENSE
+from intraslice.comparison.tables import DOCUMENT_FILE
+from intraslice.errors import CheckpointError, ComparisonError
+from intraslice.recipe import METHODS
+from intraslice.result import RESULT_FILE
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A document and what the user calls it."""
+
+    name: str
+    document: dict[str, Any]
+
+
+def merge_results(paths: Sequence[str]) -> dict[str, Any]:
+    """Return the results as one document; a cell that is in several of them is taken once.
+
+    Args:
+        paths: folders of comparisons, comparison.json files, folders of pruned checkpoints, or their result.json.
+
+    Raises:
+        CheckpointError: a path holds no result.
+        ComparisonError: the results were not measured in the same way.
+    """
+    results = [_load(path) for path in paths]
+    for index, second in enumerate(results):
+        for first in results[:index]:
+            _check_protocols(first, second)
+    documents = [result.document for result in results]
+    cells: dict[str, dict[str, Any]] = {}
+    for document in documents:
+        for cell in document["cells"]:
+            # A failed one gives way to one that worked.
+            if cell["key"] not in cells or cells[cell["key"]].get("error"):
+                cells[cell["key"]] = cell
+    titles = dict.fromkeys(document["title"] for document in documents)
+    return {
+        "format": FORMAT,
+        "title": ", ".join(titles),
+        "created": date.today().isoformat(),
+        "protocol": _merged_protocol([document["protocol"] for document in documents]),
+        "cells": _with_unique_labels(list(cells.values())),
+        "analysis": {name: found for document in documents for name, found in document["analysis"].items()},
+    }
+
+
+def _load(path: str) -> _Result:
+    given = Path(path).expanduser()
+    candidates = [given / DOCUMENT_FILE, given / RESULT_FILE] if given.is_dir() else [given]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        raise CheckpointError(
+            f"{path!r} holds no result; give a folder that `intraslice compare` or `intraslice prune` has written."
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{str(file)!r} cannot be read: {' '.join(str(error).split())}") from None
+    if isinstance(content, dict) and content.get("format") == FORMAT and "cells" in content:
+        return _Result(path, content)
+    if isinstance(content, dict) and "requested_sparsity" in content:
+        return _Result(path, _document_of_prune(content))
+    raise CheckpointError(f"{str(file)!r} is neither a comparison of format {FORMAT} nor the result of a prune.")
+
+
+def _document_of_prune(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a document with one cell, of which only what the prune itself knows is measured."""
+    name = short_names([result["model"]])[result["model"]]
+    calibration = result["calibration"]
+    cell = {
+        "key": digest([result["recipe"], calibration["fingerprint"], result["layers"]]),
+        "model": name,
+        "label": result["method"],
+        "method": result["method"],
+        "options": _options(result["recipe"]),
+        "sweep": None,
+        "asked": result["requested_sparsity"],
+        **pruned_fields(result),
+        **dict.fromkeys(("perplexity", "tasks", "average", "speed", "effective_rank")),
+    }
+    return {
+        "format": FORMAT,
+        "title": f"{name}, {result['method']}",
+        "protocol": {
+            "calibration": {
+                "source": Path(calibration["name"]).name,
+                **{field: calibration[field] for field in ("num_samples", "seqlen", "seed")},
+                "fingerprint": None,
+                "tokens": {name: calibration["fingerprint"]},
+            },
+            "text": None,
+            "tasks": None,
+            "speed": None,
+            "machine": "",
+            "versions": result["versions"],
+            "models": {},
+        },
+        "cells": [cell],
+        "analysis": {},
+    }
+
+
+def _options(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a recipe that its preset does not explain."""
+    from intraslice.recipe import Recipe, load_recipe
+
+    if recipe.get("method") not in METHODS:
+        return {}
+    flags = {name: recipe[name] for name in ("model", "method", "sparsity")}
+    plain = load_recipe(None, flags).to_dict()
+    sections = ("allocation", "attention", "ffn")
+    known = [name for name in sections if name in Recipe.model_fields]
+    return {
+        f"{section}.{name}": value
+        for section in known
+        for name, value in recipe[section].items()
+        if plain[section].get(name) != value
+    }
+
+
+def _check_protocols(first: _Result, second: _Result) -> None:
+    for field, one, other in _differences(first.document["protocol"], second.document["protocol"]):
+        raise ComparisonError(
+            f"the results {first.name!r} and {second.name!r} were not measured in the same way: {field} is {one!r} in "
+            f"the first and {other!r} in the second; compare only what was measured in one way."
+        )
+
+
+def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    # The readable fields come first: a fingerprint is named only where nothing else explains the difference.
+    fields = {
+        "calibration": ("num_samples", "seqlen", "seed"),
+        "text": ("seqlen", "windows", "dtype", "fingerprint"),
+        "tasks": ("names", "limit", "data"),
+    }
+    for section, names in fields.items():
+        one, other = first.get(section), second.get(section)
+        if one and other:
+            yield from _differing(section, one, other, names)
+    if first.get("speed") and second.get("speed"):
+        yield from _differing("speed", first["speed"], second["speed"], sorted({*first["speed"], *second["speed"]}))
+        yield from _differing("", first, second, ("machine",))
+    shown = first["calibration"], second["calibration"]
+    yield from _differing_by_model("calibration.tokens", shown[0]["tokens"], shown[1]["tokens"])
+    if all(calibration.get("fingerprint") for calibration in shown):
+        yield from _differing("calibration", *shown, ("fingerprint",))
+    yield from _differing_by_model("models", first.get("models", {}), second.get("models", {}))
+
+
+def _differing(
+    section: str, first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    for name in names:
+        if first.get(name) != second.get(name):
+            yield f"{section}.{name}".removeprefix("."), first.get(name), second.get(name)
+
+
+def _differing_by_model(
+    name: str, first: Mapping[str, str], second: Mapping[str, str]
+) -> Iterator[tuple[str, str, str]]:
+    for model in first.keys() & second.keys():
+        if first[model] != second[model]:
+            yield f"{name} of {model}", first[model][:12], second[model][:12]
+
+
+def _merged_protocol(protocols: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for protocol in protocols:
+        for name, value in protocol.items():
+            merged[name] = merged.get(name) or value
+    merged["models"] = {name: value for protocol in protocols for name, value in protocol.get("models", {}).items()}
+    tokens = {name: value for protocol in protocols for name, value in protocol["calibration"]["tokens"].items()}
+    merged["calibration"] = {**merged["calibration"], "tokens": tokens}
+    return merged
+
+
+def _with_unique_labels(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return cells in which a label means one method with one set of options."""
+    meanings: dict[str, list[str]] = {}
+    renamed = []
+    for cell in cells:
+        if cell["label"] == DENSE or cell["sweep"] is not None:
+            renamed.append(cell)
+            continue
+        known = meanings.setdefault(cell["label"], [])
+        meaning = json.dumps([cell["method"], cell["options"]], sort_keys=True)
+        if meaning not in known:
+            known.append(meaning)
+        number = known.index(meaning) + 1
+        renamed.append(cell if number == 1 else {**cell, "label": f"{cell['label']} ({number})"})
+    return renamed

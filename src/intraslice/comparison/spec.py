@@ -1,0 +1,292 @@
+"""The YAML file of a comparison, checked whole before anything runs and before torch is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from intraslice.errors import RecipeError, nearest
+from intraslice.recipe import METHODS, CalibrationOptions, Recipe, load_recipe
+from intraslice.text import check_source
+
+DENSE = "dense"
+_TEXT_FILES = (".txt", ".jsonl", ".parquet")
+_OWN_FIELDS = ("model", "revision", "output", "method", "sparsity")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Variant(_Section):
+    """One row name of the table.
+
+    Attributes:
+        label: its name in the table; that of the method unless given.
+        method: name of a preset.
+        options: settings that differ from the preset, by dotted name.
+    """
+
+    label: str
+    method: str
+    options: dict[str, Any] = {}
+
+
+class Evaluation(_Section):
+    """What perplexity is measured on.
+
+    Attributes:
+        text: "builtin", a data set name (its test split) or a text file.
+        seqlen: tokens in a window.
+        windows: measure at most so many windows, from the start; None measures all.
+        text_field: the column of a .jsonl or .parquet file that holds the text.
+        dtype: to compute in: "auto" (as stored), "float32", "bfloat16" or "float16".
+    """
+
+    text: str = "builtin"
+    seqlen: int = Field(default=2048, ge=2)
+    windows: int | None = Field(default=None, ge=1)
+    text_field: str | None = None
+    dtype: str = "auto"
+
+
+class Tasks(_Section):
+    """Which zero-shot tasks are run.
+
+    Attributes:
+        names: names of lm-eval tasks.
+        task_data: folder with a .jsonl file a task; None takes the hub's data.
+        limit: measure at most so many samples of a task.
+        batch_size: requests at a time.
+    """
+
+    names: list[str] = Field(min_length=1)
+    task_data: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+
+
+class Sweep(_Section):
+    """One setting at several values; the perplexities make a section of their own.
+
+    Attributes:
+        option: dotted name of the setting; here also one of the calibration.
+        values: its values.
+        method: label of a variant, or name of a preset.
+        sparsity: the sparsity at which it is varied.
+    """
+
+    option: str
+    values: list[Any] = Field(min_length=1)
+    method: str = "intraslice"
+    sparsity: float
+
+
+class ComparisonSpec(_Section):
+    """A comparison, as it stands in its YAML file; paths are absolute.
+
+    Attributes:
+        title: of the table and the report.
+        models: hub ids, folders, .gguf files or built-in names.
+        methods: presets by name, or with a label and options.
+        sparsities: what is asked of each method.
+        calibration: the text that all variants of a model share.
+        evaluation: the text that perplexity is measured on.
+        tasks: zero-shot tasks; None runs none.
+        speed: options of the benchmark; None measures no speed.
+        options: settings that all variants share, by dotted name.
+        sweeps: settings at several values.
+        analysis: measure spectra of the dense models and the effective rank of the layer outputs.
+        keep_checkpoints: keep the pruned models; each is deleted after its last measurement otherwise.
+    """
+
+    title: str = "Comparison"
+    models: list[str] = Field(min_length=1)
+    methods: list[Variant] = Field(min_length=1)
+    sparsities: list[float] = Field(min_length=1)
+    calibration: CalibrationOptions = CalibrationOptions()
+    evaluation: Evaluation = Evaluation()
+    tasks: Tasks | None = None
+    speed: dict[str, Any] | None = None
+    options: dict[str, Any] = {}
+    sweeps: list[Sweep] = []
+    analysis: bool = False
+    keep_checkpoints: bool = False
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _complete(cls, methods: Any) -> Any:
+        """Give each variant a label and a method."""
+        if not isinstance(methods, list):
+            return methods
+        pairs = [{"method": given} if isinstance(given, str) else given for given in methods]
+        return [
+            {"label": pair.get("method", "intraslice"), "method": "intraslice", **pair}
+            if isinstance(pair, dict)
+            else pair
+            for pair in pairs
+        ]
+
+    def variant(self, name: str) -> Variant:
+        """Return the variant with a label, or the plain preset of that name."""
+        found = [variant for variant in self.methods if variant.label == name]
+        return found[0] if found else Variant(label=name, method=name)
+
+    def recipe(self, model: str, variant: Variant, sparsity: float, swept: Mapping[str, Any] | None = None) -> Recipe:
+        """Return the checked recipe of one prune, without its output.
+
+        Raises:
+            RecipeError: a name is unknown or a value is out of range.
+        """
+        flags = {"model": model, "method": variant.method, "sparsity": sparsity}
+        flags |= {f"calibration.{name}": value for name, value in vars(self.calibration).items()}
+        settings = {**self.options, **variant.options, **(swept or {})}
+        # As texts, because these are refused with the nearest name. JSON is YAML.
+        return load_recipe(None, flags, [f"{name}={json.dumps(value)}" for name, value in settings.items()])
+
+
+def load_spec(path: str | Path) -> ComparisonSpec:
+    """Read and check the file of a comparison.
+
+    Args:
+        path: YAML file; relative paths in it are relative to its folder.
+
+    Raises:
+        RecipeError: the file cannot be read, a name is unknown, or a value is wrong or out of range.
+        CalibrationError: a text is unknown or missing.
+    """
+    content = _read(path)
+    try:
+        spec = ComparisonSpec.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{str(path)!r}: {_sentence(error)}") from None
+    spec = _with_absolute_paths(spec, Path(path).expanduser().absolute().parent)
+    _check(spec)
+    return spec
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"the comparison {str(path)!r} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the comparison {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"the comparison {str(path)!r} must hold `name: value` lines with models, methods, sparsities"
+        )
+    return content
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _fields(first["loc"][:-1])
+        return f"unknown field {name!r}; possible are {', '.join(known)}.{nearest(str(first['loc'][-1]), known)}"
+    if first["type"] == "missing":
+        return f"the field {name!r} is missing"
+    return f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+
+
+def _fields(place: tuple[int | str, ...]) -> list[str]:
+    sections: dict[Any, type[_Section]] = {
+        "methods": Variant,
+        "evaluation": Evaluation,
+        "tasks": Tasks,
+        "sweeps": Sweep,
+    }
+    if place and place[0] == "calibration":
+        return list(vars(CalibrationOptions()))
+    return list((sections[place[0]] if place else ComparisonSpec).model_fields)
+
+
+def _with_absolute_paths(spec: ComparisonSpec, base: Path) -> ComparisonSpec:
+    from dataclasses import replace
+
+    def text(source: str) -> str:
+        # A bare word is the name of a data set, so that a misspelt one gets the nearest name.
+        is_file = Path(source).suffix.lower() in _TEXT_FILES or "/" in source
+        return str(base / Path(source).expanduser()) if is_file else source
+
+    def model(name: str) -> str:
+        path = base / Path(name).expanduser()
+        # What is not there may be a hub id, unless it is written like a path.
+        return str(path) if path.exists() or name.startswith((".", "~")) or name.endswith(".gguf") else name
+
+    tasks = spec.tasks
+    if tasks is not None and tasks.task_data is not None:
+        tasks = tasks.model_copy(update={"task_data": str(base / Path(tasks.task_data).expanduser())})
+    sweeps = [
+        sweep.model_copy(update={"values": [text(str(value)) for value in sweep.values]})
+        if sweep.option == "calibration.source"
+        else sweep
+        for sweep in spec.sweeps
+    ]
+    return spec.model_copy(
+        update={
+            "models": [model(name) for name in dict.fromkeys(spec.models)],
+            "sparsities": sorted(set(spec.sparsities)),
+            "calibration": replace(spec.calibration, source=text(spec.calibration.source)),
+            "evaluation": spec.evaluation.model_copy(update={"text": text(spec.evaluation.text)}),
+            "tasks": tasks,
+            "sweeps": sweeps,
+        }
+    )
+
+
+def _check(spec: ComparisonSpec) -> None:
+    labels = [variant.label for variant in spec.methods]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise RecipeError(f"two methods are called {label!r}; give one of them another label.")
+        if label == DENSE:
+            raise RecipeError("the dense model is always measured, so no method can be called 'dense'.")
+    for variant in spec.methods:
+        _check_settings(variant.options, f"options of {variant.label!r}")
+    _check_settings(spec.options, "options")
+    swept = [value for sweep in spec.sweeps if sweep.option == "calibration.source" for value in sweep.values]
+    for source in (spec.calibration.source, spec.evaluation.text, *swept):
+        check_source(source)
+    for variant in spec.methods:
+        for sparsity in spec.sparsities:
+            spec.recipe(spec.models[0], variant, sparsity)
+    for sweep in spec.sweeps:
+        if sweep.method not in (*labels, *METHODS):
+            known = [*dict.fromkeys((*labels, *METHODS))]
+            raise RecipeError(
+                f"unknown method {sweep.method!r} of a sweep; methods are {', '.join(known)}."
+                + nearest(sweep.method, known)
+            )
+        if sweep.option in _OWN_FIELDS:
+            raise RecipeError(f"a sweep cannot vary {sweep.option!r}; list {sweep.option} values for the main table.")
+        for value in sweep.values:
+            spec.recipe(spec.models[0], spec.variant(sweep.method), sweep.sparsity, {sweep.option: value})
+
+
+def _check_settings(names: Iterable[str], where: str) -> None:
+    for name in names:
+        if name in _OWN_FIELDS:
+            raise RecipeError(f"{where} cannot set {name!r}: it is a field of the comparison itself.")
+        if name.startswith("calibration."):
+            raise RecipeError(
+                f"{where} cannot set {name!r}: all variants in a table share their calibration; set it under "
+                "`calibration`, or vary it under `sweeps`."
+            )
+
+
+def check_names(given: Iterable[str], known: list[str], where: str) -> None:
+    """Refuse a name that is not known.
+
+    Raises:
+        RecipeError: with the nearest known name.
+    """
+    for name in given:
+        if name not in known:
+            raise RecipeError(f"unknown {where} {name!r}; possible are {', '.join(known)}.{nearest(name, known)}")

@@ -1,0 +1,58 @@
+"""A small comparison, and how its jobs are run in the process of the tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from intraslice.comparison import child, run, worker
+
+SMALL: dict[str, Any] = {
+    "title": "Small",
+    "methods": ["intraslice", {"label": "whole heads", "method": "naive"}],
+    "sparsities": [0.2, 0.4],
+    "calibration": {"num_samples": 4, "seqlen": 32},
+    "evaluation": {"text": "builtin", "seqlen": 64, "windows": 2},
+    "options": {"attention.head_multiple": 2, "ffn.ffn_multiple": 1},
+}
+
+
+def use_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page has tests of its own; without its module a short text stands for it."""
+    if importlib.util.find_spec("intraslice.report") is None:
+        page = types.ModuleType("intraslice.report")
+        setattr(page, "render_report", lambda document: f"<title>{document['title']}</title>")  # noqa: B010
+        monkeypatch.setitem(sys.modules, "intraslice.report", page)
+
+
+def write_yaml(path: Path, model: Path, **changes: Any) -> Path:
+    """Write the small comparison of a model, with other or further fields."""
+    path.write_text(yaml.safe_dump({"models": [str(model)], **SMALL, **changes}))
+    return path
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Run jobs in this process, which has torch already; the returned list grows by each job."""
+    jobs: list[dict[str, Any]] = []
+
+    def run_job(job: dict[str, Any], progress: Any, keep: Any = None) -> Any:
+        jobs.append(job)
+        lines: list[str] = []
+        worker.do_job(job, lambda kind, **content: lines.append(json.dumps({"kind": kind, **content})))
+        return child.read_replies(lines, progress, keep)
+
+    monkeypatch.setattr(run, "run_job", run_job)
+    use_page(monkeypatch)
+    return jobs
+
+
+def document_of(folder: Path) -> dict[str, Any]:
+    """Read comparison.json."""
+    return json.loads((folder / "comparison.json").read_text())
