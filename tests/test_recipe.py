@@ -136,7 +136,33 @@ def test_unknown_option_has_nearest_match(sets: str, expected: str):
     assert f"Did you mean {expected}?" in message(sets=(sets,))
 
 
+@pytest.mark.parametrize(
+    ("sets", "expected"),
+    [
+        ("attention.score=pearsn", "'pearson'"),
+        ("ffn.score=magnitud", "'magnitude'"),
+        ("ffn.repair=affin", "'affine'"),
+        ("attention.repair=riddge", "'ridge'"),
+        ("allocation.name=fluctuations", "'fluctuation'"),
+        ("attention.basis=channel", "'channels'"),
+    ],
+)
+def test_unknown_values_of_a_choice_have_nearest_match(sets: str, expected: str):
+    text = message(sets=(sets,))
+    assert sets.split("=")[0] in text and f"Did you mean {expected}?" in text
+
+
+@pytest.mark.parametrize("method", ["wanda-sp", "flap", "slimllm", "transact", "sobp"])
+def test_methods_that_rank_no_mask_gradients_know_one_target(method: str):
+    text = message({"method": method, "target": "vllm"})
+    assert method in text and "--target transformers" in text
+    options = load_recipe(None, {**BASE, "method": method}).method_options()
+    # Their budget and target must not follow the defaults of the default method.
+    assert (options.attention.target, options.ffn.target) == ("block", "block")
+
+
 def test_unknown_method_has_nearest_match():
+    assert "Did you mean 'slimllm'?" in message({"method": "slimlm"})
     assert "Did you mean 'intraslice'?" in message({"method": "intraslce"})
 
 

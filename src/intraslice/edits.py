@@ -67,6 +67,7 @@ class QKEdit:
         width: r, kept dimensions of a query/key head; the second half uses the same for the value, p = r.
         rope_pairs: int64 [K', r / 2] kept RoPE pairs of each kept kv head; None without RoPE or when r = d.
         query_basis, key_basis: [K', d, r] dense bases; None with RoPE or when r = d.
+        v_channels: int64 [K', p] kept channels of each value head; None leaves the choice to the second half.
     """
 
     heads: tuple[int, ...]
@@ -74,6 +75,7 @@ class QKEdit:
     rope_pairs: Tensor | None = None
     query_basis: Tensor | None = None
     key_basis: Tensor | None = None
+    v_channels: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +85,12 @@ class ValueEdit:
     Attributes:
         v_basis: Q_2, [K', d, p]; a head's context is multiplied by it.
         o_weight: new o_proj [D, H' * p], which includes the reconstruction of Eq. 6.
+        o_bias: [D], added to the bias of o_proj; None adds nothing.
     """
 
     v_basis: Tensor
     o_weight: Tensor
+    o_bias: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +101,20 @@ class FFNEdit:
         channels: int64 [F'] kept channels, or None when the maps are dense.
         up_map, gate_map: Q_c, [F, F'] dense maps of the pre-activations (IterPCA), or None.
         down_weight: new down_proj [D, F'], which includes the reconstruction of Eq. 8.
+        down_bias: [D], added to the bias of down_proj; None adds nothing.
     """
 
     channels: Tensor | None
     up_map: Tensor | None
     gate_map: Tensor | None
     down_weight: Tensor
+    down_bias: Tensor | None = None
+
+
+def _sum(bias: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if bias is None or more is None:
+        return bias if more is None else more
+    return (bias.double() + more).to(bias.dtype)
 
 
 def fuse_qk(
@@ -175,7 +187,7 @@ def fuse_value(weights: AttentionWeights, edit: ValueEdit) -> AttentionWeights:
         q_bias=weights.q_bias,
         k_bias=weights.k_bias,
         v_bias=None if weights.v_bias is None else torch.einsum("kdp,kd->kp", basis, weights.v_bias),
-        o_bias=weights.o_bias,
+        o_bias=_sum(weights.o_bias, edit.o_bias),
     )
 
 
@@ -199,15 +211,18 @@ def fuse_ffn(weights: FFNWeights, edit: FFNEdit) -> FFNWeights:
         down=edit.down_weight.to(weights.down.dtype),
         up_bias=mapped(weights.up_bias, edit.up_map),
         gate_bias=mapped(weights.gate_bias, edit.gate_map),
-        down_bias=weights.down_bias,
+        down_bias=_sum(weights.down_bias, edit.down_bias),
     )
 
 
-def attention_shape(per_kv: tuple[int, ...], weights: AttentionWeights, intermediate_size: int) -> LayerShape:
-    """Return the layer shape that these attention weights have."""
+def attention_shape(
+    per_kv: tuple[int, ...], weights: AttentionWeights, intermediate_size: int, output_bias: bool = False
+) -> LayerShape:
+    """Return the layer shape that these attention weights have; `output_bias` says whether an edit adds one."""
     return LayerShape(
         heads_per_kv=per_kv,
         qk_head_dim=weights.q.shape[1],
         v_head_dim=weights.v.shape[1],
         intermediate_size=intermediate_size,
+        output_bias=output_bias,
     )

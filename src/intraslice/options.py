@@ -17,10 +17,15 @@ class AllocationOptions:
     """How much each layer loses (paper section 3.3).
 
     Attributes:
-        name: "mask_gradient" ranks channels over all layers (Eq. 9-11); "uniform" gives each layer the same share.
+        name: "mask_gradient" ranks channels over all layers (Eq. 9-11); "uniform" gives each layer the same share;
+            "fluctuation" ranks whole heads and channels by standardised fluctuations (FLAP); "similarity" takes more
+            from layers whose output resembles their input (SlimLLM); "head_search" ranks whole heads and channels
+            by squared mask gradients and searches the number of heads (SoBP).
         pca_attention: rotate the mask gradients of `context` into its per-head eigenvectors (Eq. 11).
         pca_ffn: rotate the mask gradients of `act` into the eigenvectors of blocks of channels (Eq. 11).
-        ffn_bias: lambda_b; the FFN loses ffn_bias times the target sparsity, attention the rest.
+        ffn_bias: lambda_b; the FFN loses ffn_bias times the target sparsity, attention the rest. Not used by
+            "fluctuation" and "head_search", which find that split themselves.
+        similarity_scale: alpha of "similarity": layers lose in proportion to exp(alpha * cosine similarity).
         max_block_sparsity: cap on what one attention or FFN block may lose; the excess goes to other layers.
         num_ffn_blocks: into how many blocks the channels of `act` are cut for the correction.
         shapes: which shapes layers may take: "free" (the paper), "layer" (one group size a layer), "width" (also one
@@ -29,10 +34,11 @@ class AllocationOptions:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    name: Literal["mask_gradient", "uniform"] = "mask_gradient"
+    name: Literal["mask_gradient", "uniform", "fluctuation", "similarity", "head_search"] = "mask_gradient"
     pca_attention: bool = True
     pca_ffn: bool = True
     ffn_bias: float = 1.15
+    similarity_scale: float = 10.0
     max_block_sparsity: float = 0.9
     num_ffn_blocks: int = 32
     shapes: Literal["free", "layer", "width", "model"] = "free"
@@ -43,11 +49,19 @@ class AttentionOptions:
     """How one attention block is compressed (paper section 3.1, Algorithm 2).
 
     Attributes:
-        adaptive_heads: remove weak heads and shrink the others by PCA; False removes whole heads only.
+        score: what a head is worth: "energy" (Eq. 2), "norm" (structured Wanda), "fluctuation" (FLAP), "pearson"
+            (SlimLLM: what the output's correlation with itself loses, then swaps of heads), or "obs" (SoBP: the order
+            of greedy optimal-brain-surgeon elimination).
+        adaptive_heads: remove weak heads and shrink the others; False removes whole heads only.
+        keep_heads: no head goes, all become narrower (TransAct); wins over adaptive_heads.
+        basis: what narrower heads keep: "pca" (the leading directions of Algorithm 2), or "channels" of q, k and v
+            with the largest activations (TransAct).
         min_head_fraction: heads keep at least this fraction of head_dim (paper: 96 of 128); 0 switches it off.
         head_multiple: kept head dimensions are a multiple of this (even, because of RoPE pairs).
         context_multiple: query heads times their width are a multiple of this; for allocation.shapes other than "free".
-        reconstruct: ridge regression into o_proj (Eq. 6); False only drops rows.
+        repair: what happens to o_proj afterwards: "ridge" regression (Eq. 6), a "bias" that adds back the mean of what
+            is missing (FLAP), an "affine" fit of each output channel (SlimLLM), or "none". "ridge" with
+            shrink_to = "weights" and target = "block" is the optimal-brain-surgeon update (SoBP).
         damping: lambda of Eq. 6, relative to the mean diagonal of the second moment.
         shrink_to: what lambda pulls the solution towards: "weights" (what plain removal would leave), or "zero"
             (Eq. 6 to the letter).
@@ -59,11 +73,14 @@ class AttentionOptions:
 
     __pydantic_config__ = {"extra": "forbid"}
 
+    score: Literal["energy", "norm", "fluctuation", "pearson", "obs"] = "energy"
     adaptive_heads: bool = True
+    keep_heads: bool = False
+    basis: Literal["pca", "channels"] = "pca"
     min_head_fraction: float = 0.75
     head_multiple: int = 4
     context_multiple: int = 1
-    reconstruct: bool = True
+    repair: Literal["ridge", "bias", "affine", "none"] = "ridge"
     damping: float = 0.05
     shrink_to: Literal["weights", "zero"] = "weights"
     target: Literal["block", "model"] = "model"
@@ -75,7 +92,10 @@ class FFNOptions:
     """How one FFN block is compressed (paper section 3.2, Algorithm 3).
 
     Attributes:
-        reconstruct: ridge regression into down_proj (Eq. 8); False only drops columns.
+        score: what a channel is worth: "energy" (section 3.2), "norm" (structured Wanda), "magnitude" (TransAct),
+            "fluctuation" (FLAP), "feature" (SlimLLM: in the directions in which the output varies), or "obs" (SoBP: the
+            order of greedy optimal-brain-surgeon elimination).
+        repair: what happens to down_proj: "ridge" (Eq. 8), "bias", "affine" or "none", as for attention.
         damping: lambda of Eq. 8, relative to the mean diagonal of the second moment.
         shrink_to: "weights" or "zero", as for attention.
         target: "block" or "model", as for attention.
@@ -90,7 +110,8 @@ class FFNOptions:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    reconstruct: bool = True
+    score: Literal["energy", "norm", "magnitude", "fluctuation", "feature", "obs"] = "energy"
+    repair: Literal["ridge", "bias", "affine", "none"] = "ridge"
     damping: float = 0.1
     shrink_to: Literal["weights", "zero"] = "weights"
     target: Literal["block", "model"] = "model"

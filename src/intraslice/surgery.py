@@ -18,7 +18,9 @@ def _fill(linear: nn.Linear, parts: list[tuple[Tensor, Tensor | None]]) -> None:
     with torch.no_grad():
         linear.weight.copy_(torch.cat([weight for weight, _ in parts]))
         if linear.bias is not None:
-            linear.bias.copy_(torch.cat([bias for _, bias in parts if bias is not None]))
+            biases = [bias for _, bias in parts if bias is not None]
+            # Without one, the shape has a bias for the sake of the other output projection of the layer.
+            linear.bias.copy_(torch.cat(biases)) if biases else linear.bias.zero_()
 
 
 def _write(module: nn.Module, slots: list[tuple[Slot, Tensor, Tensor | None]]) -> None:

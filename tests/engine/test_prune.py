@@ -111,8 +111,8 @@ def test_pruned_model_beats_removal_without_repair(family, tiny_folder, tmp_path
         folder,
         tmp_path / "b",
         allocation=uniform,
-        attention=AttentionOptions(head_multiple=2, reconstruct=False),
-        ffn=FFNOptions(ffn_multiple=1, reconstruct=False),
+        attention=AttentionOptions(head_multiple=2, repair="none"),
+        ffn=FFNOptions(ffn_multiple=1, repair="none"),
     )
     first, bare = repaired.layers[0], plain.layers[0]
     assert first.shape.heads_per_kv == bare.shape.heads_per_kv
@@ -302,8 +302,8 @@ def test_existing_output_is_kept_unless_overwrite(tiny_folder, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, tmp_path):
     """With target "model" the FFN is regressed on (dense stream after the layer) - (pruned stream before the FFN)."""
-    from intraslice.engine.hidden import HiddenStates
-    from intraslice.engine.layerwise import Streams, _context_moments, _ffn_moments
+    from intraslice.engine.hidden import HiddenStates, Streams
+    from intraslice.engine.measure import context_moments, ffn_moments
     from intraslice.engine.model import StreamedModel
     from intraslice.placement import Placement
 
@@ -324,9 +324,9 @@ def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, t
     block = model.load_layer(0)
     kwargs = model.layer_kwargs[0]
     with torch.no_grad():
-        attention = _context_moments(model, block, 0, streams, block.attention, "model")
+        attention = context_moments(model, block, 0, streams, block.attention, "model")
         middle = block.attention_step(before, kwargs)
-        ffn = _ffn_moments(model, block, 0, streams, FFNOptions(target="model"))
+        ffn = ffn_moments(model, block, 0, streams, FFNOptions(target="model"))
         pruned_middle = block.attention_step(drifted, kwargs)
         context = block.context(block.attention, block.attention_input(drifted), kwargs).flatten(0, 1)
         act = block.act(block.ffn_input(pruned_middle)).flatten(0, 1)

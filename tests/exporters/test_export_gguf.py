@@ -6,6 +6,7 @@ import builtins
 import errno
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -178,6 +179,8 @@ CASES: dict[str, tuple[str, list[LayerShape], dict[str, Any]]] = {
     "all pairs": ("llama", FREE, {}),
     "tied": ("llama", FREE, {"tie_word_embeddings": True}),
     "all biases": ("llama", FREE, {"attention_bias": True, "mlp_bias": True}),
+    "output biases of one layer": ("llama", [replace(FREE[0], output_bias=True), *FREE[1:]], {}),
+    "output biases, padded": ("qwen2", [replace(RAGGED[0], output_bias=True), RAGGED[2]], {}),
     "shared pairs": ("llama", SHARED, {"pairs": [0, 3]}),
     "shared pairs out of order": ("llama", SHARED, {"pairs": [3, 1]}),
     "shared pairs, ragged": ("llama", [shape((2, 1), 4, 3, 40), SHARED[1]], {"pairs": [1, 3]}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,19 @@ def _save(model, folder: Path) -> Path:
     return folder
 
 
-def _uniform(case: str, folder: Path, *, width: int, heads: int = 2, kv: int = 1, ffn: int = 40, **overrides) -> Path:
+def _uniform(
+    case: str, folder: Path, *, width: int, heads: int = 2, kv: int = 1, ffn: int = 40, biases=False, **overrides
+) -> Path:
     """A pruned model with one shape, whose heads share a random choice of rotary pairs."""
     dense = dense_config_of(case, **overrides)
     spec = FAMILIES[dense.model_type]
-    shape = LayerShape(heads_per_kv=(heads // kv,) * kv, qk_head_dim=width, v_head_dim=width, intermediate_size=ffn)
+    shape = LayerShape(
+        heads_per_kv=(heads // kv,) * kv,
+        qk_head_dim=width,
+        v_head_dim=width,
+        intermediate_size=ffn,
+        output_bias=biases,
+    )
     config = pruned_config(dense, spec, [shape] * dense.num_hidden_layers, method="random", recipe={})
     model = AutoModelForCausalLM.from_config(config).float().eval()
     randomise(model)
@@ -68,6 +77,37 @@ def test_a_stock_export_is_the_same_model(tmp_path: Path, case: str, width: int)
     assert (config["rope_scaling"] is None) == (config["rope_parameters"].get("rope_type", "default") == "default")
     assert not list((tmp_path / "stock").glob("*.py"))
     torch.testing.assert_close(_logits(tmp_path / "stock"), _logits(source), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("case", "width"), [("llama-mha", 6), ("llama-mha", 8), ("llama-gqa-biases", 8)])
+def test_output_biases_become_those_of_the_stock_class(tmp_path: Path, case: str, width: int):
+    source = _uniform(case, tmp_path / "pruned", width=width, biases=True)
+    _export(source, "stock", tmp_path / "stock")
+    config = AutoConfig.from_pretrained(tmp_path / "stock")
+    assert (config.model_type, config.attention_bias, config.mlp_bias) == ("llama", True, True)
+    torch.testing.assert_close(_logits(tmp_path / "stock"), _logits(source), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("to", "case"), [("stock", "mistral-mha"), ("padded", "qwen2-gqa"), ("padded", "phi3-mha")])
+def test_output_biases_that_a_class_has_no_place_for_are_refused(tmp_path: Path, to: str, case: str):
+    source = _uniform(case, tmp_path / "pruned", width=8, biases=True)
+    with pytest.raises(UnsupportedModelError, match="biases on o_proj and down_proj.*no place") as caught:
+        _export(source, to, tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", ["llama-mha", "opt", "opt-no-bias"])
+def test_padding_keeps_output_biases_of_single_layers(tmp_path: Path, case: str):
+    dense = dense_config_of(case)
+    spec = FAMILIES[dense.model_type]
+    full = dense_shape(dense, spec)
+    small = replace(full, heads_per_kv=(1,), intermediate_size=40, output_bias=True)
+    shapes = [small, full, replace(full, intermediate_size=9)]
+    model = AutoModelForCausalLM.from_config(pruned_config(dense, spec, shapes, method="random", recipe={}))
+    randomise(model.float().eval())
+    source = _save(model, tmp_path / "pruned")
+    _export(source, "padded", tmp_path / "padded")
+    torch.testing.assert_close(_logits(tmp_path / "padded"), _logits(source), atol=1e-4, rtol=1e-4)
 
 
 def test_odd_head_counts_become_a_mistral(tmp_path: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,10 +33,42 @@ def _correlated(tokens: int, channels: int, seed: int) -> torch.Tensor:
     return _random(tokens, channels, seed=seed) @ (_random(channels, channels, seed=seed + 1) * 0.5)
 
 
+def _context_moments(x: torch.Tensor, target: torch.Tensor) -> ContextMoments:
+    return ContextMoments(
+        context=x.T @ x,
+        context_sum=x.sum(0),
+        target=x.T @ target,
+        target_sum=target.sum(0),
+        target_energy=float(target.square().sum()),
+        num_tokens=len(x),
+    )
+
+
+def _block(act: torch.Tensor, down: torch.Tensor) -> FFNMoments:
+    return block_target(act.T @ act, act.sum(0), len(act), down)
+
+
+def _stats_of_context(x: torch.Tensor) -> AttentionStats:
+    """Statistics in which only the context counts."""
+    heads = x.view(len(x), H, d)
+    nothing = torch.zeros(H, d, dtype=torch.float64)
+    return AttentionStats(
+        context=torch.einsum("nhc,nhe->hce", heads, heads),
+        context_sum=x.sum(0),
+        context_full=x.T @ x,
+        value_energy=nothing,
+        query=nothing,
+        key=nothing,
+        key_sum=nothing,
+        query_abs=nothing,
+        key_abs=nothing,
+        num_tokens=len(x),
+    )
+
+
 def test_head_scores_is_equation_2():
     x, w = _random(N, H * d), _random(D, H * d, seed=1)
-    context = torch.stack([x[:, h * d : (h + 1) * d].T @ x[:, h * d : (h + 1) * d] for h in range(H)])
-    scores = head_scores(context, w)
+    scores = head_scores(_stats_of_context(x), w, AttentionOptions())
     for h in range(H):
         explicit = sum(x[:, i].square().sum() * w[:, i].square().sum() for i in range(h * d, (h + 1) * d))
         assert float(scores[h]) == pytest.approx(float(explicit), rel=1e-12)
@@ -53,7 +87,7 @@ def test_solve_value_is_pca_and_ridge_of_explicit_activations():
     per_kv, p = (2, 1), 5
     x = _correlated(N, 3 * d, seed=3)
     target = x @ _random(3 * d, D, seed=5) + 0.1 * _random(N, D, seed=6)
-    moments = ContextMoments(context=x.T @ x, target=x.T @ target, target_energy=float(target.square().sum()))
+    moments = _context_moments(x, target)
     edit, error = solve_value(
         torch.zeros(D, 3 * d), per_kv, p, moments, AttentionOptions(damping=0.01, shrink_to="zero")
     )
@@ -75,8 +109,8 @@ def test_solve_value_is_pca_and_ridge_of_explicit_activations():
 def test_solve_value_without_reconstruction_only_projects():
     x, o = _correlated(N, 2 * d, seed=3), _random(D, 2 * d, seed=4)
     target = x @ o.T
-    moments = ContextMoments(context=x.T @ x, target=x.T @ target, target_energy=float(target.square().sum()))
-    plain, plain_error = solve_value(o, (1, 1), 6, moments, AttentionOptions(reconstruct=False))
+    moments = _context_moments(x, target)
+    plain, plain_error = solve_value(o, (1, 1), 6, moments, AttentionOptions(repair="none"))
     assert torch.allclose(plain.o_weight, o @ torch.block_diag(*plain.v_basis))
     _, ridge_error = solve_value(o, (1, 1), 6, moments, AttentionOptions(damping=1e-9))
     assert ridge_error <= plain_error + 1e-12
@@ -104,6 +138,9 @@ def _stats(weights: AttentionWeights, x: torch.Tensor) -> AttentionStats:
 
     return AttentionStats(
         context=second(value),
+        context_sum=value.sum(0).flatten(),
+        context_full=None,
+        value_energy=value[:, :: H // K].square().sum(0),
         query=second(query),
         key=second(key),
         key_sum=key.sum(0),
@@ -175,18 +212,18 @@ def test_fuse_value_multiplies_the_context_by_the_basis():
 
 def test_ffn_selection_and_ridge_equal_explicit_regression():
     act, down = _correlated(N, 16, seed=0), _random(D, 16, seed=2)
-    moment = act.T @ act
-    scores = channel_scores(moment, down)
+    moments = _block(act, down)
+    scores = channel_scores(moments, down, 10, FFNOptions())
     explicit = act.square().sum(0) * down.square().sum(0)
     assert torch.allclose(scores, explicit)
-    channels = select_channels(moment, down, 10)
+    channels = select_channels(moments, down, 10, FFNOptions())
     assert set(channels.tolist()) == set(explicit.argsort(descending=True)[:10].tolist())
-    edit, error = solve_down(block_target(moment, down), down, channels, FFNOptions(damping=0.01, shrink_to="zero"))
+    edit, error = solve_down(moments, down, channels, FFNOptions(damping=0.01, shrink_to="zero"))
     target, kept = act @ down.T, act[:, channels]
     assert torch.allclose(edit.down_weight, ridge_solve(kept.T @ kept, kept.T @ target, 0.01).T, atol=1e-9)
     residual = (target - kept @ edit.down_weight.T).square().sum() / target.square().sum()
     assert error == pytest.approx(float(residual), rel=1e-8)
-    _, plain_error = solve_down(block_target(moment, down), down, channels, FFNOptions(reconstruct=False))
+    _, plain_error = solve_down(moments, down, channels, FFNOptions(repair="none"))
     assert error <= plain_error
 
 
@@ -194,7 +231,7 @@ def test_ffn_against_another_target_is_the_regression_on_that_target():
     act, down = _correlated(N, 16, seed=0), _random(D, 16, seed=2)
     target = act @ down.T + _random(N, D, seed=3)
     energy = float(target.square().sum())
-    moments = FFNMoments(act=act.T @ act, target=act.T @ target, target_energy=energy)
+    moments = replace(_block(act, down), target=act.T @ target, target_sum=target.sum(0), target_energy=energy)
     channels = torch.arange(3, 13)
     edit, error = solve_down(moments, down, channels, FFNOptions(damping=0.1))
     kept = act[:, channels]
@@ -205,7 +242,7 @@ def test_ffn_against_another_target_is_the_regression_on_that_target():
 
 def test_keeping_all_channels_changes_nothing():
     act, down = _correlated(N, 16, seed=0), _random(D, 16, seed=2)
-    edit, error = solve_down(block_target(act.T @ act, down), down, torch.arange(16), FFNOptions())
+    edit, error = solve_down(_block(act, down), down, torch.arange(16), FFNOptions())
     assert torch.equal(edit.down_weight, down)
     assert error == pytest.approx(0.0, abs=1e-12)
 
@@ -238,10 +275,11 @@ def test_iterate_pca_lowers_the_error_and_reports_it_truly(gated):
     gate = _random(400, 6, seed=2) @ basis + 0.05 * _random(400, 32, seed=3) if gated else None
     replay = _Replay(up, gate, _random(D, 32, seed=7))
     act = replay.activation(up) if gate is None else replay.activation(gate) * up
-    down, moment = _random(D, 32, seed=7), act.T @ act
+    down = _random(D, 32, seed=7)
+    moments = _block(act, down)
     options = FFNOptions(iter_pca_rounds=2, iter_pca_steps=40, iter_pca_lr=1e-2, damping=1e-4)
-    start, start_error = solve_down(block_target(moment, down), down, select_channels(moment, down, 12), options)
-    edit, error = iterate_pca(replay, block_target(moment, down), start, start_error, options)
+    start, start_error = solve_down(moments, down, select_channels(moments, down, 12, options), options)
+    edit, error = iterate_pca(replay, moments, start, start_error, options)
     assert error < (0.999 if gated else 0.95) * start_error
     assert edit.channels is None and edit.up_map is not None
     compressed = (
@@ -258,8 +296,9 @@ def test_iterate_pca_never_returns_something_worse():
     act = _random(100, 8)
     replay = _Replay(act, None, _random(D, 8, seed=1))
     dense = replay.activation(act)
-    moment, down = dense.T @ dense, _random(D, 8, seed=1)
+    down = _random(D, 8, seed=1)
+    moments = _block(dense, down)
     options = FFNOptions(iter_pca_lr=50.0, iter_pca_steps=3)  # a step size that destroys the maps
-    start, start_error = solve_down(block_target(moment, down), down, select_channels(moment, down, 6), options)
-    edit, error = iterate_pca(replay, block_target(moment, down), start, start_error, options)
+    start, start_error = solve_down(moments, down, select_channels(moments, down, 6, options), options)
+    edit, error = iterate_pca(replay, moments, start, start_error, options)
     assert edit is start and error == start_error

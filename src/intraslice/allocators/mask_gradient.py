@@ -85,6 +85,43 @@ def keep_fractions(importance: Sequence[Tensor], sizes: Sequence[int], sparsity:
     return result
 
 
+def allocate_by_head_search(
+    scores: MaskScores, sizes: BlockSizes, sparsity: float, options: AllocationOptions
+) -> Allocation:
+    """Rank whole heads and channels by squared mask gradients and search the number of heads: SoBP's first stage.
+
+    For each number of heads that the model may keep, the best heads stay, and the best channels that fit in the rest
+    of the budget; the number that keeps most importance wins. A mask on a head has the sum of its channels' gradients.
+    """
+    heads = [
+        channel_importance(grad.view(len(grad), len(moment), -1).sum(2), None)
+        for grad, moment in zip(scores.context_grad, scores.context_moment, strict=True)
+    ]
+    channels = [channel_importance(grad, None) for grad in scores.act_grad]
+    ranked_heads, ranked_channels = (
+        torch.cat([torch.zeros(1, dtype=torch.float64), torch.cat(list(units)).sort(descending=True).values.cumsum(0)])
+        for units in (heads, channels)
+    )
+    total_attention, total_ffn = sum(sizes.attention), sum(sizes.ffn)
+    budget = (1.0 - sparsity) * (total_attention + total_ffn)
+    cap = options.max_block_sparsity
+    best = None
+    for count in range(len(ranked_heads)):
+        attention = count / (len(ranked_heads) - 1)
+        ffn = (budget - attention * total_attention) / total_ffn
+        if not (1.0 - cap - 1e-9 <= attention and 1.0 - cap - 1e-9 <= ffn <= 1.0 + 1e-9):
+            continue
+        value = float(ranked_heads[count] + ranked_channels[int(ffn * (len(ranked_channels) - 1))])
+        if best is None or value > best[0]:
+            best = (value, 1.0 - attention, 1.0 - ffn)
+    # No whole number of heads leaves the FFN a possible rest: both lose the same.
+    _, attention, ffn = best or (0.0, sparsity, sparsity)
+    return Allocation(
+        tuple(keep_fractions(heads, sizes.attention, attention, cap)),
+        tuple(keep_fractions(channels, sizes.ffn, ffn, cap)),
+    )
+
+
 def allocate_by_mask_gradient(
     scores: MaskScores, sizes: BlockSizes, sparsity: float, options: AllocationOptions
 ) -> Allocation:

@@ -6,10 +6,13 @@ Shapes: N sequences, T tokens a sequence, D hidden_size.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from intraslice.engine.model import StreamedModel
 
 
 class HiddenStates:
@@ -60,3 +63,33 @@ class HiddenStates:
     def write(self, part: slice, states_BTD: Tensor) -> None:
         """Overwrite the states of some sequences."""
         self._states[part].copy_(states_BTD)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Hidden states of all calibration tokens at the input of a layer; each layer overwrites them with its outputs.
+
+    Attributes:
+        pruned: as the layers pruned before give them.
+        dense: as the dense model has them; None when no block is repaired against the dense model: all blocks are
+            then repaired against their own dense output.
+    """
+
+    pruned: HiddenStates
+    dense: HiddenStates | None
+
+
+def embedded_states(model: StreamedModel, tokens_NT: Tensor, batch: int, path: Path | None) -> HiddenStates:
+    """Return the hidden states of all tokens at the input of the first layer.
+
+    Args:
+        model: the streamed model, before its embeddings are released.
+        tokens_NT: token ids, [N, T].
+        batch: sequences in one batch.
+        path: file to keep the states in; None keeps them in memory.
+    """
+    shape = (tokens_NT.shape[0], tokens_NT.shape[1], model.config.hidden_size)
+    hidden = HiddenStates(shape, model.placement.compute_dtype, batch, model.placement.device, path)
+    for part in hidden.slices():
+        hidden.write(part, model.embed(tokens_NT[part]))
+    return hidden

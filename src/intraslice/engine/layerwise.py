@@ -13,18 +13,17 @@ import torch
 from torch import Tensor
 
 from intraslice.blocks import DecoderBlock, read_attention, read_ffn
-from intraslice.compressors.attention import AttentionStats, ContextMoments, choose_qk, solve_value
-from intraslice.compressors.ffn import FFNMoments, block_target, select_channels, solve_down
+from intraslice.compressors.attention import choose_qk, needs_all_heads, solve_value
+from intraslice.compressors.ffn import FFNMoments, select_channels, solve_down
 from intraslice.compressors.iter_pca import iterate_pca
 from intraslice.edits import attention_shape, fuse_ffn, fuse_qk, fuse_value
-from intraslice.engine.hidden import HiddenStates
+from intraslice.engine.hidden import HiddenStates, Streams
+from intraslice.engine.measure import attention_stats, context_moments, ffn_moments, without_bias
 from intraslice.engine.model import StreamedModel
 from intraslice.errors import NumericalError
 from intraslice.options import AttentionOptions, FFNOptions
 from intraslice.runtime.configuration_intraslice import LayerShape
-from intraslice.runtime.modeling_intraslice import PrunedAttention
 from intraslice.selection import HeadPlan, round_to_multiple
-from intraslice.stats import BlockSecondMoment, SecondMoment, Sum
 from intraslice.surgery import write_attention, write_ffn
 
 
@@ -65,20 +64,6 @@ class PrunedLayer:
     leftover: float
 
 
-@dataclass(frozen=True)
-class Streams:
-    """Hidden states of all calibration tokens at the input of a layer; each layer overwrites them with its outputs.
-
-    Attributes:
-        pruned: as the layers pruned before give them.
-        dense: as the dense model has them; None when no block is repaired against the dense model: all blocks are
-            then repaired against their own dense output.
-    """
-
-    pruned: HiddenStates
-    dense: HiddenStates | None
-
-
 @torch.no_grad()
 def prune_layer(
     model: StreamedModel,
@@ -105,7 +90,7 @@ def prune_layer(
     """
     try:
         attention = _prune_attention(model, block, index, streams, budget, attention_options)
-        moments = _ffn_moments(model, block, index, streams, ffn_options)
+        moments = ffn_moments(model, block, index, streams, ffn_options)
         spent = _attention_cost(model, attention.shape)
         keep = _channels_to_keep(model, budget.ffn + budget.attention - spent, ffn_options.ffn_multiple)
         ffn_error = _prune_ffn(
@@ -114,7 +99,7 @@ def prune_layer(
         _advance_ffn(block, streams.pruned)
     except NumericalError as error:
         raise NumericalError(f"layer {index}: {error}") from error
-    shape = replace(attention.shape, intermediate_size=keep)
+    shape = block.attention.shape
     total = model.spec.num_parameters(shape, model.config.hidden_size)
     return PrunedLayer(shape, attention.heads, attention.error, ffn_error, budget.attention + budget.ffn - total)
 
@@ -144,129 +129,23 @@ def _prune_attention(
 ) -> _PrunedAttentionBlock:
     dense = block.attention
     weights = read_attention(block, model.dense_shape)
-    stats = _attention_stats(model, block, index, streams.pruned)
+    stats = attention_stats(model, block, index, streams.pruned, needs_all_heads(options))
     pairs = model.pairs_to_channels
     edit = choose_qk(weights, stats, budget.attention, options, pairs, budget.heads, budget.rope_pairs)
     trial, per_kv = fuse_qk(weights, edit, pairs)
     ffn_width = model.dense_shape.intermediate_size
     write_attention(block, model.config, index, attention_shape(per_kv, trial, ffn_width), trial, edit.rope_pairs)
-    moments = _context_moments(model, block, index, streams, dense, options.target)
+    moments = context_moments(model, block, index, streams, dense, options.target)
     dense_dims = model.dense_shape.num_attention_heads * model.dense_shape.qk_head_dim
     whole = len(edit.heads) * edit.width == dense_dims
-    value_edit, error = solve_value(trial.o, per_kv, edit.width, moments, options, whole=whole)
+    value_edit, error = solve_value(
+        trial.o, per_kv, edit.width, moments, options, v_channels=edit.v_channels, whole=whole
+    )
     fused = fuse_value(trial, value_edit)
-    shape = attention_shape(per_kv, fused, ffn_width)
+    shape = attention_shape(per_kv, fused, ffn_width, output_bias=value_edit.o_bias is not None)
     write_attention(block, model.config, index, shape, fused, edit.rope_pairs)
     _round_to_saved(model, block.attention)
     return _PrunedAttentionBlock(shape, edit.heads, error)
-
-
-def _attention_stats(model: StreamedModel, block: DecoderBlock, index: int, hidden: HiddenStates) -> AttentionStats:
-    shape, kwargs = model.dense_shape, model.layer_kwargs[index]
-    device, dtype = model.placement.device, model.placement.stat_dtype
-    num_heads, num_kv = shape.num_attention_heads, shape.num_key_value_heads
-    qk, v = shape.qk_head_dim, shape.v_head_dim
-    context_moment = BlockSecondMoment(num_heads, v, device, dtype)
-    query_moment = BlockSecondMoment(num_heads, qk, device, dtype)
-    key_moment = BlockSecondMoment(num_kv, qk, device, dtype)
-    key_sum, key_abs = (Sum(num_kv, qk, device=device, dtype=dtype) for _ in range(2))
-    query_abs = Sum(num_heads, qk, device=device, dtype=dtype)
-    num_tokens = 0
-    for part in hidden.slices():
-        states = hidden.read(part)
-        query, key, value = block.attention.project(block.attention_input(states), kwargs.get("position_embeddings"))
-        context, _ = block.attention.attend(query, key, value, kwargs.get("attention_mask"))
-        context_moment.update(context.flatten(0, 1))
-        query_abs.update(query.abs().sum((0, 2)))
-        key_abs.update(key.abs().sum((0, 2)))
-        if not model.spec.rope:
-            key_sum.update(key.sum((0, 2)))
-            query_moment.update(query.transpose(1, 2).flatten(0, 1).flatten(1))
-            key_moment.update(key.transpose(1, 2).flatten(0, 1).flatten(1))
-        num_tokens += context.shape[0] * context.shape[1]
-    stats = AttentionStats(
-        context=context_moment.value,
-        query=query_moment.value,
-        key=key_moment.value,
-        key_sum=key_sum.value,
-        query_abs=query_abs.value,
-        key_abs=key_abs.value,
-        num_tokens=num_tokens,
-    )
-    if not torch.isfinite(stats.context).all() or not torch.isfinite(stats.query_abs).all():
-        raise NumericalError("the attention activations contain NaN or infinite values.")
-    return stats
-
-
-def _context_moments(
-    model: StreamedModel,
-    block: DecoderBlock,
-    index: int,
-    streams: Streams,
-    dense: PrunedAttention,
-    target: str,
-) -> ContextMoments:
-    """Measure the context of the trial attention in `block` against its target, and advance the dense stream.
-
-    The target is what the block should add to the pruned stream x: the dense block's output on x itself, or what
-    leads from x to the dense model's stream, (h + dense output on h) - x. Biases cancel or are kept as they are, so
-    both are taken without the output bias.
-    """
-    kwargs = model.layer_kwargs[index]
-    device, dtype = model.placement.device, model.placement.stat_dtype
-    context_moment = SecondMoment(block.out_projection.in_features, None, device, dtype)
-    target_moment = SecondMoment(block.out_projection.in_features, model.config.hidden_size, device, dtype)
-    energy = 0.0
-    for part in streams.pruned.slices():
-        states = streams.pruned.read(part)
-        wanted = None
-        if streams.dense is not None:
-            dense_states = streams.dense.read(part)
-            output = block.attention_output(dense, dense_states, kwargs)
-            wanted = dense_states + output - states
-            streams.dense.write(part, block.add_attention(dense_states, output))
-        if wanted is None or target == "block":
-            wanted = block.attention_output(dense, states, kwargs)
-        wanted = _without_bias(wanted, block.out_projection).flatten(0, 1)  # the trial keeps the dense bias
-        context = block.context(block.attention, block.attention_input(states), kwargs).flatten(0, 1)
-        context_moment.update(context)
-        target_moment.update(context, wanted)
-        energy += float(wanted.float().square().sum(dtype=torch.float64))
-    return ContextMoments(context=context_moment.value, target=target_moment.value, target_energy=energy)
-
-
-def _ffn_moments(
-    model: StreamedModel, block: DecoderBlock, index: int, streams: Streams, options: FFNOptions
-) -> FFNMoments:
-    """Advance the pruned stream through attention and the dense stream through the FFN; measure the dense FFN."""
-    width, hidden_size = model.dense_shape.intermediate_size, model.config.hidden_size
-    device, dtype = model.placement.device, model.placement.stat_dtype
-    moment = SecondMoment(width, None, device, dtype)
-    target_moment = SecondMoment(width, hidden_size, device, dtype)
-    energy = 0.0
-    for part in streams.pruned.slices():
-        states = block.attention_step(streams.pruned.read(part), model.layer_kwargs[index])
-        streams.pruned.write(part, states)
-        act = block.act(block.ffn_input(states)).flatten(0, 1)
-        moment.update(act)
-        if streams.dense is not None:
-            dense_states = streams.dense.read(part)
-            output = block.ffn_output(dense_states)
-            if options.target == "model":
-                wanted = _without_bias(dense_states + output - states, block.down_projection).flatten(0, 1)
-                target_moment.update(act, wanted)
-                energy += float(wanted.float().square().sum(dtype=torch.float64))
-            streams.dense.write(part, block.add_ffn(dense_states, output))
-    value = moment.value
-    if not torch.isfinite(value).all():
-        raise NumericalError("the FFN activations contain NaN or infinite values.")
-    if options.target == "block" or streams.dense is None:
-        return block_target(value, read_ffn(block, block.attention.shape).down)
-    return FFNMoments(act=value, target=target_moment.value, target_energy=energy)
-
-
-def _without_bias(output_BTD: Tensor, linear: torch.nn.Linear) -> Tensor:
-    return output_BTD if linear.bias is None else output_BTD - linear.bias
 
 
 def _advance_ffn(block: DecoderBlock, hidden: HiddenStates) -> None:
@@ -296,12 +175,13 @@ def _prune_ffn(
     options: FFNOptions,
 ) -> float:
     weights = read_ffn(block, shape)
-    channels = select_channels(moments.act, weights.down, keep)
+    channels = select_channels(moments, weights.down, keep, options)
     edit, error = solve_down(moments, weights.down, channels, options)
     if iterate and keep < shape.intermediate_size:
         replay = _Replay(block, streams, weights.down, options.target)
         edit, error = iterate_pca(replay, moments, edit, error, options)
-    write_ffn(block, model.config, index, replace(shape, intermediate_size=keep), fuse_ffn(weights, edit))
+    shape = replace(shape, intermediate_size=keep, output_bias=shape.output_bias or edit.down_bias is not None)
+    write_ffn(block, model.config, index, shape, fuse_ffn(weights, edit))
     _round_to_saved(model, block.ffn)
     return error
 
@@ -323,7 +203,7 @@ class _Replay:
             up, gate = block.preactivations(block.ffn_input(states))
             if self._target == "model" and dense is not None:
                 # The dense stream is already behind this layer.
-                wanted = _without_bias(dense.read(part) - states, block.down_projection)
+                wanted = without_bias(dense.read(part) - states, block.down_projection)
             else:
                 act = self.activation(up) if gate is None else self.activation(gate) * up
                 wanted = act @ self._down_weight.to(act).T

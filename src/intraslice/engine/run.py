@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import time
 from collections.abc import Sequence
@@ -15,23 +13,16 @@ import torch
 import transformers
 
 from intraslice import __version__
-from intraslice.allocators import (
-    Allocation,
-    BlockSizes,
-    ShapeGrid,
-    allocate_by_mask_gradient,
-    allocate_shapes,
-    allocate_uniform,
-)
+from intraslice.allocators import BlockSizes
 from intraslice.calibration import Calibration
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.writer import assemble, check_output, publish, save_side_files, write_text
-from intraslice.engine.hidden import HiddenStates
-from intraslice.engine.layerwise import LayerBudget, Streams, propagate_layer, prune_layer
+from intraslice.engine.allocation import allocate, kept_scan_path
+from intraslice.engine.hidden import HiddenStates, Streams, embedded_states
+from intraslice.engine.layerwise import LayerBudget, propagate_layer, prune_layer
 from intraslice.engine.model import StreamedModel
 from intraslice.engine.rundir import RunDir
-from intraslice.engine.scan import SCAN_VERSION, scan_mask_gradients
-from intraslice.errors import BudgetError, RecipeError
+from intraslice.errors import BudgetError
 from intraslice.model_card import render
 from intraslice.options import MethodOptions, RunOptions
 from intraslice.placement import Placement, dtype_name, matmul_precision
@@ -133,9 +124,19 @@ def prune_checkpoint(
         if work.allocation is None:
             scan_path = work.scan_path
             if run.scan_folder:
-                scan_path = _kept_scan_path(Path(run.scan_folder), identity, method)
+                scan_path = kept_scan_path(Path(run.scan_folder), identity, method)
             with matmul_precision(fast=run.matmul != "exact-gradients"):
-                work.allocation = _allocate(model, sizes, calibration, method, run, batch, scan_path, progress)
+                work.allocation = allocate(
+                    model,
+                    sizes,
+                    tokens,
+                    method,
+                    run,
+                    batch=batch,
+                    scan_path=scan_path,
+                    hidden_path=work.hidden_path,
+                    progress=progress,
+                )
             work.save()
         clock.end_phase("allocation")
         with matmul_precision(fast=run.matmul == "fast"):
@@ -213,76 +214,6 @@ def _block_sizes(model: StreamedModel) -> BlockSizes:
     return BlockSizes((total - ffn,) * model.num_layers, (ffn,) * model.num_layers)
 
 
-def _kept_scan_path(folder: Path, identity: dict[str, Any], method: MethodOptions) -> Path:
-    """Return the file of a gradient pass: named by everything that decides it, and nothing else."""
-    decides = {name: identity[name] for name in ("model", "device", "batch_tokens", "compute", "matmul")}
-    decides["tokens"] = identity["calibration"]["fingerprint"]
-    decides["num_ffn_blocks"] = method.allocation.num_ffn_blocks
-    decides["version"] = SCAN_VERSION
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    return folder / f"scan-{digest[:32]}.safetensors"
-
-
-def _allocate(
-    model: StreamedModel,
-    sizes: BlockSizes,
-    calibration: Calibration,
-    method: MethodOptions,
-    run: RunOptions,
-    batch: int,
-    scan_path: Path,
-    progress: Progress,
-) -> Allocation:
-    options = method.allocation
-    if options.shapes != "free" and options.name != "mask_gradient":
-        raise RecipeError(
-            f"allocation.shapes = {options.shapes} chooses shapes by mask gradients; it needs "
-            "allocation.name = mask_gradient."
-        )
-    # Both allocators refuse an unreachable budget; asking the cheap one first costs no gradient pass.
-    uniform = allocate_uniform(sizes, method.sparsity, options)
-    if options.name == "uniform" or method.sparsity == 0:
-        return uniform
-    grid = _shape_grid(model, method)
-    scores = scan_mask_gradients(
-        model,
-        calibration.tokens,
-        batch=batch,
-        boundary_bytes=run.boundary_bytes,
-        num_ffn_blocks=options.num_ffn_blocks,
-        save_path=scan_path,
-        progress=progress,
-    )
-    if grid is None:
-        return allocate_by_mask_gradient(scores, sizes, method.sparsity, options)
-    allocation = allocate_shapes(scores, sizes, method.sparsity, options, grid)
-    progress.note(
-        f"allocation.shapes = {options.shapes} keeps {allocation.kept_importance:.1%} of the channels' importance; "
-        f"free shapes would keep {allocation.free_importance:.1%}"
-    )
-    return allocation
-
-
-def _shape_grid(model: StreamedModel, method: MethodOptions) -> ShapeGrid | None:
-    """Return the shapes that the options allow, or None when they are free."""
-    if method.allocation.shapes == "free":
-        return None
-    attention, head_dim = method.attention, model.dense_shape.qk_head_dim
-    least = max(attention.head_multiple, attention.min_head_fraction * head_dim)
-    widths = [w for w in range(attention.head_multiple, head_dim, attention.head_multiple) if w >= least]
-    if not attention.adaptive_heads or (method.allocation.shapes != "layer" and not model.can_share_pairs):
-        widths = []
-    return ShapeGrid(
-        num_key_value_heads=model.dense_shape.num_key_value_heads,
-        hidden_size=model.config.hidden_size,
-        num_ffn_matrices=model.spec.num_ffn_matrices,
-        widths=(*widths, head_dim),
-        context_multiple=attention.context_multiple,
-        ffn_multiple=method.ffn.ffn_multiple,
-        heads_divide_hidden=method.allocation.shapes == "model" and model.heads_divide_hidden,
-    )
-
-
 def _prune_layers(
     model: StreamedModel,
     sizes: BlockSizes,
@@ -353,16 +284,7 @@ def _open_streams(
     """Return the hidden states at the input of the first layer."""
 
     def embedded(path: Path) -> HiddenStates:
-        hidden = HiddenStates(
-            (tokens.shape[0], tokens.shape[1], model.config.hidden_size),
-            model.placement.compute_dtype,
-            batch,
-            model.placement.device,
-            path if run.hidden_states == "disk" else None,
-        )
-        for part in hidden.slices():
-            hidden.write(part, model.embed(tokens[part]))
-        return hidden
+        return embedded_states(model, tokens, batch, path if run.hidden_states == "disk" else None)
 
     # Where norms come after the blocks there is no plain sum to repair: those layouts use the block's own output.
     against_model = "model" in (method.attention.target, method.ffn.target) and model.norm_first

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -54,7 +52,7 @@ def _serve(requests: IO[str], replies: IO[str]) -> None:
     replies.write(json.dumps({**loaded, "device": model.device.type}) + "\n")
     for line in requests:
         measured = bench.repetition(**json.loads(line))
-        replies.write(json.dumps({**measured, "peak_memory_bytes": _peak_memory_bytes(placement)}) + "\n")
+        replies.write(json.dumps({**measured, "peak_memory_bytes": placement.peak_memory_bytes()}) + "\n")
 
 
 def _check_length(model: PreTrainedModel, length: int) -> None:
@@ -163,19 +161,6 @@ def _cache_bytes(cache: Any, batch_size: int) -> tuple[float, int]:
             per_token += size / (batch_size * tensor.shape[-2])
             total += size
     return per_token, total
-
-
-def _peak_memory_bytes(placement: Placement) -> int:
-    if placement.device.type != "cpu":
-        return placement.peak_memory_bytes()
-    # On Linux ru_maxrss of a child starts at what its parent used at the fork; VmHWM starts anew.
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

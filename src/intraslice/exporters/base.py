@@ -132,6 +132,11 @@ class PrunedCheckpoint:
         return len(self.shapes)
 
     @property
+    def has_output_biases(self) -> bool:
+        """Whether a layer has biases on o_proj and down_proj that its family may not have."""
+        return any(shape.output_bias for shape in self.shapes)
+
+    @property
     def pair_channels(self) -> Tensor | None:
         """Channels of each rotary pair of a dense head, [d / 2, 2]; None without RoPE."""
         if not self.spec.rope:
@@ -403,6 +408,32 @@ def _head_channels(
     if (places < 0).any() or 2 * len(pairs) != width:
         raise UnsupportedModelError("the kept rotary pairs of a head are not among those of the larger shape.")
     return torch.cat([places, len(pairs) + places], dim=1)
+
+
+def with_output_biases(layer: NeutralLayer) -> NeutralLayer:
+    """Return the layer with zero biases where o_proj or down_proj has none."""
+    o, down = layer.attention.o, layer.ffn.down
+
+    def filled(bias: Tensor | None, weight: Tensor) -> Tensor:
+        return weight.new_zeros(weight.shape[0]) if bias is None else bias
+
+    return replace(
+        layer,
+        attention=replace(layer.attention, o_bias=filled(layer.attention.o_bias, o)),
+        ffn=replace(layer.ffn, down_bias=filled(layer.ffn.down_bias, down)),
+    )
+
+
+def with_all_biases(layer: NeutralLayer) -> NeutralLayer:
+    """Return the layer with zero biases where a projection has none, for classes that have all or none."""
+    layer = with_output_biases(layer)
+
+    def filled(weights: Any, names: Sequence[str]) -> Any:
+        found = {name: getattr(weights, name) for name in names if getattr(weights, name) is not None}
+        missing = [name for name in found if getattr(weights, f"{name}_bias") is None]
+        return replace(weights, **{f"{name}_bias": found[name].new_zeros(found[name].shape[:-1]) for name in missing})
+
+    return replace(layer, attention=filled(layer.attention, "qkv"), ffn=filled(layer.ffn, ("up", "gate")))
 
 
 def scale_queries(layer: NeutralLayer, factor: float) -> NeutralLayer:

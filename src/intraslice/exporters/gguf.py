@@ -30,6 +30,7 @@ from intraslice.exporters.base import (
     prompt_tokens,
     reference_logits,
     scale_queries,
+    with_output_biases,
 )
 from intraslice.exporters.gguf_plan import FilePlan, make_plan
 from intraslice.exporters.gguf_vocabulary import add_vocabulary
@@ -212,6 +213,9 @@ def _layer_tensors(checkpoint: PrunedCheckpoint, plan: FilePlan, index: int) -> 
         raise CheckpointError(
             f"layer {index} of {checkpoint.name!r} does not hold what GGUF has a place for: {different}"
         )
+    if checkpoint.has_output_biases:
+        # All layers of a file have the same tensors.
+        layer = with_output_biases(layer)
     attention, ffn = layer.attention, layer.ffn
     found: dict[str, Tensor | None] = {norms[name]: tensor for name, tensor in layer.rest.items()}
     found |= {

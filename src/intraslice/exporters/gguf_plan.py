@@ -101,6 +101,7 @@ def _fitting(shape: LayerShape, width: int) -> LayerShape:
         qk_head_dim=width,
         v_head_dim=width,
         intermediate_size=shape.intermediate_size or _SMALLEST_FFN,
+        output_bias=shape.output_bias,
     )
 
 

@@ -35,6 +35,7 @@ from intraslice.exporters.base import (
     rope_type,
     scale_queries,
     staged_folder,
+    with_all_biases,
 )
 from intraslice.placement import dtype_from_name
 from intraslice.progress import Progress
@@ -43,6 +44,8 @@ from intraslice.runtime.configuration_intraslice import LayerShape, rotary_dim
 _SHARD_BYTES = 1 << 30
 # Fields of a config that belong to one class or file.
 _NOT_CARRIED_OVER = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
+# What a config must say for biases on o_proj and down_proj; the classes of other families have no place for them.
+_BIAS_FIELDS = {"llama": {"attention_bias": True, "mlp_bias": True}, "opt": {"enable_bias": True}}
 
 
 def export_stock(
@@ -123,6 +126,8 @@ def write_stock(
                 layer = checkpoint.load_layer(index)
                 stored = layer.attention.q.dtype
                 padded = scale_queries(_padded(layer, shape, checkpoint.pair_channels, pairs), factor)
+                if checkpoint.has_output_biases:
+                    padded = with_all_biases(padded)
                 tensors = join_layer(padded, checkpoint.spec)
                 tensors = {name: tensor.to(dtype or stored) for name, tensor in tensors.items()}
                 files.append(layers / f"{index:05d}.safetensors")
@@ -180,6 +185,13 @@ def stock_config(checkpoint: PrunedCheckpoint, shape: LayerShape, pairs: Sequenc
             )
     else:
         values |= {"num_key_value_heads": shape.num_key_value_heads, "head_dim": width}
+    if checkpoint.has_output_biases:
+        if spec.name not in _BIAS_FIELDS:
+            raise UnsupportedModelError(
+                f"{checkpoint.name!r} has biases on o_proj and down_proj, for which the {spec.name} class has no "
+                "place; load it with transformers or vLLM as it is, or prune with a method whose repair adds none."
+            )
+        values |= _BIAS_FIELDS[spec.name]
     if pairs is not None:
         values["rope_parameters"] = _subset_rope(checkpoint, pairs)
     kind: Any = type(dense)

@@ -27,12 +27,14 @@ class LayerShape:
         qk_head_dim: width of a query/key head (even when the family has RoPE).
         v_head_dim: width of a value head, and of a head's part of the context.
         intermediate_size: FFN channels.
+        output_bias: o_proj and down_proj have biases, also where the family has none.
     """
 
     heads_per_kv: tuple[int, ...]
     qk_head_dim: int
     v_head_dim: int
     intermediate_size: int
+    output_bias: bool = False
 
     @property
     def num_attention_heads(self) -> int:
@@ -45,8 +47,11 @@ class LayerShape:
         return len(self.heads_per_kv)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return {**asdict(self), "heads_per_kv": list(self.heads_per_kv)}
+        """Return plain JSON types; `output_bias` only where there is one, as before there was such a field."""
+        data = {**asdict(self), "heads_per_kv": list(self.heads_per_kv)}
+        if not self.output_bias:
+            del data["output_bias"]
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerShape:

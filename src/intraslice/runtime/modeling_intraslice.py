@@ -169,7 +169,8 @@ class PrunedAttention(nn.Module):
             for slot, size in zip((spec.q, spec.k, spec.v), rows, strict=True):
                 self.add_module(slot.path, nn.Linear(hidden, size, bias=qkv_bias))
         context_dim = self.num_heads * shape.v_head_dim
-        self.add_module(spec.o.path, nn.Linear(context_dim, hidden, bias=_flag(config, spec.o_bias)))
+        o_bias = _flag(config, spec.o_bias) or shape.output_bias
+        self.add_module(spec.o.path, nn.Linear(context_dim, hidden, bias=o_bias))
 
         self.rotary_half = rotary_dim(config) // 2 if spec.rope else 0
         self.unrotated_pairs = dense_dim // 2 - self.rotary_half if spec.rope else 0
@@ -392,7 +393,8 @@ def apply_layer_shape(
 
     Its attention becomes a `PrunedAttention` (one that has the shape already is left alone), its FFN Linears
     are resized. Device and dtype stay, the meta device too. A Linear whose size does not change keeps its
-    parameters, the others hold uninitialised memory; a new `rope_index` holds the first pairs.
+    parameters, the others hold uninitialised memory; a new `rope_index` holds the first pairs, and a bias that the
+    shape adds to an output projection is zero.
 
     Args:
         layer: decoder layer of the stock class, or one that was changed by this function before.
@@ -423,6 +425,9 @@ def apply_layer_shape(
     mlp.set_submodule(spec.down.path, _resized(mlp.get_submodule(spec.down.path), hidden, ffn))
     if spec.mlp:
         mlp.intermediate_size = ffn
+    if shape.output_bias:
+        for module, slot in ((layer.get_submodule(spec.attention), spec.o), (mlp, spec.down)):
+            _add_bias(module.get_submodule(slot.path))
 
 
 def _resized(linear: Any, out_features: int, in_features: int) -> nn.Module:
@@ -433,6 +438,12 @@ def _resized(linear: Any, out_features: int, in_features: int) -> nn.Module:
     new = nn.Linear(in_features, out_features, linear.bias is not None, device="meta", dtype=weight.dtype)
     new = new.to_empty(device=weight.device) if weight.device.type != "meta" else new
     return new.requires_grad_(weight.requires_grad).train(linear.training)
+
+
+def _add_bias(linear: Any) -> None:
+    if linear.bias is None:
+        weight = linear.weight
+        linear.bias = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=weight.requires_grad)
 
 
 def _shape_layers(model: Any, config: Any) -> None:

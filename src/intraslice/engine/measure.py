@@ -1,0 +1,178 @@
+"""Measures the blocks of one decoder layer: from hidden states to the sums that the compressors read.
+
+Shapes: B sequences of a batch, T tokens, N = B * T, D hidden_size, H query heads, K kv heads, d head_dim,
+F intermediate_size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from intraslice.blocks import DecoderBlock, read_ffn
+from intraslice.compressors.attention import AttentionStats, ContextMoments
+from intraslice.compressors.ffn import FFNMoments, block_target
+from intraslice.engine.hidden import HiddenStates, Streams
+from intraslice.engine.model import StreamedModel
+from intraslice.errors import NumericalError
+from intraslice.options import FFNOptions
+from intraslice.runtime.modeling_intraslice import PrunedAttention
+from intraslice.stats import BlockSecondMoment, SecondMoment, Sum
+
+
+def attention_stats(
+    model: StreamedModel, block: DecoderBlock, index: int, hidden: HiddenStates, all_heads: bool
+) -> AttentionStats:
+    """Measure the attention of a dense layer.
+
+    Args:
+        model: the streamed model the layer belongs to.
+        block: the layer at its dense shape.
+        index: number of the layer.
+        hidden: inputs of the layer.
+        all_heads: whether the second moment over all heads is wanted.
+
+    Raises:
+        NumericalError: activations are NaN or infinite.
+    """
+    shape, kwargs = model.dense_shape, model.layer_kwargs[index]
+    device, dtype = model.placement.device, model.placement.stat_dtype
+    num_heads, num_kv = shape.num_attention_heads, shape.num_key_value_heads
+    qk, v = shape.qk_head_dim, shape.v_head_dim
+    context_moment = BlockSecondMoment(num_heads, v, device, dtype)
+    full_moment = SecondMoment(num_heads * v, None, device, dtype) if all_heads else None
+    context_sum = Sum(num_heads * v, device=device, dtype=dtype)
+    value_energy = Sum(num_kv, v, device=device, dtype=dtype)
+    query_moment = BlockSecondMoment(num_heads, qk, device, dtype)
+    key_moment = BlockSecondMoment(num_kv, qk, device, dtype)
+    key_sum, key_abs = (Sum(num_kv, qk, device=device, dtype=dtype) for _ in range(2))
+    query_abs = Sum(num_heads, qk, device=device, dtype=dtype)
+    num_tokens = 0
+    for part in hidden.slices():
+        states = hidden.read(part)
+        query, key, value = block.attention.project(block.attention_input(states), kwargs.get("position_embeddings"))
+        context, _ = block.attention.attend(query, key, value, kwargs.get("attention_mask"))
+        context_moment.update(context.flatten(0, 1))
+        if full_moment is not None:
+            full_moment.update(context.flatten(0, 1))
+        context_sum.update(context.sum((0, 1), dtype=dtype))
+        value_energy.update(value.to(dtype).square().sum((0, 2)))
+        query_abs.update(query.abs().sum((0, 2)))
+        key_abs.update(key.abs().sum((0, 2)))
+        if not model.spec.rope:
+            key_sum.update(key.sum((0, 2)))
+            query_moment.update(query.transpose(1, 2).flatten(0, 1).flatten(1))
+            key_moment.update(key.transpose(1, 2).flatten(0, 1).flatten(1))
+        num_tokens += context.shape[0] * context.shape[1]
+    stats = AttentionStats(
+        context=context_moment.value,
+        context_sum=context_sum.value,
+        context_full=None if full_moment is None else full_moment.value,
+        value_energy=value_energy.value,
+        query=query_moment.value,
+        key=key_moment.value,
+        key_sum=key_sum.value,
+        query_abs=query_abs.value,
+        key_abs=key_abs.value,
+        num_tokens=num_tokens,
+    )
+    if not torch.isfinite(stats.context).all() or not torch.isfinite(stats.query_abs).all():
+        raise NumericalError("the attention activations contain NaN or infinite values.")
+    return stats
+
+
+def context_moments(
+    model: StreamedModel,
+    block: DecoderBlock,
+    index: int,
+    streams: Streams,
+    dense: PrunedAttention,
+    target: str,
+) -> ContextMoments:
+    """Measure the context of the trial attention in `block` against its target, and advance the dense stream.
+
+    The target is what the block should add to the pruned stream x: the dense block's output on x itself, or what
+    leads from x to the dense model's stream, (h + dense output on h) - x. Biases cancel or are kept as they are, so
+    both are taken without the output bias.
+    """
+    kwargs = model.layer_kwargs[index]
+    device, dtype = model.placement.device, model.placement.stat_dtype
+    context_moment = SecondMoment(block.out_projection.in_features, None, device, dtype)
+    target_moment = SecondMoment(block.out_projection.in_features, model.config.hidden_size, device, dtype)
+    context_sum = Sum(block.out_projection.in_features, device=device, dtype=dtype)
+    target_sum = Sum(model.config.hidden_size, device=device, dtype=dtype)
+    energy = 0.0
+    for part in streams.pruned.slices():
+        states = streams.pruned.read(part)
+        wanted = None
+        if streams.dense is not None:
+            dense_states = streams.dense.read(part)
+            output = block.attention_output(dense, dense_states, kwargs)
+            wanted = dense_states + output - states
+            streams.dense.write(part, block.add_attention(dense_states, output))
+        if wanted is None or target == "block":
+            wanted = block.attention_output(dense, states, kwargs)
+        wanted = without_bias(wanted, block.out_projection).flatten(0, 1)  # the trial keeps the dense bias
+        context = block.context(block.attention, block.attention_input(states), kwargs).flatten(0, 1)
+        context_moment.update(context)
+        target_moment.update(context, wanted)
+        context_sum.update(context.sum(0, dtype=dtype))
+        target_sum.update(wanted.sum(0, dtype=dtype))
+        energy += float(wanted.float().square().sum(dtype=torch.float64))
+    return ContextMoments(
+        context=context_moment.value,
+        context_sum=context_sum.value,
+        target=target_moment.value,
+        target_sum=target_sum.value,
+        target_energy=energy,
+        num_tokens=context_moment.num_tokens,
+    )
+
+
+def ffn_moments(
+    model: StreamedModel, block: DecoderBlock, index: int, streams: Streams, options: FFNOptions
+) -> FFNMoments:
+    """Advance the pruned stream through attention and the dense stream through the FFN; measure the dense FFN.
+
+    Raises:
+        NumericalError: activations are NaN or infinite.
+    """
+    width, hidden_size = model.dense_shape.intermediate_size, model.config.hidden_size
+    device, dtype = model.placement.device, model.placement.stat_dtype
+    moment = SecondMoment(width, None, device, dtype)
+    target_moment = SecondMoment(width, hidden_size, device, dtype)
+    act_sum, target_sum = (Sum(count, device=device, dtype=dtype) for count in (width, hidden_size))
+    energy = 0.0
+    for part in streams.pruned.slices():
+        states = block.attention_step(streams.pruned.read(part), model.layer_kwargs[index])
+        streams.pruned.write(part, states)
+        act = block.act(block.ffn_input(states)).flatten(0, 1)
+        moment.update(act)
+        act_sum.update(act.sum(0, dtype=dtype))
+        if streams.dense is not None:
+            dense_states = streams.dense.read(part)
+            output = block.ffn_output(dense_states)
+            if options.target == "model":
+                wanted = without_bias(dense_states + output - states, block.down_projection).flatten(0, 1)
+                target_moment.update(act, wanted)
+                target_sum.update(wanted.sum(0, dtype=dtype))
+                energy += float(wanted.float().square().sum(dtype=torch.float64))
+            streams.dense.write(part, block.add_ffn(dense_states, output))
+    value = moment.value
+    if not torch.isfinite(value).all():
+        raise NumericalError("the FFN activations contain NaN or infinite values.")
+    if options.target == "block" or streams.dense is None:
+        return block_target(value, act_sum.value, moment.num_tokens, read_ffn(block, block.attention.shape).down)
+    return FFNMoments(
+        act=value,
+        act_sum=act_sum.value,
+        target=target_moment.value,
+        target_sum=target_sum.value,
+        target_energy=energy,
+        num_tokens=moment.num_tokens,
+    )
+
+
+def without_bias(output_BTD: Tensor, linear: torch.nn.Linear) -> Tensor:
+    """Return an output as it would be without the bias of its projection."""
+    return output_BTD if linear.bias is None else output_BTD - linear.bias

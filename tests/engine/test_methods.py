@@ -1,0 +1,223 @@
+"""The other methods through the Python interface: budget, identity, what is saved, and their formulas end to end."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import intraslice  # noqa: F401 - registers the pruned classes
+from intraslice.calibration import Calibration
+from intraslice.checkpoint.source import open_checkpoint
+from intraslice.engine.run import prune_checkpoint
+from intraslice.progress import Progress, SilentProgress
+from intraslice.recipe import load_recipe
+from intraslice.result import PruneResult
+from intraslice.runtime.configuration_intraslice import FAMILIES
+
+OTHERS = ("naive", "wanda-sp", "flap", "slimllm", "transact", "sobp")
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4},
+    "opt": {"num_attention_heads": 8, "num_hidden_layers": 4},
+}
+TOKENS = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(3))
+CALIBRATION = Calibration(
+    tokens=torch.randint(256, (4, 48), generator=torch.Generator().manual_seed(0)),
+    source="random",
+    seed=0,
+    fingerprint="random",
+)
+
+
+def prune(
+    folder: Path,
+    output: Path,
+    method: str,
+    sparsity: float = 0.3,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> PruneResult:
+    flags = {"model": str(folder), "sparsity": sparsity, "method": method}
+    sets = ["attention.head_multiple=2", "ffn.ffn_multiple=1", "run.batch_tokens=96"]
+    recipe = load_recipe(
+        None, flags, [*sets, *(f"{name.replace('__', '.')}={value}" for name, value in options.items())]
+    )
+    return prune_checkpoint(
+        open_checkpoint(str(folder)),
+        CALIBRATION,
+        method=recipe.method_options(),
+        run=recipe.run,
+        output=output,
+        overwrite=False,
+        resume=resume,
+        method_name=method,
+        recipe=recipe.to_dict(),
+        command="test",
+        progress=progress or SilentProgress(),
+    )
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(TOKENS).logits
+
+
+def projections(model: Any, spec: Any, index: int) -> dict[str, Any]:
+    layer = model.get_submodule(spec.layers)[index]
+    attention = layer.get_submodule(spec.attention)
+    mlp = layer.get_submodule(spec.mlp) if spec.mlp else layer
+    return {name: attention.get_submodule(getattr(spec, name).path) for name in "qkvo"} | {
+        name: mlp.get_submodule(getattr(spec, name).path) for name in ("up", "down")
+    }
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("method", OTHERS)
+def test_the_budget_is_met_and_what_is_saved_loads(method, family, tiny_folder, tmp_path):
+    result = prune(tiny_folder(family, **MODELS[family]), tmp_path / "out", method)
+    assert abs(result.sparsity - 0.3) <= 0.005
+    model = load(tmp_path / "out")
+    stored = sum(parameter.numel() for parameter in model.parameters())
+    assert stored == result.pruned_parameters
+    layers = model.get_submodule(FAMILIES[family].layers)
+    weights = sum(p.numel() for name, p in layers.named_parameters() if p.dim() == 2)
+    assert weights == result.pruned_layer_parameters
+    assert all(0.0 <= record.attention_error and 0.0 <= record.ffn_error for record in result.layers)
+    if method == "transact":
+        assert all(record.heads == tuple(range(8)) for record in result.layers)
+        assert all(record.shape.qk_head_dim < 4 for record in result.layers)
+    else:
+        assert all(record.shape.v_head_dim == 4 for record in result.layers)
+    if method == "slimllm":
+        assert [record.shape.intermediate_size for record in (result.layers[0], result.layers[-1])] == [64, 64]
+    if method in ("flap", "slimllm"):
+        assert any(record.shape.output_bias for record in result.layers)
+    again = tmp_path / "again"
+    model.save_pretrained(again)
+    assert torch.equal(logits(load(again)), logits(model))
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("method", OTHERS)
+def test_sparsity_zero_is_the_identity(method, family, tiny_folder, tmp_path):
+    folder = tiny_folder(family, **MODELS[family])
+    prune(folder, tmp_path / "out", method, 0.0)
+    found = load(tmp_path / "out")
+    torch.testing.assert_close(logits(found), logits(load(folder)), atol=1e-5, rtol=0)
+    assert not any(shape.output_bias for shape in found.config.layer_shapes)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("method", ["wanda-sp", "flap"])
+def test_whole_heads_and_channels_are_a_masked_dense_model_with_biases(method, family, tiny_folder, tmp_path):
+    """Nothing but biases is repaired, and the biases of the first layer are the means of what was dropped."""
+    folder = tiny_folder(family, **MODELS[family])
+    result = prune(folder, tmp_path / "out", method)
+    pruned, dense, spec = load(tmp_path / "out"), load(folder), FAMILIES[family]
+    for index, record in enumerate(result.layers):
+        small, full = projections(pruned, spec, index), projections(dense, spec, index)
+        rows = [torch.cdist(row[None], full["up"].weight).argmin().item() for row in small["up"].weight]
+        masks = {"o": torch.zeros(8, 4), "down": torch.zeros(64)}
+        masks["o"][list(record.heads)] = 1.0
+        masks["down"][rows] = 1.0
+        for name, mask in masks.items():
+            torch.testing.assert_close(small[name].weight, full[name].weight[:, mask.flatten() > 0])
+            with torch.no_grad():
+                full[name].weight *= mask.flatten()
+            if small[name].bias is not None:
+                full[name].bias = torch.nn.Parameter(small[name].bias.detach().clone())
+    torch.testing.assert_close(logits(pruned), logits(dense), atol=1e-5, rtol=0)
+
+
+def test_flap_repairs_the_mean_of_the_first_block(tiny_folder, tmp_path):
+    folder = tiny_folder("llama", **MODELS["llama"])
+    result = prune(folder, tmp_path / "out", "flap", allocation__name="uniform")
+    dense, inputs = load(folder), []
+    o = dense.model.layers[0].self_attn.o_proj
+    o.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().flatten(0, 1)))
+    with torch.no_grad():
+        dense(CALIBRATION.tokens)
+    dropped = torch.ones(8, 4)
+    dropped[list(result.layers[0].heads)] = 0.0
+    assert 0 < dropped.sum() < 32
+    expected = (torch.cat(inputs).mean(0) * dropped.flatten()) @ o.weight.T
+    torch.testing.assert_close(load(tmp_path / "out").model.layers[0].self_attn.o_proj.bias, expected)
+
+
+def test_transact_keeps_rows_of_every_head(tiny_folder, tmp_path):
+    folder = tiny_folder("opt", num_attention_heads=4, num_hidden_layers=2)
+    prune(folder, tmp_path / "out", "transact")
+    pruned, dense, spec = load(tmp_path / "out"), load(folder), FAMILIES["opt"]
+    for index in range(2):
+        small, full = projections(pruned, spec, index), projections(dense, spec, index)
+        width = pruned.config.layer_shapes[index].qk_head_dim
+        for name in "qkv":
+            heads = zip(small[name].weight.view(4, width, -1), full[name].weight.view(4, 8, -1), strict=True)
+            for part, whole in heads:
+                kept = torch.cdist(part, whole).min(1)
+                assert kept.values.max() < 1e-6 and kept.indices.unique().numel() == width
+        assert torch.equal(small["o"].bias, full["o"].bias)
+
+
+class _StopAfterOneLayer(SilentProgress):
+    @contextmanager
+    def step(self, description: str, total: int):  # type: ignore[override]
+        done = 0
+
+        def advance(units: int) -> None:
+            nonlocal done
+            done += units
+            if description == "layers" and done > 1:
+                raise KeyboardInterrupt
+
+        yield advance
+
+
+@pytest.mark.parametrize("method", ["flap", "sobp"])
+def test_an_interrupted_run_resumes_with_the_same_result(method, tiny_folder, tmp_path):
+    folder = tiny_folder("llama", **MODELS["llama"])
+    prune(folder, tmp_path / "whole", method, run__hidden_states="disk")
+    with pytest.raises(KeyboardInterrupt):
+        prune(folder, tmp_path / "out", method, progress=_StopAfterOneLayer(), run__hidden_states="disk")
+    prune(folder, tmp_path / "out", method, resume=True, run__hidden_states="disk")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_the_forward_pass_measures_what_the_whole_model_shows(tiny_folder):
+    from intraslice.engine.hidden import embedded_states
+    from intraslice.engine.model import StreamedModel
+    from intraslice.engine.profile import profile_layers
+    from intraslice.placement import Placement
+
+    folder = tiny_folder("opt", **MODELS["opt"])
+    model = StreamedModel(open_checkpoint(str(folder)), Placement.choose("cpu", "auto", torch.float32))
+    profile = profile_layers(model, embedded_states(model, TOKENS, 1, None), SilentProgress())
+    dense, spec = load(folder), FAMILIES["opt"]
+    taps: dict[str, torch.Tensor] = {}
+    for index in range(4):
+        for name, linear in projections(dense, spec, index).items():
+            linear.register_forward_pre_hook(
+                lambda module, args, key=f"{name}{index}": taps.__setitem__(key, args[0].reshape(40, -1))
+            )
+    states = []
+    for layer in dense.get_submodule(spec.layers):
+        layer.register_forward_pre_hook(lambda module, args: states.append(args[0]))
+        layer.register_forward_hook(lambda module, args, output: states.append(output))
+    logits(dense)
+    for index in range(4):
+        linears = projections(dense, spec, index)
+        for name, found in (("o", profile.context_fluctuation[index]), ("down", profile.act_fluctuation[index])):
+            expected = taps[f"{name}{index}"].var(0, correction=0) * linears[name].weight.square().sum(0)
+            torch.testing.assert_close(found.flatten().float(), expected, rtol=1e-3, atol=1e-6)
+        cosine = torch.nn.functional.cosine_similarity(states[2 * index], states[2 * index + 1], dim=-1).mean()
+        assert profile.similarity[index] == pytest.approx(float(cosine), abs=1e-5)

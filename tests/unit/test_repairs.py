@@ -1,0 +1,91 @@
+"""Every repair against an explicit regression on the activations, float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from intraslice.compressors.repairs import Output, OutputMoments, repair_output
+from intraslice.options import FFNOptions
+
+N, P, D = 80, 6, 5
+
+
+def _random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# The block keeps the first P of 9 channels.
+X = _random(N, 9) @ _random(9, 9, seed=1) + _random(9, seed=2)
+W = _random(9, D, seed=3)
+Z, Y, REMOVED = X[:, :P], X @ W, W[:P]
+MOMENTS = OutputMoments(
+    gram=Z.T @ Z,
+    cross=Z.T @ Y,
+    input_sum=Z.sum(0),
+    target_sum=Y.sum(0),
+    target_energy=float(Y.square().sum()),
+    num_tokens=N,
+)
+
+
+def _repair(kind: str, **changes) -> Output:
+    return repair_output(MOMENTS, REMOVED, FFNOptions(repair=kind, **changes))
+
+
+def _error(output: Output) -> float:
+    found = Z @ output.weight + (0.0 if output.bias is None else output.bias)
+    return float((Y - found).square().sum() / Y.square().sum())
+
+
+@pytest.mark.parametrize("kind", ["none", "bias", "affine", "ridge"])
+def test_the_reported_error_is_that_of_the_outputs(kind):
+    output = _repair(kind)
+    assert output.relative_error(MOMENTS) == pytest.approx(_error(output), rel=1e-9)
+
+
+def test_each_repair_lowers_the_error():
+    errors = [_error(_repair(kind, damping=1e-6)) for kind in ("none", "bias", "affine")]
+    assert errors == sorted(errors, reverse=True) and errors[2] < errors[1] < errors[0]
+
+
+def test_the_bias_is_the_mean_of_what_was_dropped():
+    output = _repair("bias")
+    assert torch.equal(output.weight, REMOVED)
+    assert output.bias is not None
+    torch.testing.assert_close(output.bias, X[:, P:].mean(0) @ W[P:])
+
+
+def test_the_affine_fit_is_a_least_squares_line_for_each_output_channel():
+    output = _repair("affine")
+    assert output.bias is not None
+    for j in range(D):
+        line = torch.stack([Z @ REMOVED[:, j], torch.ones(N, dtype=torch.float64)], 1)
+        scale, offset = torch.linalg.lstsq(line, Y[:, j : j + 1]).solution.flatten()
+        torch.testing.assert_close(output.weight[:, j], scale * REMOVED[:, j])
+        torch.testing.assert_close(output.bias[j], offset)
+
+
+def test_an_output_channel_that_does_not_vary_keeps_its_weights():
+    removed = REMOVED.clone()
+    removed[:, 0] = 0.0
+    output = repair_output(MOMENTS, removed, FFNOptions(repair="affine"))
+    assert output.bias is not None and torch.isfinite(output.weight).all()
+    assert torch.equal(output.weight[:, 0], removed[:, 0])
+    torch.testing.assert_close(output.bias[0], Y[:, 0].mean())
+
+
+def test_ridge_towards_the_weights_is_the_optimal_brain_surgeon_update():
+    """Channel by channel: W <- W - W_q H^-1_q,: / H^-1_qq, with H = X^T X + lambda I; SoBP."""
+    damping = 0.05
+    scale = MOMENTS.gram.diagonal().mean()
+    hessian = X.T @ X + damping * scale * torch.eye(9, dtype=torch.float64)
+    inverse, weight = torch.linalg.inv(hessian), W.clone()
+    for q in range(P, 9):
+        weight -= torch.outer(inverse[q] / inverse[q, q], weight[q])
+        inverse = inverse - torch.outer(inverse[:, q], inverse[q]) / inverse[q, q]
+        inverse[q, q] = 1.0  # gone; only its zero row is used from here on
+        inverse[q, :q] = inverse[q, q + 1 :] = 0.0
+    update = torch.linalg.solve(hessian[:P, :P], hessian[:P] @ W)
+    torch.testing.assert_close(weight[:P], update)
+    torch.testing.assert_close(_repair("ridge", damping=damping).weight, update)
