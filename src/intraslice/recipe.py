@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -33,9 +33,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "attention": {"shrink_to": "zero", "damping": 0.01, "target": "block"},
         "ffn": {"shrink_to": "zero", "damping": 0.01, "target": "block", "iter_pca": True},
     },
+    "svd-llm": {"architecture": "factors"},
+    "slicegpt": {"architecture": "residual"},
 }
 """Presets as overrides of the options' defaults: the default method, the ablations of the paper's Table 4 (with
-IPca, without Pca-A, without Ada-H as well), and the paper's equations to the letter."""
+IPca, without Pca-A, without Ada-H as well), the paper's equations to the letter, and methods to compare with."""
 
 
 TARGETS: dict[str, dict[str, Any]] = {
@@ -58,6 +60,9 @@ TARGETS: dict[str, dict[str, Any]] = {
 
 _WITHOUT_TARGET = {("llama.cpp", "opt"), ("stock", "opt")}
 # llama.cpp has no OPT, and the OPT class derives the head width from the number of heads.
+
+_ROTATED_FAMILIES = ("llama", "mistral", "qwen2", "phi3")
+# A rotation passes through an RMSNorm unchanged, not through the LayerNorm of OPT.
 
 ALIGNMENTS = {"ffn": "ffn.ffn_multiple", "head": "attention.head_multiple", "context": "attention.context_multiple"}
 """What `--align` calls the multiples."""
@@ -95,6 +100,7 @@ class Recipe(BaseModel):
         method: name of the preset the options started from.
         target: runtime that the shapes are chosen for, also a preset.
         sparsity: fraction of the decoder layers' linear weights to remove.
+        architecture: what becomes smaller; see MethodOptions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -106,6 +112,7 @@ class Recipe(BaseModel):
     method: str = "intraslice"
     target: str = "transformers"
     sparsity: float
+    architecture: Literal["block", "factors", "residual"] = "block"
     allocation: AllocationOptions = AllocationOptions()
     attention: AttentionOptions = AttentionOptions()
     ffn: FFNOptions = FFNOptions()
@@ -114,7 +121,13 @@ class Recipe(BaseModel):
 
     def method_options(self) -> MethodOptions:
         """Return the part that the compressors and allocators read."""
-        return MethodOptions(sparsity=self.sparsity, allocation=self.allocation, attention=self.attention, ffn=self.ffn)
+        return MethodOptions(
+            sparsity=self.sparsity,
+            architecture=self.architecture,
+            allocation=self.allocation,
+            attention=self.attention,
+            ffn=self.ffn,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -200,6 +213,11 @@ def load_recipe(
     except ValidationError as error:
         raise RecipeError(_sentence(error)) from None
     _check_ranges(recipe)
+    if recipe.architecture != "block" and recipe.target != "transformers":
+        raise RecipeError(
+            f"method {recipe.method} changes what a layer is, so its models run in transformers only; leave out "
+            f"--target {recipe.target}, or choose another method."
+        )
     return recipe
 
 
@@ -234,8 +252,13 @@ def fit_to_model(recipe: Recipe, family: str, hidden_size: int) -> Recipe:
     them, and steps as coarse as that would cost quality for nothing.
 
     Raises:
-        RecipeError: the target cannot run the architecture in another shape.
+        RecipeError: the target cannot run the architecture in another shape, or the method does not fit it.
     """
+    if recipe.architecture == "residual" and family not in _ROTATED_FAMILIES:
+        raise RecipeError(
+            f"method {recipe.method} rotates the residual stream through RMSNorms, which {family} does not have; it "
+            f"works for {', '.join(_ROTATED_FAMILIES)}. Choose another method, for example svd-llm."
+        )
     if (recipe.target, family) in _WITHOUT_TARGET:
         raise RecipeError(f"target {recipe.target} cannot run a pruned {family} model; use --target transformers.")
     multiple = recipe.ffn.ffn_multiple
