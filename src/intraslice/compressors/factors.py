@@ -51,10 +51,11 @@ def _plan(sizes: Mapping[str, tuple[int, int]], num_layers: int, sparsity: float
     for _ in range(num_layers):
         ranks: list[tuple[str, int]] = []
         for path, (rows, columns) in sizes.items():
-            wanted = (1 - sparsity) * rows * columns + carry
+            whole = rows * columns
+            wanted = (1 - sparsity) * whole + carry
             rank = max(multiple, multiple * round(wanted / (rows + columns) / multiple))
-            cost = min(rank * (rows + columns), rows * columns)
-            if cost < rows * columns:
+            cost = whole if wanted >= whole else min(rank * (rows + columns), whole)
+            if cost < whole:
                 ranks.append((path, rank))
             carry = wanted - cost
             kept += cost
