@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from intraslice.calibration import load_calibration
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.writer import check_output
+from intraslice.compressors.residual import slice_width
 from intraslice.engine.run import prune_checkpoint
 from intraslice.errors import OutputError, RecipeError
 from intraslice.evaluation.bench import BenchOptions, BenchResult, bench_models
@@ -174,10 +175,18 @@ def dry_run(recipe: Recipe) -> DryRun:
     info = inspect_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
     recipe = fit_to_model(recipe, info.family, info.hidden_size)
     kept = round((1 - recipe.sparsity) * info.dense_layer_parameters)
+    outside = info.num_parameters - info.dense_layer_parameters
+    if recipe.architecture == "residual" and recipe.sparsity > 0:
+        layers = len(info.layers)
+        width = slice_width(
+            info.dense_layer_parameters // layers // info.hidden_size, info.hidden_size, recipe.sparsity
+        )
+        # Embeddings and an output head of its own, and the norms.
+        outside = (2 * info.vocab_size + 2 * layers + 1) * width
     return DryRun(
         dense=info,
         target_layer_parameters=kept,
-        target_parameters=info.num_parameters - info.dense_layer_parameters + kept,
+        target_parameters=outside + kept,
         estimated_peak_bytes=estimate_peak_bytes(
             info, recipe.calibration.num_samples, recipe.calibration.seqlen, recipe.run
         ),

@@ -148,6 +148,26 @@ def test_tied_embeddings_become_untied_and_are_counted(tmp_path):
     assert dense.rms_norm_eps == pytest.approx(model.config.rms_norm_eps * width / 96)
 
 
+@pytest.mark.parametrize("method", ["svd-llm", "slicegpt"])
+def test_the_command_line_prunes_inspects_and_plans(method, tiny_folder, tmp_path, capsys):
+    from intraslice.cli.app import main
+
+    out = tmp_path / "out"
+    arguments = ["prune", str(tiny_folder("llama", **WIDE)), "-o", str(out), "--method", method, "--sparsity", "0.4"]
+    arguments += ["--set", "calibration.num_samples=2", "--set", "calibration.seqlen=16"]
+    assert main([*arguments, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert not out.exists()
+    assert main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert plan["target_parameters"] == pytest.approx(result["pruned_parameters"], rel=0.01)
+    assert main(["inspect", str(out)]) == 0
+    expected = "two factors         14 weights" if method == "svd-llm" else "of 96 channels"
+    assert expected in capsys.readouterr().out
+    assert main(["export", str(out), "--to", "stock", "-o", str(tmp_path / "stock")]) == 2
+    assert "no other runtime knows" in capsys.readouterr().err
+
+
 class _StopAfter(SilentProgress):
     """Interrupts the run like Ctrl-C when so many layers are done; keeps the notes."""
 
