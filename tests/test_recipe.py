@@ -236,3 +236,16 @@ def test_wrong_alignments_are_refused(text):
 def test_an_unknown_target_is_named():
     with pytest.raises(RecipeError, match="unknown target 'llamacpp'.*Did you mean 'llama.cpp'"):
         load_recipe(None, {"model": "m", "sparsity": 0.3, "target": "llamacpp"})
+
+
+@pytest.mark.parametrize("method,architecture", [("svd-llm", "factors"), ("slicegpt", "residual")])
+def test_methods_that_change_what_a_layer_is_run_in_transformers_only(method: str, architecture: str):
+    recipe = load_recipe(None, {**BASE, "method": method})
+    assert recipe.method_options().architecture == architecture
+    with pytest.raises(RecipeError, match=f"method {method} .*leave out --target vllm"):
+        load_recipe(None, {**BASE, "method": method, "target": "vllm"})
+    if method == "slicegpt":
+        with pytest.raises(RecipeError, match="opt does not have.*llama, mistral, qwen2, phi3"):
+            fit_to_model(recipe, "opt", 32)
+    else:
+        assert fit_to_model(recipe, "opt", 32) == recipe

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from intraslice.calibration import load_calibration
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.writer import check_output
+from intraslice.compressors.residual import slice_width
 from intraslice.engine.run import prune_checkpoint
 from intraslice.engine.rundir import interrupted_sparsity
 from intraslice.errors import OutputError, RecipeError
@@ -222,11 +223,18 @@ def dry_run(recipe: Recipe, *, progress: Progress | None = None) -> DryRun:
     if recipe.target_speedup is not None:
         config, _ = load_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
         recipe = _with_sparsity(recipe, config, config.dtype or torch.float32, None, progress or SilentProgress())
-    kept = round((1 - recipe.method_options().sparsity) * info.dense_layer_parameters)
+    sparsity = recipe.method_options().sparsity
+    kept = round((1 - sparsity) * info.dense_layer_parameters)
+    outside = info.num_parameters - info.dense_layer_parameters
+    if recipe.architecture == "residual" and sparsity > 0:
+        layers = len(info.layers)
+        width = slice_width(info.dense_layer_parameters // layers // info.hidden_size, info.hidden_size, sparsity)
+        # Embeddings and an output head of its own, and the norms.
+        outside = (2 * info.vocab_size + 2 * layers + 1) * width
     return DryRun(
         dense=info,
         target_layer_parameters=kept,
-        target_parameters=info.num_parameters - info.dense_layer_parameters + kept,
+        target_parameters=outside + kept,
         estimated_peak_bytes=estimate_peak_bytes(
             info, recipe.calibration.num_samples, recipe.calibration.seqlen, recipe.run
         ),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from intraslice.edits import AttentionWeights, FFNWeights
 from intraslice.runtime.configuration_intraslice import FamilySpec, LayerShape, Slot
-from intraslice.runtime.modeling_intraslice import PrunedAttention
+from intraslice.runtime.modeling_intraslice import FactoredLinear, PrunedAttention
 
 
 def norms_come_first(spec: FamilySpec, config: Any) -> bool:
@@ -60,9 +60,10 @@ class DecoderBlock:
         return self.layer.get_submodule(self.spec.mlp) if self.spec.mlp else self.layer
 
     @staticmethod
-    def _linear(module: nn.Module, slot: Slot) -> nn.Linear:
+    def _linear(module: nn.Module, slot: Slot) -> Any:
+        """Return a Linear; a layer that is only run, not read, may have two factors there."""
         linear = module.get_submodule(slot.path)
-        assert isinstance(linear, nn.Linear)
+        assert isinstance(linear, nn.Linear | FactoredLinear)
         return linear
 
     def attention_input(self, hidden_BTD: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from intraslice.runtime.configuration_intraslice import (
     FAMILIES,
     FamilySpec,
     LayerShape,
+    dense_config,
     dense_shape,
 )
 
@@ -55,6 +56,7 @@ class ModelInfo:
         method: how it was pruned; None for a dense model.
         sparsity: removed fraction of the decoder layers' linear weights.
         hidden_size: width of the residual stream.
+        dense_hidden_size: the same of the dense model.
         vocab_size: number of token ids.
         num_parameters: all parameters, tied ones once.
         dense_layer_parameters: linear weights of the decoder layers of the dense model.
@@ -68,6 +70,7 @@ class ModelInfo:
     method: str | None
     sparsity: float
     hidden_size: int
+    dense_hidden_size: int
     vocab_size: int
     num_parameters: int
     dense_layer_parameters: int
@@ -98,7 +101,8 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
     whole = dense_shape(config, spec)
     count, hidden_size = config.num_hidden_layers, config.hidden_size
     shapes = tuple(map(LayerShape.from_dict, config.intraslice["layers"])) if pruned else (whole,) * count
-    per_dense_layer = spec.num_parameters(whole, hidden_size)
+    dense_hidden_size = dense_config(config).hidden_size if pruned else hidden_size
+    per_dense_layer = spec.num_parameters(whole, dense_hidden_size)
     sizes = [spec.num_parameters(shape, hidden_size) for shape in shapes]
     errors = _errors(Path(name).expanduser())
     with torch.device("meta"):
@@ -120,6 +124,7 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
         method=config.intraslice["method"] if pruned else None,
         sparsity=1 - sum(sizes) / (per_dense_layer * count),
         hidden_size=hidden_size,
+        dense_hidden_size=dense_hidden_size,
         vocab_size=config.vocab_size,
         num_parameters=count_parameters(skeleton),
         dense_layer_parameters=per_dense_layer * count,

@@ -22,8 +22,8 @@ def render(result: PruneResult) -> str:
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {Path(result.output).name}",
         f"`{_shown_model(result)}` with {100 * result.sparsity:.1f} % of its decoder weights removed by "
-        f"intraslice (method `{result.method}`). The weights are really smaller: heads, head dimensions and "
-        "FFN channels are gone, nothing is masked or padded.",
+        f"intraslice (method `{result.method}`). The weights are really smaller: {_what_is_gone(result)}, nothing is "
+        "masked or padded.",
         _numbers(result),
         _loading(result),
         _layers(result),
@@ -40,6 +40,19 @@ def _hub_id(model: str) -> str | None:
 def _shown_model(result: PruneResult) -> str:
     # The full path of a local model says more about a machine than about the model.
     return _hub_id(result.model) or Path(result.model).name
+
+
+def _what_is_gone(result: PruneResult) -> str:
+    shape = result.layers[0].shape
+    if shape.ranks:
+        return "each weight of the decoder layers is stored as two factors (ranks in `result.json`)"
+    if shape.shortcuts:
+        return (
+            "the residual stream is rotated and its last directions are deleted (the matrices that this adds to the "
+            "residual connections are counted; embeddings and output head are narrower too, and stored apart even "
+            "where the dense model ties them)"
+        )
+    return "heads, head dimensions and FFN channels are gone"
 
 
 def _numbers(result: PruneResult) -> str:

@@ -130,9 +130,13 @@ class MethodOptions:
 
     Attributes:
         sparsity: fraction of the decoder layers' linear weights to remove, in [0, 0.95).
+        architecture: "block" makes attention heads and FFN channels fewer and narrower; "factors" stores each weight
+            as two factors (SVD-LLM), "residual" rotates and slices the residual stream (SliceGPT): these two follow
+            from the sparsity alone and read no other option of the method.
     """
 
     sparsity: float
+    architecture: Literal["block", "factors", "residual"] = "block"
     allocation: AllocationOptions = AllocationOptions()
     attention: AttentionOptions = AttentionOptions()
     ffn: FFNOptions = FFNOptions()

@@ -58,6 +58,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "attention": {"shrink_to": "zero", "damping": 0.01, "target": "block"},
         "ffn": {"shrink_to": "zero", "damping": 0.01, "target": "block", "iter_pca": True},
     },
+    "svd-llm": {"architecture": "factors"},
+    "slicegpt": {"architecture": "residual"},
 }
 """Presets as overrides of the options' defaults: the default method, the ablations of the paper's Table 4 (with
 IPca, without Pca-A, without Ada-H as well), other methods as compositions of the same parts, and the paper's equations
@@ -89,6 +91,9 @@ TARGETS: dict[str, dict[str, Any]] = {
 
 _WITHOUT_TARGET = {("llama.cpp", "opt"), ("stock", "opt")}
 # llama.cpp has no OPT, and the OPT class derives the head width from the number of heads.
+
+_ROTATED_FAMILIES = ("llama", "mistral", "qwen2", "phi3")
+# A rotation passes through an RMSNorm unchanged, not through the LayerNorm of OPT.
 
 ALIGNMENTS = {"ffn": "ffn.ffn_multiple", "head": "attention.head_multiple", "context": "attention.context_multiple"}
 """What `--align` calls the multiples."""
@@ -129,6 +134,7 @@ class Recipe(BaseModel):
         target_speedup: how many times as fast as the dense model the pruned one should be on this machine; the other
             way to give the budget.
         speedup_of: what is to be faster.
+        architecture: what becomes smaller; see MethodOptions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -142,6 +148,7 @@ class Recipe(BaseModel):
     sparsity: float | None = None
     target_speedup: float | None = None
     speedup_of: Literal["decode", "prefill"] = "decode"
+    architecture: Literal["block", "factors", "residual"] = "block"
     allocation: AllocationOptions = AllocationOptions()
     attention: AttentionOptions = AttentionOptions()
     ffn: FFNOptions = FFNOptions()
@@ -151,7 +158,13 @@ class Recipe(BaseModel):
     def method_options(self) -> MethodOptions:
         """Return the part that the compressors and allocators read."""
         assert self.sparsity is not None, "a sparsity has to be chosen first"
-        return MethodOptions(sparsity=self.sparsity, allocation=self.allocation, attention=self.attention, ffn=self.ffn)
+        return MethodOptions(
+            sparsity=self.sparsity,
+            architecture=self.architecture,
+            allocation=self.allocation,
+            attention=self.attention,
+            ffn=self.ffn,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -245,6 +258,11 @@ def load_recipe(
             f"{recipe.allocation.name} (method {recipe.method}) does not rank; use --target transformers, or "
             "--set allocation.name=mask_gradient."
         )
+    if recipe.architecture != "block" and recipe.target != "transformers":
+        raise RecipeError(
+            f"method {recipe.method} changes what a layer is, so its models run in transformers only; leave out "
+            f"--target {recipe.target}, or choose another method."
+        )
     return recipe
 
 
@@ -279,8 +297,13 @@ def fit_to_model(recipe: Recipe, family: str, hidden_size: int) -> Recipe:
     them, and steps as coarse as that would cost quality for nothing.
 
     Raises:
-        RecipeError: the target cannot run the architecture in another shape.
+        RecipeError: the target cannot run the architecture in another shape, or the method does not fit it.
     """
+    if recipe.architecture == "residual" and family not in _ROTATED_FAMILIES:
+        raise RecipeError(
+            f"method {recipe.method} rotates the residual stream through RMSNorms, which {family} does not have; it "
+            f"works for {', '.join(_ROTATED_FAMILIES)}. Choose another method, for example svd-llm."
+        )
     if (recipe.target, family) in _WITHOUT_TARGET:
         raise RecipeError(f"target {recipe.target} cannot run a pruned {family} model; use --target transformers.")
     multiple = recipe.ffn.ffn_multiple

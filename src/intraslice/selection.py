@@ -13,6 +13,12 @@ from torch import Tensor
 
 from intraslice.errors import BudgetError
 
+MULTIPLES = (8, 4, 2, 1)
+"""Widths that matrix kernels like, best first; for methods that choose one width for everything."""
+
+TOLERANCE = 0.005
+"""How far the sparsity that is reached may be from the one that was asked for."""
+
 
 @dataclass(frozen=True)
 class HeadChoice:

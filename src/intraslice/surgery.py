@@ -1,4 +1,7 @@
-"""Writes neutral weights into a decoder layer of a new shape. The only file that changes modules."""
+"""Writes neutral weights into a decoder layer of a new shape. The only file that changes modules.
+
+Shapes: O outputs of a Linear, C inputs, r rank.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 from intraslice.blocks import DecoderBlock
 from intraslice.edits import AttentionWeights, FFNWeights
 from intraslice.runtime.configuration_intraslice import FamilySpec, LayerShape, Slot
-from intraslice.runtime.modeling_intraslice import apply_layer_shape
+from intraslice.runtime.modeling_intraslice import FactoredLinear, apply_layer_shape
 
 
 def _fill(linear: nn.Linear, parts: list[tuple[Tensor, Tensor | None]]) -> None:
@@ -80,3 +83,24 @@ def write_ffn(block: DecoderBlock, config: Any, layer_idx: int, shape: LayerShap
         assert weights.gate is not None
         slots.append((spec.gate, weights.gate, weights.gate_bias))
     _write(block.ffn, slots)
+
+
+def write_factors(block: DecoderBlock, path: str, first_rC: Tensor, second_Or: Tensor, save_dtype: torch.dtype) -> None:
+    """Replace a Linear of the layer by two factors; the bias stays.
+
+    Args:
+        block: the layer; changed in place.
+        path: of the Linear, within the layer.
+        first_rC: [r, C].
+        second_Or: [O, r].
+        save_dtype: what the factors are rounded to, so that later layers, and a resumed run, see what is saved.
+    """
+    linear = block.layer.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    factored = FactoredLinear.like(linear, first_rC.shape[0])
+    with torch.no_grad():
+        factored.first.weight.copy_(first_rC.to(save_dtype))
+        factored.second.weight.copy_(second_Or.to(save_dtype))
+        if linear.bias is not None:
+            factored.second.bias.copy_(linear.bias)
+    block.layer.set_submodule(path, factored)

@@ -58,5 +58,10 @@ def _print(info: ModelInfo) -> None:
     kept = info.layer_parameters / info.dense_layer_parameters
     print_line(f"parameters          {count(info.num_parameters)}")
     print_line(f"in decoder layers   {count(info.layer_parameters)} ({percent(kept)} of the dense model's)")
+    ranks = [rank for layer in info.layers for _, rank in layer.shape.ranks]
+    if ranks:
+        print_line(f"two factors         {count(len(ranks))} weights, ranks {min(ranks)} to {max(ranks)}")
+    if info.layers[0].shape.shortcuts:
+        print_line(f"residual stream     {info.hidden_size} of {info.dense_hidden_size} channels, with its matrices")
     if info.weight_bytes:
         print_line(f"weights on disk     {size(info.weight_bytes)}")

@@ -52,7 +52,10 @@ def prune(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="intraslice (default), iter-pca, the ablations ada-h and naive, or paper."),
+        typer.Option(
+            help="intraslice (default), iter-pca, the ablations ada-h and naive, paper, or to compare with: svd-llm, "
+            "slicegpt."
+        ),
     ] = None,
     calibration: Annotated[
         str | None,

@@ -132,6 +132,14 @@ class StreamedModel:
         layer.load_state_dict(placed, assign=True)
         return DecoderBlock(layer.eval().requires_grad_(False), self.spec, self.config)
 
+    def stored_tensors(self, block: DecoderBlock) -> dict[str, Tensor]:
+        """Return the tensors of a layer as they are saved, by name relative to the layer."""
+        save = self.placement.save_dtype
+        return {
+            name: tensor.detach().to("cpu", save if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in block.layer.state_dict().items()
+        }
+
     def loss_gradient(self, tokens_NT: Tensor, top_NTD: Tensor) -> tuple[float, Tensor]:
         """Return the sum over sequences of the mean token NLL, and its gradient at the output of the last layer.
 

@@ -18,9 +18,11 @@ from intraslice.calibration import Calibration
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.writer import assemble, check_output, publish, save_side_files, write_text
 from intraslice.engine.allocation import allocate, kept_scan_path
+from intraslice.engine.factors import factor_layers
 from intraslice.engine.hidden import HiddenStates, Streams, embedded_states
 from intraslice.engine.layerwise import LayerBudget, propagate_layer, prune_layer
 from intraslice.engine.model import StreamedModel
+from intraslice.engine.residual import rotate_rest, slice_layers
 from intraslice.engine.rundir import RunDir
 from intraslice.errors import BudgetError
 from intraslice.model_card import render
@@ -121,7 +123,8 @@ def prune_checkpoint(
         torch.manual_seed(calibration.seed)
         model = StreamedModel(checkpoint, placement)
         sizes = _block_sizes(model)
-        if work.allocation is None:
+        bases = None
+        if method.architecture == "block" and work.allocation is None:
             scan_path = work.scan_path
             if run.scan_folder:
                 scan_path = kept_scan_path(Path(run.scan_folder), identity, method)
@@ -140,18 +143,32 @@ def prune_checkpoint(
             work.save()
         clock.end_phase("allocation")
         with matmul_precision(fast=run.matmul == "fast"):
-            _prune_layers(model, sizes, calibration, method, run, batch, work, clock, progress)
+            if method.architecture == "block":
+                _prune_layers(model, sizes, calibration, method, run, batch, work, clock, progress)
+            else:
+                hidden = _embedded(model, tokens, run, batch, work.hidden_path)
+                model.release()
+                if method.architecture == "residual" and method.sparsity > 0:
+                    bases = slice_layers(model, hidden, method.sparsity, work, clock.total, progress)
+                else:  # at sparsity 0 a rotation would only add matrices; no factors are the dense model
+                    factor_layers(model, hidden, method.sparsity, work, clock.total, progress)
         clock.end_phase("layers")
 
+    changes: dict[str, Any] = {}
+    rest = {name: tensor.to(placement.save_dtype) for name, tensor in checkpoint.load_rest().items()}
+    if bases is not None:
+        changes, rest = rotate_rest(checkpoint.config, rest, bases)
+        if checkpoint.tied:
+            progress.note("the output head is rotated otherwise than the embeddings, so they are stored apart")
     config = pruned_config(
         checkpoint.config,
         checkpoint.spec,
         [record.shape for record in work.records],
         method=method_name,
         recipe=recipe,
+        changes=changes,
     )
     config.dtype = placement.save_dtype
-    rest = {name: tensor.to(placement.save_dtype) for name, tensor in checkpoint.load_rest().items()}
     written = assemble(
         work.staging,
         [work.layer_path(index) for index in range(checkpoint.num_layers)],
@@ -257,8 +274,7 @@ def _prune_layers(
                 seconds=round(time.monotonic() - layer_started, 3),
                 iter_pca=budget.iter_pca,
             )
-            tensors = _stored_tensors(model, block)
-            work.commit(record, tensors, pruned.leftover, clock.total())
+            work.commit(record, model.stored_tensors(block), pruned.leftover, clock.total())
             advance(1)
     kept = sum(record.num_parameters for record in work.records)
     reached = 1.0 - kept / (sum(sizes.attention) + sum(sizes.ffn))
@@ -282,16 +298,16 @@ def _open_streams(
     model: StreamedModel, tokens: torch.Tensor, method: MethodOptions, run: RunOptions, batch: int, work: RunDir
 ) -> Streams:
     """Return the hidden states at the input of the first layer."""
-
-    def embedded(path: Path) -> HiddenStates:
-        return embedded_states(model, tokens, batch, path if run.hidden_states == "disk" else None)
-
     # Where norms come after the blocks there is no plain sum to repair: those layouts use the block's own output.
     against_model = "model" in (method.attention.target, method.ffn.target) and model.norm_first
     return Streams(
-        pruned=embedded(work.hidden_path),
-        dense=embedded(work.dense_hidden_path) if against_model else None,
+        pruned=_embedded(model, tokens, run, batch, work.hidden_path),
+        dense=_embedded(model, tokens, run, batch, work.dense_hidden_path) if against_model else None,
     )
+
+
+def _embedded(model: StreamedModel, tokens: torch.Tensor, run: RunOptions, batch: int, path: Path) -> HiddenStates:
+    return embedded_states(model, tokens, batch, path if run.hidden_states == "disk" else None)
 
 
 def _replay(model: StreamedModel, index: int, work: RunDir, streams: Streams) -> None:
@@ -302,14 +318,6 @@ def _replay(model: StreamedModel, index: int, work: RunDir, streams: Streams) ->
     propagate_layer(model, block, index, streams.pruned)
     if streams.dense is not None:
         propagate_layer(model, model.load_layer(index), index, streams.dense)
-
-
-def _stored_tensors(model: StreamedModel, block: Any) -> dict[str, torch.Tensor]:
-    save = model.placement.save_dtype
-    return {
-        name: tensor.detach().to("cpu", save if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in block.layer.state_dict().items()
-    }
 
 
 def _count_parameters(folder: Path) -> int:

@@ -199,6 +199,7 @@ def open_pruned(model: str) -> PrunedCheckpoint:
 
     Raises:
         CheckpointError: it is not there, not ours, or damaged.
+        UnsupportedModelError: its layers are not those of its family, only smaller.
     """
     from transformers import AutoConfig
 
@@ -216,6 +217,11 @@ def open_pruned(model: str) -> PrunedCheckpoint:
         raise CheckpointError(
             f"{model!r} was not pruned by intraslice, so there is nothing to export; give the output folder of "
             "'intraslice prune'."
+        )
+    if any(shape.ranks or shape.shortcuts for shape in config.layer_shapes):
+        raise UnsupportedModelError(
+            f"{model!r} was pruned by {config.intraslice['method']}, whose layers no other runtime knows; it runs in "
+            "transformers, and can be exported only after another method, for example intraslice."
         )
     return PrunedCheckpoint(folder, model, config, read_headers(folder, model))
 

@@ -9,9 +9,13 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from . import configuration_intraslice, modeling_intraslice
+from . import configuration_intraslice, modeling_intraslice, shortcuts_intraslice
 
-RUNTIME_FILES = (Path(configuration_intraslice.__file__), Path(modeling_intraslice.__file__))
+RUNTIME_FILES = (
+    Path(configuration_intraslice.__file__),
+    Path(modeling_intraslice.__file__),
+    Path(shortcuts_intraslice.__file__),
+)
 """Files that travel with a checkpoint, for `trust_remote_code=True`."""
 
 

@@ -15,6 +15,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, MistralConfig, OPTConfig, Phi3Config, PretrainedConfig, Qwen2Config
 
 FORMAT_VERSION = 1
+# Fields of a shape that config.json holds only where they are set.
+_OPTIONAL = ("output_bias", "ranks", "shortcuts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class LayerShape:
         v_head_dim: width of a value head, and of a head's part of the context.
         intermediate_size: FFN channels.
         output_bias: o_proj and down_proj have biases, also where the family has none.
+        ranks: (path, rank) of the Linears, named relative to the layer, that are stored as two factors.
+        shortcuts: whether each residual connection passes through a matrix (a rotated and sliced residual stream).
     """
 
     heads_per_kv: tuple[int, ...]
@@ -35,6 +39,8 @@ class LayerShape:
     v_head_dim: int
     intermediate_size: int
     output_bias: bool = False
+    ranks: tuple[tuple[str, int], ...] = ()
+    shortcuts: bool = False
 
     @property
     def num_attention_heads(self) -> int:
@@ -47,16 +53,15 @@ class LayerShape:
         return len(self.heads_per_kv)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types; `output_bias` only where there is one, as before there was such a field."""
-        data = {**asdict(self), "heads_per_kv": list(self.heads_per_kv)}
-        if not self.output_bias:
-            del data["output_bias"]
-        return data
+        """Return plain JSON types; fields that few methods use only where they say something."""
+        data = {**asdict(self), "heads_per_kv": list(self.heads_per_kv), "ranks": [list(pair) for pair in self.ranks]}
+        return {name: value for name, value in data.items() if value or name not in _OPTIONAL}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerShape:
         """Inverse of `to_dict`."""
-        return cls(**{**data, "heads_per_kv": tuple(data["heads_per_kv"])})
+        ranks = tuple((path, rank) for path, rank in data.get("ranks", ()))
+        return cls(**{**data, "heads_per_kv": tuple(data["heads_per_kv"]), "ranks": ranks})
 
 
 @dataclass(frozen=True)
@@ -120,12 +125,49 @@ class FamilySpec:
         """Number of FFN matrices; a channel costs hidden_size weights in each."""
         return 2 if self.gate is None else 3
 
+    @property
+    def attention_paths(self) -> tuple[tuple[str, ...], str]:
+        """Linears that read the input of the attention block, and the one that writes its output, within the layer."""
+        reading = dict.fromkeys(f"{self.attention}.{slot.path}" for slot in (self.q, self.k, self.v))
+        return tuple(reading), f"{self.attention}.{self.o.path}"
+
+    @property
+    def ffn_paths(self) -> tuple[tuple[str, ...], str]:
+        """Linears that read the input of the FFN, and the one that writes its output, within the layer."""
+        prefix = f"{self.mlp}." if self.mlp else ""
+        reading = dict.fromkeys(f"{prefix}{slot.path}" for slot in (self.gate, self.up) if slot is not None)
+        return tuple(reading), f"{prefix}{self.down.path}"
+
+    def linear_sizes(self, shape: LayerShape, hidden_size: int) -> dict[str, tuple[int, int]]:
+        """Return (out, in) of each Linear of a layer of this shape, by its path within the layer."""
+        heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+        (attention, o), (ffn, down) = self.attention_paths, self.ffn_paths
+        reading = {
+            attention: (heads * shape.qk_head_dim, kv_heads * shape.qk_head_dim, kv_heads * shape.v_head_dim),
+            ffn: (shape.intermediate_size,) * (self.num_ffn_matrices - 1),
+        }
+        sizes: dict[str, tuple[int, int]] = {}
+        for paths, rows in reading.items():
+            # A fused Linear holds the rows of all parts.
+            counts = rows if len(paths) == len(rows) else (sum(rows),)
+            sizes |= {path: (count, hidden_size) for path, count in zip(paths, counts, strict=True)}
+        sizes[o] = (hidden_size, heads * shape.v_head_dim)
+        sizes[down] = (hidden_size, shape.intermediate_size)
+        return sizes
+
     def num_parameters(self, shape: LayerShape, hidden_size: int) -> int:
-        """Return the number of linear weights (no biases, no norms) of a layer of this shape."""
-        heads = shape.num_attention_heads + shape.num_key_value_heads
-        return hidden_size * (
-            heads * (shape.qk_head_dim + shape.v_head_dim) + self.num_ffn_matrices * shape.intermediate_size
+        """Return the number of linear weights (no biases, no norms) of a layer of this shape.
+
+        Args:
+            shape: of the layer.
+            hidden_size: width of its residual stream.
+        """
+        ranks = dict(shape.ranks)
+        linears = sum(
+            ranks[path] * (rows + columns) if path in ranks else rows * columns
+            for path, (rows, columns) in self.linear_sizes(shape, hidden_size).items()
         )
+        return linears + (2 * hidden_size**2 if shape.shortcuts else 0)
 
 
 FAMILIES: dict[str, FamilySpec] = {
@@ -254,6 +296,9 @@ class _PrunedConfig(_ConfigBase):
             ValueError: for groups of different sizes in one layer, or a layer split over devices.
         """
         for layer_idx, shape in enumerate(self.layer_shapes):
+            if shape.ranks or shape.shortcuts:
+                what = "two factors per weight" if shape.ranks else "matrices on the residual connections"
+                raise ValueError(f"vLLM cannot run {what} (layer {layer_idx}); prune with `--target vllm`.")
             if len(set(shape.heads_per_kv)) > 1:
                 raise ValueError(
                     f"vLLM needs equally many query heads for all kv heads of a layer, but layer {layer_idx} has "
@@ -359,7 +404,7 @@ def dense_config(config: PretrainedConfig) -> PretrainedConfig:
     """Return a copy of a pruned config as the stock class, with the dense sizes."""
     family = config.model_type.removeprefix("intraslice_")
     stock, _ = _DENSE_CONFIGS[family]
-    values = _carried_over(config)
+    values = {**_carried_over(config), **((vars(config)["intraslice"] or {}).get("dense", {}))}
     return stock(**values, architectures=[stock.__name__.replace("Config", "ForCausalLM")])
 
 
@@ -370,6 +415,7 @@ def pruned_config(
     *,
     method: str,
     recipe: Mapping[str, Any],
+    changes: Mapping[str, Any] | None = None,
 ) -> PretrainedConfig:
     """Return the config of a pruned model.
 
@@ -379,6 +425,7 @@ def pruned_config(
         shapes: of every layer.
         method: name, for the record.
         recipe: all settings as JSON types, for the record.
+        changes: fields that are not those of the dense model, for a residual stream of another width.
 
     Returns:
         The IntraSlice config of the family, complete for config.json.
@@ -395,8 +442,10 @@ def pruned_config(
         }
         for layer_idx, shape in enumerate(shapes)
     }
+    values = _carried_over(dense)
+    changes = dict(changes or {})
     return pruned(
-        **_carried_over(dense),
+        **{**values, **changes},
         architectures=[f"{name}ForCausalLM"],
         auto_map={
             "AutoConfig": f"configuration_intraslice.{pruned.__name__}",
@@ -410,5 +459,7 @@ def pruned_config(
             "method": method,
             "recipe": dict(recipe),
             "layers": [shape.to_dict() for shape in shapes],
+            # What `dense_config` puts back.
+            **({"dense": {name: values.get(name) for name in changes}} if changes else {}),
         },
     )

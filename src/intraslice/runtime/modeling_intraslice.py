@@ -39,6 +39,7 @@ from .configuration_intraslice import (
     dense_sizes,
     rotary_dim,
 )
+from .shortcuts_intraslice import add_shortcuts
 
 
 def pair_channels(rotary_dim: int, head_dim: int) -> torch.Tensor:
@@ -382,6 +383,34 @@ def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
     return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
+class FactoredLinear(nn.Module):
+    """A Linear whose weight is stored as two factors: W = second first.
+
+    Args:
+        in_features, out_features: of the whole.
+        rank: width between the factors.
+        bias: whether the second factor has a bias.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(in_features, rank, bias=False)
+        self.second = nn.Linear(rank, out_features, bias=bias)
+
+    @classmethod
+    def like(cls, linear: nn.Linear, rank: int) -> FactoredLinear:
+        """Return one in the place of `linear`, with uninitialised weights."""
+        with torch.device("meta"):
+            new = cls(linear.in_features, linear.out_features, rank, linear.bias is not None)
+        weight = linear.weight
+        new = new.to(weight.dtype).requires_grad_(weight.requires_grad).train(linear.training)
+        return new if weight.device.type == "meta" else new.to_empty(device=weight.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [..., out_features] for [..., in_features]."""
+        return self.second(self.first(x))
+
+
 def _flag(config: PretrainedConfig, value: bool | str) -> bool:
     return getattr(config, value) if isinstance(value, str) else value
 
@@ -392,9 +421,10 @@ def apply_layer_shape(
     """Give a decoder layer another shape, in place.
 
     Its attention becomes a `PrunedAttention` (one that has the shape already is left alone), its FFN Linears
-    are resized. Device and dtype stay, the meta device too. A Linear whose size does not change keeps its
-    parameters, the others hold uninitialised memory; a new `rope_index` holds the first pairs, and a bias that the
-    shape adds to an output projection is zero.
+    are resized; then come the factors and the matrices of the residual connections, if the shape has any. Device
+    and dtype stay, the meta device too. A Linear whose size does not change keeps its parameters, the others hold
+    uninitialised memory; a new `rope_index` holds the first pairs, and a bias that the shape adds to an output
+    projection is zero.
 
     Args:
         layer: decoder layer of the stock class, or one that was changed by this function before.
@@ -428,6 +458,10 @@ def apply_layer_shape(
     if shape.output_bias:
         for module, slot in ((layer.get_submodule(spec.attention), spec.o), (mlp, spec.down)):
             _add_bias(module.get_submodule(slot.path))
+    for path, rank in shape.ranks:
+        layer.set_submodule(path, FactoredLinear.like(layer.get_submodule(path), rank))  # type: ignore[arg-type]
+    if shape.shortcuts:
+        add_shortcuts(layer, hidden)
 
 
 def _resized(linear: Any, out_features: int, in_features: int) -> nn.Module:
@@ -456,6 +490,7 @@ def _shape_layers(model: Any, config: Any) -> None:
         apply_layer_shape(layer, config, spec, layer_idx, shape)
         # Where other buffers are made: vLLM builds parameters on the meta device, but no buffers.
         layer.get_submodule(spec.attention).register_indices()
+    model._no_split_modules = {type(layer).__name__ for layer in model.layers}
     if spec.rope:
         # Scaled RoPE recomputes its frequencies while the model runs, from the dense head_dim.
         model.rotary_emb.config = dense_config(config)
