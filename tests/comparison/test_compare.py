@@ -137,7 +137,7 @@ def test_a_failing_cell_is_recorded_and_the_rest_goes_on(small: Small, jobs: Job
     cells = document_of(tmp_path / "out")["cells"]
     (failed,) = [cell for cell in cells if cell.get("error")]
     assert (failed["label"], failed["asked"], failed["perplexity"]) == ("capped", 0.4, None)
-    assert "0.3" in failed["error"]
+    assert "30%" in failed["error"]
     assert [cell["perplexity"] is None for cell in cells] == [cell is failed for cell in cells]
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| failed |" in table and f"capped at 0.4: {failed['error']}" in table
