@@ -263,6 +263,11 @@ def load_recipe(
             f"method {recipe.method} changes what a layer is, so its models run in transformers only; leave out "
             f"--target {recipe.target}, or choose another method."
         )
+    if recipe.architecture != "block" and recipe.target_speedup is not None:
+        raise RecipeError(
+            f"a target speedup is found by timing layers of smaller shapes, which method {recipe.method} does not "
+            "make; give --sparsity instead."
+        )
     return recipe
 
 

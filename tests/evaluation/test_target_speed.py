@@ -183,6 +183,7 @@ def test_an_unreachable_speed_leaves_nothing_behind(tiny_folder, tmp_path: Path,
     [
         ({"sparsity": 0.3, "target_speedup": 1.5}, "both given"),
         ({}, "--target-speedup 1.5"),
+        ({"target_speedup": 1.5, "method": "svd-llm"}, "method svd-llm does not make; give --sparsity"),
         ({"target_speedup": 1}, "target_speedup must be greater than 1, got 1"),
         ({"target_speedup": "nan"}, "greater than 1"),
         ({"target_speedup": "fast"}, "target_speedup must be a number greater than 1, got 'fast'"),
