@@ -34,8 +34,8 @@ RULES: dict[str, set[str]] = {
     "exporters": {"exporters", "edits", "checkpoint", "errors", "progress"}
     | {"placement", "loading", "runtime", "result"},
     "report": {"report", "errors"},
-    "comparison": {"comparison", "api", "recipe", "errors", "progress", "result", "report", "evaluation", "checkpoint"}
-    | {"calibration", "inspection", "loading", "placement", "text", ""},
+    "comparison": {"comparison", "api", "pruning", "recipe", "errors", "progress", "result", "report", "evaluation"}
+    | {"checkpoint", "calibration", "inspection", "loading", "placement", "text", ""},
     "engine": PURE
     | {"engine", "compressors", "allocators", "blocks", "surgery", "checkpoint", "calibration"}
     | {"placement", "progress", "result", "model_card", "runtime", ""},

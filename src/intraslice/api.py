@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from intraslice.calibration import load_calibration
 from intraslice.checkpoint.source import open_checkpoint
-from intraslice.checkpoint.writer import check_output
-from intraslice.compressors.residual import slice_width
-from intraslice.engine.run import prune_checkpoint
-from intraslice.engine.rundir import interrupted_sparsity
-from intraslice.errors import OutputError, RecipeError
 from intraslice.evaluation.analysis import analyse_model
 from intraslice.evaluation.bench import BenchOptions, BenchResult, bench_models
 from intraslice.evaluation.layer_bench import LayerBenchResult, bench_layers
 from intraslice.evaluation.perplexity import Perplexity, measure_perplexity, tokenize
-from intraslice.evaluation.target_speed import choose_sparsity
 from intraslice.evaluation.tasks import DEFAULT_BATCH_SIZE, TaskResults, check_range, open_tasks, score_tasks
 from intraslice.exporters import export_checkpoint
 from intraslice.exporters.base import ExportOptions, ExportReport
-from intraslice.inspection import ModelInfo, estimate_peak_bytes, family_of, inspect_model
-from intraslice.loading import load_config, load_model
-from intraslice.placement import Placement, choose_device, dtype_from_name
-from intraslice.progress import Progress, SilentProgress
-from intraslice.recipe import Recipe, fit_to_model, load_recipe
+from intraslice.loading import load_model
+from intraslice.progress import Progress
+from intraslice.pruning import check_seqlen, prune_recipe
+from intraslice.recipe import load_recipe
 from intraslice.result import PruneResult
 from intraslice.text import check_source, load_text
 
@@ -90,155 +81,6 @@ def prune(
         resume=resume,
         command=f"intraslice.prune({arguments})",
         progress=progress,
-    )
-
-
-def prune_recipe(
-    recipe: Recipe,
-    *,
-    overwrite: bool = False,
-    resume: bool = False,
-    command: str = "",
-    progress: Progress | None = None,
-) -> PruneResult:
-    """Run a recipe; the arguments are those of `prune`."""
-    progress = progress or SilentProgress()
-    if recipe.output is None:
-        raise RecipeError("no output is given; name the folder to write with -o.")
-    output = Path(recipe.output).expanduser()
-    _check_output_apart(recipe.model, output)
-    check_output(output, overwrite)
-    # Before the model is opened, which may mean a long download: a wrong name must answer at once.
-    check_source(recipe.calibration.source)
-    checkpoint = open_checkpoint(
-        recipe.model,
-        revision=recipe.revision,
-        trust_remote_code=recipe.trust_remote_code,
-        progress=progress,
-    )
-    recipe = fit_to_model(recipe, checkpoint.spec.name, checkpoint.config.hidden_size)
-    wanted = recipe.calibration
-    check_seqlen(checkpoint.config, wanted.seqlen)
-    begun_with = interrupted_sparsity(output) if resume else None
-    recipe = _with_sparsity(recipe, checkpoint.config, checkpoint.dtype, begun_with, progress)
-    calibration = load_calibration(
-        wanted.source,
-        checkpoint.load_tokenizer(),
-        num_samples=wanted.num_samples,
-        seqlen=wanted.seqlen,
-        seed=wanted.seed,
-        vocab_size=checkpoint.config.vocab_size,
-        model_folder=checkpoint.folder,
-        progress=progress,
-        text_field=wanted.text_field,
-        device=recipe.run.device,
-    )
-    return prune_checkpoint(
-        checkpoint,
-        calibration,
-        method=recipe.method_options(),
-        run=recipe.run,
-        output=output,
-        overwrite=overwrite,
-        resume=resume,
-        method_name=recipe.method,
-        recipe=recipe.to_dict(),
-        command=command,
-        progress=progress,
-    )
-
-
-def _with_sparsity(
-    recipe: Recipe, config: Any, stored: torch.dtype, begun_with: float | None, progress: Progress
-) -> Recipe:
-    """Return the recipe with the sparsity that its target_speedup asks for.
-
-    Args:
-        recipe: with a sparsity, or with a target_speedup.
-        config: stock config of the dense model.
-        stored: dtype of its weights.
-        begun_with: what the run that is resumed has chosen; measured again it might be another one.
-        progress: shows the measurement.
-    """
-    if recipe.target_speedup is None:
-        return recipe
-    if begun_with is not None:
-        progress.note(f"sparsity {begun_with:g}, as the interrupted run has chosen")
-        return recipe.model_copy(update={"sparsity": begun_with})
-    dtype = stored if recipe.run.dtype == "auto" else dtype_from_name(recipe.run.dtype)
-    sparsity = choose_sparsity(
-        config,
-        family_of(config),
-        recipe.model_copy(update={"sparsity": 0.0}).method_options(),
-        speedup=recipe.target_speedup,
-        speedup_of=recipe.speedup_of,
-        placement=Placement(choose_device(recipe.run.device), dtype, dtype, torch.float32),
-        progress=progress,
-    )
-    return recipe.model_copy(update={"sparsity": sparsity})
-
-
-def check_seqlen(config: Any, seqlen: int) -> None:
-    """Refuse sequences longer than the model has positions.
-
-    Raises:
-        RecipeError: seqlen is larger than max_position_embeddings.
-    """
-    if seqlen > config.max_position_embeddings:
-        raise RecipeError(
-            f"seqlen {seqlen} is beyond the {config.max_position_embeddings} positions of the model; "
-            f"use --seqlen {config.max_position_embeddings} or less."
-        )
-
-
-def _check_output_apart(model: str, output: Path) -> None:
-    source = Path(model).expanduser()
-    if source.exists() and source.resolve().is_relative_to(output.resolve()):
-        raise OutputError(f"the output {str(output)!r} would replace the input model; choose another folder.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DryRun:
-    """What a prune would do.
-
-    Attributes:
-        dense: the model as it is.
-        target_layer_parameters: linear weights of the decoder layers to keep.
-        target_parameters: all parameters of the pruned model, tied ones once.
-        estimated_peak_bytes: rough peak memory.
-        recipe: every setting, with the sparsity that follows from a target_speedup.
-    """
-
-    dense: ModelInfo
-    target_layer_parameters: int
-    target_parameters: int
-    estimated_peak_bytes: int
-    recipe: Recipe
-
-
-def dry_run(recipe: Recipe, *, progress: Progress | None = None) -> DryRun:
-    """Say what a recipe would do; writes nothing and loads no weights."""
-    info = inspect_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    recipe = fit_to_model(recipe, info.family, info.hidden_size)
-    if recipe.target_speedup is not None:
-        config, _ = load_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-        recipe = _with_sparsity(recipe, config, config.dtype or torch.float32, None, progress or SilentProgress())
-    sparsity = recipe.method_options().sparsity
-    kept = round((1 - sparsity) * info.dense_layer_parameters)
-    outside = info.num_parameters - info.dense_layer_parameters
-    if recipe.architecture == "residual" and sparsity > 0:
-        layers = len(info.layers)
-        width = slice_width(info.dense_layer_parameters // layers // info.hidden_size, info.hidden_size, sparsity)
-        # Embeddings and an output head of its own, and the norms.
-        outside = (2 * info.vocab_size + 2 * layers + 1) * width
-    return DryRun(
-        dense=info,
-        target_layer_parameters=kept,
-        target_parameters=outside + kept,
-        estimated_peak_bytes=estimate_peak_bytes(
-            info, recipe.calibration.num_samples, recipe.calibration.seqlen, recipe.run
-        ),
-        recipe=recipe,
     )
 
 

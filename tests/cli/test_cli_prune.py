@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from intraslice import api
+from intraslice import pruning
 from intraslice.cli.app import main
 from intraslice.result import PruneResult
 
@@ -137,7 +137,7 @@ def test_interrupted_says_how_to_resume(tiny_folder, tmp_path: Path, capfd, monk
             output.with_name(f"{output.name}.partial").mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "prune_checkpoint", interrupt)
+    monkeypatch.setattr(pruning, "prune_checkpoint", interrupt)
     for name, expected in (
         ("early", "nothing was written"),
         ("late", "late.partial: repeat the command with --resume"),
@@ -151,7 +151,7 @@ def test_full_disk_is_one_sentence(tiny_folder, tmp_path: Path, capfd, monkeypat
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, os.strerror(28), "model.safetensors")
 
-    monkeypatch.setattr(api, "prune_checkpoint", full)
+    monkeypatch.setattr(pruning, "prune_checkpoint", full)
     out = tmp_path / "pruned"
     assert main(["prune", str(tiny_folder("llama")), "-o", str(out), "--sparsity", "0.3", *SMALL]) == 2
     sentence = capfd.readouterr().err.splitlines()[-1]

@@ -24,7 +24,7 @@ from intraslice.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from intraslice.api import DryRun
+    from intraslice.pruning import DryRun
     from intraslice.recipe import Recipe
     from intraslice.result import PruneResult
 
@@ -154,7 +154,7 @@ def _interrupted(work_folder: Path) -> str:
 
 
 def _run(recipe: Recipe, overwrite: bool, resume: bool, arguments: Sequence[str]) -> PruneResult:
-    from intraslice.api import prune_recipe
+    from intraslice.pruning import prune_recipe
 
     with ConsoleProgress() as progress:
         return prune_recipe(
@@ -210,7 +210,7 @@ def _asked(result: PruneResult) -> str:
 
 
 def _dry_run(recipe: Recipe, as_json: bool) -> None:
-    from intraslice.api import dry_run
+    from intraslice.pruning import dry_run
 
     with ConsoleProgress() as progress:
         plan = dry_run(recipe, progress=progress)

@@ -22,7 +22,6 @@ import torch
 import transformers
 
 from intraslice import __version__
-from intraslice.api import check_seqlen, prune_recipe
 from intraslice.calibration import BUILT_IN_CHARS_PER_TOKEN, load_calibration
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.comparison.cells import ANALYSIS, PERPLEXITY, RANK, TASK, Facts, TextFacts, calibration_name, digest
@@ -31,6 +30,7 @@ from intraslice.evaluation.perplexity import check_windows, measure_perplexity, 
 from intraslice.inspection import inspect_model
 from intraslice.loading import load_model
 from intraslice.placement import choose_device
+from intraslice.pruning import check_seqlen, prune_recipe
 from intraslice.recipe import CalibrationOptions, Recipe
 from intraslice.text import SELF, load_text
 
