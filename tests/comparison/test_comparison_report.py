@@ -22,6 +22,8 @@ def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd):
 
     def call(*results: Path) -> tuple[int, str, list[dict[str, Any]]]:
         page, table = tmp_path / "page.html", tmp_path / "rows.json"
+        for file in (page, table):
+            file.unlink(missing_ok=True)
         capfd.readouterr()
         status = main(["report", *map(str, results), "-o", str(page), "--table", str(table)])
         assert page.exists() == table.exists() == (status == 0)
