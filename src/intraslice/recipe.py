@@ -442,7 +442,8 @@ def _sentence(error: ValidationError) -> str:
 
 def _literals(name: str) -> tuple[str, ...]:
     section, _, field = name.partition(".")
-    return get_args(get_type_hints(Recipe.model_fields[section].annotation)[field])
+    annotation = Recipe.model_fields[section].annotation
+    return get_args(get_type_hints(annotation)[field] if field else annotation)
 
 
 def _unknown(name: str) -> str:

@@ -187,7 +187,7 @@ def test_an_unreachable_speed_leaves_nothing_behind(tiny_folder, tmp_path: Path,
         ({"target_speedup": 1}, "target_speedup must be greater than 1, got 1"),
         ({"target_speedup": "nan"}, "greater than 1"),
         ({"target_speedup": "fast"}, "target_speedup must be a number greater than 1, got 'fast'"),
-        ({"target_speedup": 1.5, "speedup_of": "training"}, "'decode' or 'prefill'"),
+        ({"target_speedup": 1.5, "speedup_of": "training"}, "one of 'decode', 'prefill', got 'training'"),
     ],
 )
 def test_wrong_targets_are_refused(flags, expected):

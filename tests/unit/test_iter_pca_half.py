@@ -34,8 +34,8 @@ def test_half_precision_improves_a_block_as_float32_does(dtype: torch.dtype):
     for kind in (torch.float32, dtype):
         replay = Replay(kind, down)
         act = replay.act.double()
-        moments = block_target(act.T @ act, down)
-        edit, error = solve_down(moments, down, select_channels(moments.act, down, 64), options)
+        moments = block_target(act.T @ act, act.sum(0), len(act), down)
+        edit, error = solve_down(moments, down, select_channels(moments, down, 64, options), options)
         errors[kind] = (error, iterate_pca(replay, moments, edit, error, options)[1])
     before, after = errors[dtype]
     assert after < before
