@@ -42,7 +42,10 @@ def prune(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="intraslice (default), iter-pca, the ablations ada-h and naive, or paper."),
+        typer.Option(
+            help="intraslice (default), iter-pca, the ablations ada-h and naive, paper, or another method: wanda-sp, "
+            "flap, slimllm, transact, sobp."
+        ),
     ] = None,
     calibration: Annotated[
         str | None,
