@@ -40,6 +40,18 @@ CONTEXT = 512
 Q8_AGREEMENT = 0.9
 
 
+def use_plain_kernels() -> None:
+    """Load models without weights repacked for special kernels; llama_cpp.Llama has no argument for that."""
+    defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+    def plain() -> Any:
+        parameters = defaults()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    llama_cpp.llama_cpp.llama_model_default_params = plain
+
+
 def open_gguf(path: Path, threads: int, **options: Any) -> Any:
     """Load a file; the cache is float32 (0 is GGML_TYPE_F32) so that nothing but the weights is rounded."""
     return llama_cpp.Llama(
@@ -194,7 +206,10 @@ def main() -> None:
     parser.add_argument("--quantisations", default="Q8_0,Q4_0", help="such as Q8_0,Q4_K_M (default %(default)s)")
     parser.add_argument("--repetitions", type=int, default=7, help="of each speed (default %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all (%(default)s)")
+    parser.add_argument("--plain-kernels", action="store_true", help="no repacked weights: where AMX kernels trap")
     args = parser.parse_args()
+    if args.plain_kernels:
+        use_plain_kernels()
     torch.set_num_threads(args.threads)
 
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ MOMENTS = OutputMoments(
 )
 
 
-def _repair(kind: str, **changes) -> Output:
+def _repair(kind: Any, **changes: Any) -> Output:
     return repair_output(MOMENTS, REMOVED, FFNOptions(repair=kind, **changes))
 
 

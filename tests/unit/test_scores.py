@@ -73,7 +73,7 @@ def test_head_scores_are_the_correlations_without_the_head(x, w):
 @pytest.mark.parametrize(("group", "groups"), [(1, "ragged"), (2, "ragged"), (2, "uniform")])
 def test_swaps_raise_the_correlation_and_keep_the_cost(x, w, group, groups):
     correlation = scores.HeadCorrelation(x.T @ x, x.sum(0), N, w, HEADS)
-    choices = {
+    choices: dict[tuple[int, ...], float] = {
         heads: _pearson(x @ w.T, _outputs_of(x, w, heads))
         for heads in combinations(range(HEADS), 2)
         if group == 1 or groups == "ragged" or heads in ((0, 1), (2, 3), (0, 2), (0, 3), (1, 2), (1, 3))

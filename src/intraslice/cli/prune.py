@@ -53,8 +53,8 @@ def prune(
     method: Annotated[
         str | None,
         typer.Option(
-            help="intraslice (default), iter-pca, the ablations ada-h and naive, paper, or to compare with: svd-llm, "
-            "slicegpt."
+            help="intraslice (default), iter-pca, the ablations ada-h and naive, paper, or another method to compare "
+            "with: wanda-sp, flap, slimllm, transact, sobp, slicegpt, svd-llm."
         ),
     ] = None,
     calibration: Annotated[
