@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +19,6 @@ SMALL: dict[str, Any] = {
     "evaluation": {"text": "builtin", "seqlen": 64, "windows": 2},
     "options": {"attention.head_multiple": 2, "ffn.ffn_multiple": 1},
 }
-
-
-def use_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page has tests of its own; without its module a short text stands for it."""
-    if importlib.util.find_spec("intraslice.report") is None:
-        page = types.ModuleType("intraslice.report")
-        setattr(page, "render_report", lambda document: f"<title>{document['title']}</title>")  # noqa: B010
-        monkeypatch.setitem(sys.modules, "intraslice.report", page)
 
 
 def write_yaml(path: Path, model: Path, **changes: Any) -> Path:
@@ -49,7 +38,6 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return child.read_replies(lines, progress, keep)
 
     monkeypatch.setattr(run, "run_job", run_job)
-    use_page(monkeypatch)
     return jobs
 
 

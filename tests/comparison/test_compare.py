@@ -213,7 +213,6 @@ def _task_data(folder: Path) -> Path:
 
 
 def test_tasks_that_are_added_leave_the_perplexity_alone(finished: Path, small: Small, jobs: Jobs, tmp_path: Path):
-    pytest.importorskip("intraslice.evaluation.tasks")
     pytest.importorskip("lm_eval")
     _task_data(tmp_path / "data")
     tasks = {"names": ["piqa"], "task_data": "data", "limit": 4}
@@ -228,7 +227,6 @@ def test_tasks_that_are_added_leave_the_perplexity_alone(finished: Path, small: 
 
 
 def test_analysis(finished: Path, small: Small, jobs: Jobs):
-    pytest.importorskip("intraslice.evaluation.analysis")
     assert main(["compare", str(small(analysis=True, sparsities=[0.2])), "-o", str(finished)]) == 0
     document = document_of(finished)
     assert all(len(cell["effective_rank"]) == 3 for cell in document["cells"])

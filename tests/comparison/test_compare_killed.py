@@ -10,23 +10,13 @@ from pathlib import Path
 
 from small_comparison import document_of, write_yaml
 
-# The page has tests of its own, and may not be there.
-CODE = """
-import importlib.util, sys, types
-if importlib.util.find_spec("intraslice.report") is None:
-    sys.modules["intraslice.report"] = types.ModuleType("intraslice.report")
-    sys.modules["intraslice.report"].render_report = lambda document: document["title"]
-from intraslice.cli.app import main
-sys.exit(main(sys.argv[1:]))
-"""
-
 
 def test_kill_and_go_on(make_folder, tmp_path: Path):
     model = make_folder("llama", num_hidden_layers=24)
     calibration = {"num_samples": 64, "seqlen": 128}
     file = write_yaml(tmp_path / "c.yaml", model, calibration=calibration, methods=["naive"], sparsities=[0.3])
     out = tmp_path / "out"
-    command = [sys.executable, "-c", CODE, "compare", str(file), "-o", str(out)]
+    command = [sys.executable, "-m", "intraslice", "compare", str(file), "-o", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 600
     finished_layers = "checkpoints/*.partial/layers/*"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_comparison import document_of, use_page
+from small_comparison import document_of
 
 from intraslice import api
 from intraslice.cli.app import main
@@ -16,9 +16,8 @@ from intraslice.comparison.merge import merge_results
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd):
+def report(tmp_path: Path, capfd):
     """Return a function (*results) -> (status, standard error, rows of the table)."""
-    use_page(monkeypatch)
 
     def call(*results: Path) -> tuple[int, str, list[dict[str, Any]]]:
         page, table = tmp_path / "page.html", tmp_path / "rows.json"
