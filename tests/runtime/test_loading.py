@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from intraslice.runtime import RUNTIME_FILES, register
 from intraslice.runtime.configuration_intraslice import (
     FAMILIES,
+    MIN_TRANSFORMERS,
     LayerShape,
     dense_config,
     dense_shape,
@@ -99,6 +100,27 @@ def check_logits(root, expected):
     assert actual.keys() == expected.keys()
     for case, logits in expected.items():
         torch.testing.assert_close(actual[case], logits, atol=1e-5, rtol=0)
+
+
+def test_an_older_transformers_is_named(checkpoints, tmp_path):
+    root, _ = checkpoints
+    code = f"""
+import sys
+{BLOCK_PACKAGE}
+import transformers
+transformers.__version__ = "5.15.2"
+try:
+    transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/{ONE_PER_FAMILY[0]}", trust_remote_code=True)
+except ImportError as error:
+    print(error)
+"""
+    printed = run_python(code, root, tmp_path, "-I")
+    assert f"needs transformers {MIN_TRANSFORMERS} or later, 5.15.2 is installed" in printed
+
+
+def test_the_oldest_transformers_is_that_of_the_package():
+    project = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    assert f'"transformers>={MIN_TRANSFORMERS}"' in project
 
 
 def test_clean_process_without_the_package(checkpoints, tmp_path):

@@ -11,8 +11,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, MistralConfig, OPTConfig, Phi3Config, PretrainedConfig, Qwen2Config
+
+MIN_TRANSFORMERS = "5.16"
+"""The oldest release that knows sizes per layer; older ones would fail later, and say less."""
+if [int(part) for part in transformers.__version__.split(".")[:2]] < [
+    int(part) for part in MIN_TRANSFORMERS.split(".")
+]:
+    raise ImportError(
+        f"a pruned checkpoint needs transformers {MIN_TRANSFORMERS} or later, {transformers.__version__} is installed; "
+        "upgrade it, or export the checkpoint with `intraslice export --to stock` or `--to padded`."
+    )
 
 FORMAT_VERSION = 1
 # Fields of a shape that config.json holds only where they are set.
