@@ -68,7 +68,8 @@ class AttentionOptions:
         target: what the block is repaired against: "block" (what the dense block makes of the same input), or
             "model" (what the dense model has in its residual stream there, so that the errors of the layers before
             are repaired as well).
-        groups: "ragged" lets query heads of a kv head go one by one; "uniform" keeps one group size per layer.
+        groups: "ragged" lets query heads of a kv head go one by one; "uniform" keeps one group size per layer;
+            "whole" removes a kv head with all its query heads.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -84,7 +85,7 @@ class AttentionOptions:
     damping: float = 0.05
     shrink_to: Literal["weights", "zero"] = "weights"
     target: Literal["block", "model"] = "model"
-    groups: Literal["ragged", "uniform"] = "ragged"
+    groups: Literal["ragged", "uniform", "whole"] = "ragged"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,9 @@ MAX_SPARSITY = 0.95
 
 _NO_CORRECTION = {"pca_attention": False, "pca_ffn": False}
 
+# With grouped queries a kv head and its query heads are one unit: query heads alone would leave the kv heads behind.
+_WHOLE = {"adaptive_heads": False, "groups": "whole"}
+
 METHODS: dict[str, dict[str, Any]] = {
     "intraslice": {},
     "iter-pca": {"ffn": {"iter_pca": True}},
@@ -30,17 +33,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "naive": {"allocation": _NO_CORRECTION, "attention": {"adaptive_heads": False}},
     "wanda-sp": {
         "allocation": {"name": "uniform", "ffn_bias": 1.0},
-        "attention": {"score": "norm", "adaptive_heads": False, "repair": "none", "target": "block"},
+        "attention": {"score": "norm", **_WHOLE, "repair": "none", "target": "block"},
         "ffn": {"score": "norm", "repair": "none", "target": "block"},
     },
     "flap": {
         "allocation": {"name": "fluctuation"},
-        "attention": {"score": "fluctuation", "adaptive_heads": False, "repair": "bias", "target": "block"},
+        "attention": {"score": "fluctuation", **_WHOLE, "repair": "bias", "target": "block"},
         "ffn": {"score": "fluctuation", "repair": "bias", "target": "block"},
     },
     "slimllm": {
         "allocation": {"name": "similarity", "ffn_bias": 1.0},
-        "attention": {"score": "pearson", "adaptive_heads": False, "repair": "affine", "target": "block"},
+        "attention": {"score": "pearson", **_WHOLE, "repair": "affine", "target": "block"},
         "ffn": {"score": "feature", "repair": "affine", "target": "block"},
     },
     "transact": {
@@ -50,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "sobp": {
         "allocation": {"name": "head_search"},
-        "attention": {"score": "obs", "adaptive_heads": False, "damping": 0.01, "target": "block"},
+        "attention": {"score": "obs", **_WHOLE, "damping": 0.01, "target": "block"},
         "ffn": {"score": "obs", "damping": 0.01, "target": "block"},
     },
     "paper": {
@@ -66,9 +69,9 @@ IPca, without Pca-A, without Ada-H as well), other methods as compositions of th
 to the letter.
 
 The other methods differ from their publications where a fair comparison asks for it: the budget counts stored weights,
-statistics of a layer come from the layers pruned before it, query heads of a kv head go one by one (attention.groups),
-and nobody trains afterwards. TransAct prunes in several rounds; within a layer they would change nothing here, because
-q, k, v and act depend on the layer's input only, and that is measured anew for every layer."""
+statistics of a layer come from the layers pruned before it, and nobody trains afterwards. TransAct prunes in several
+rounds; within a layer they would change nothing here, because q, k, v and act depend on the layer's input only, and
+that is measured anew for every layer."""
 
 
 TARGETS: dict[str, dict[str, Any]] = {

@@ -105,7 +105,9 @@ def typical_shape(
     dims = (1 - lost) * attention / (2 * hidden_size)  # of query and kv heads together
     whole = not method.attention.adaptive_heads
     choices = list(_thinned(dense.heads_per_kv))
-    if method.attention.groups == "uniform" or method.allocation.shapes != "free":
+    if method.attention.groups == "whole":
+        choices = [dense.heads_per_kv[:kept] for kept in range(len(dense.heads_per_kv), 0, -1)]
+    elif method.attention.groups == "uniform" or method.allocation.shapes != "free":
         choices = [groups for groups in choices if len(set(groups)) == 1]
     if whole:
         groups = min(choices, key=lambda groups: abs(head_dim * _cost(groups) - dims))
