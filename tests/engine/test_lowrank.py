@@ -232,6 +232,8 @@ def test_nan_activations_name_the_layer(architecture, tmp_path):
     with pytest.raises(NumericalError, match="layer 1"):
         run(folder, tmp_path / "out", architecture)
     assert not (tmp_path / "out").exists()
+    # A finished layer is work worth keeping, also where no allocation came before it.
+    assert (tmp_path / "out.partial/layers/00000.safetensors").exists()
 
 
 def test_a_stream_too_narrow_for_the_budget_is_refused(tiny_folder, tmp_path):

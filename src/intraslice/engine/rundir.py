@@ -88,7 +88,7 @@ class RunDir:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Leave nothing behind when the run was refused before anything worth keeping was finished."""
-        finished = self.allocation is not None or self.scan_path.exists()
+        finished = self.records or self.allocation is not None or self.scan_path.exists()
         if kind is not None and issubclass(kind, IntraSliceError) and not finished:
             self.remove()
 
