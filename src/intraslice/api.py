@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from intraslice.calibration import load_calibration
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.evaluation.analysis import analyse_model
 from intraslice.evaluation.bench import BenchOptions, BenchResult, bench_models
@@ -19,8 +18,8 @@ from intraslice.exporters import export_checkpoint
 from intraslice.exporters.base import ExportOptions, ExportReport
 from intraslice.loading import load_model
 from intraslice.progress import Progress
-from intraslice.pruning import check_seqlen, prune_recipe
-from intraslice.recipe import load_recipe
+from intraslice.pruning import calibrate, prune_recipe
+from intraslice.recipe import CalibrationOptions, load_recipe
 from intraslice.result import PruneResult
 from intraslice.text import check_source, load_text
 
@@ -208,19 +207,8 @@ def analyse(
     """
     check_source(text)
     checkpoint = open_checkpoint(str(model), revision=revision, trust_remote_code=trust_remote_code, progress=progress)
-    check_seqlen(checkpoint.config, seqlen)
-    calibration = load_calibration(
-        text,
-        checkpoint.load_tokenizer(),
-        num_samples=num_samples,
-        seqlen=seqlen,
-        seed=seed,
-        vocab_size=checkpoint.config.vocab_size,
-        model_folder=checkpoint.folder,
-        progress=progress,
-        text_field=text_field,
-        device=device,
-    )
+    wanted = CalibrationOptions(source=text, num_samples=num_samples, seqlen=seqlen, seed=seed, text_field=text_field)
+    calibration = calibrate(checkpoint, wanted, device=device, progress=progress)
     return analyse_model(
         str(model),
         calibration.tokens,

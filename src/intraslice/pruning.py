@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from intraslice.calibration import load_calibration
+from intraslice.calibration import Calibration, load_calibration
+from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.writer import check_output
 from intraslice.compressors.residual import slice_width
@@ -20,7 +21,7 @@ from intraslice.inspection import ModelInfo, estimate_peak_bytes, family_of, ins
 from intraslice.loading import load_config
 from intraslice.placement import Placement, choose_device, dtype_from_name
 from intraslice.progress import Progress, SilentProgress
-from intraslice.recipe import Recipe, fit_to_model
+from intraslice.recipe import CalibrationOptions, Recipe, fit_to_model
 from intraslice.result import PruneResult
 from intraslice.text import check_source
 
@@ -49,22 +50,10 @@ def prune_recipe(
         progress=progress,
     )
     recipe = fit_to_model(recipe, checkpoint.spec.name, checkpoint.config.hidden_size)
-    wanted = recipe.calibration
-    check_seqlen(checkpoint.config, wanted.seqlen)
+    check_seqlen(checkpoint.config, recipe.calibration.seqlen)
     begun_with = interrupted_sparsity(output) if resume else None
     recipe = _with_sparsity(recipe, checkpoint.config, checkpoint.dtype, begun_with, progress)
-    calibration = load_calibration(
-        wanted.source,
-        checkpoint.load_tokenizer(),
-        num_samples=wanted.num_samples,
-        seqlen=wanted.seqlen,
-        seed=wanted.seed,
-        vocab_size=checkpoint.config.vocab_size,
-        model_folder=checkpoint.folder,
-        progress=progress,
-        text_field=wanted.text_field,
-        device=recipe.run.device,
-    )
+    calibration = calibrate(checkpoint, recipe.calibration, device=recipe.run.device, progress=progress)
     return prune_checkpoint(
         checkpoint,
         calibration,
@@ -108,6 +97,30 @@ def _with_sparsity(
         progress=progress,
     )
     return recipe.model_copy(update={"sparsity": sparsity})
+
+
+def calibrate(
+    checkpoint: Checkpoint, wanted: CalibrationOptions, *, device: str, progress: Progress | None
+) -> Calibration:
+    """Return the calibration tokens that the options name, cut by the tokenizer of the checkpoint.
+
+    Raises:
+        CalibrationError: the text is missing, empty, too short, or does not fit the model.
+        RecipeError: the sequences are longer than the model has positions.
+    """
+    check_seqlen(checkpoint.config, wanted.seqlen)
+    return load_calibration(
+        wanted.source,
+        checkpoint.load_tokenizer(),
+        num_samples=wanted.num_samples,
+        seqlen=wanted.seqlen,
+        seed=wanted.seed,
+        vocab_size=checkpoint.config.vocab_size,
+        model_folder=checkpoint.folder,
+        progress=progress,
+        text_field=wanted.text_field,
+        device=device,
+    )
 
 
 def check_seqlen(config: Any, seqlen: int) -> None:

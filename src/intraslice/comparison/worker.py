@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from intraslice import __version__
-from intraslice.calibration import BUILT_IN_CHARS_PER_TOKEN, load_calibration
+from intraslice.calibration import BUILT_IN_CHARS_PER_TOKEN
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.comparison.cells import ANALYSIS, PERPLEXITY, RANK, TASK, Facts, TextFacts, calibration_name, digest
 from intraslice.errors import IntraSliceError
@@ -30,7 +30,7 @@ from intraslice.evaluation.perplexity import check_windows, measure_perplexity, 
 from intraslice.inspection import inspect_model
 from intraslice.loading import load_model
 from intraslice.placement import choose_device
-from intraslice.pruning import check_seqlen, prune_recipe
+from intraslice.pruning import calibrate, check_seqlen, prune_recipe
 from intraslice.recipe import CalibrationOptions, Recipe
 from intraslice.text import SELF, load_text
 
@@ -139,23 +139,13 @@ def _model_facts(
     fingerprint = checkpoint.fingerprint()
     found: dict[str, str] = {}
     for calibration in calibrations:
-        check_seqlen(checkpoint.config, calibration.seqlen)
         if calibration.source == SELF:
+            check_seqlen(checkpoint.config, calibration.seqlen)
             # Sampling takes minutes; the model and the settings decide the tokens as well as their hash would.
             found[calibration_name(calibration)] = digest({"self": fingerprint, **asdict(calibration)})
             continue
-        found[calibration_name(calibration)] = load_calibration(
-            calibration.source,
-            tokenizer,
-            num_samples=calibration.num_samples,
-            seqlen=calibration.seqlen,
-            seed=calibration.seed,
-            vocab_size=checkpoint.config.vocab_size,
-            model_folder=checkpoint.folder,
-            progress=progress,
-            text_field=calibration.text_field,
-            device=device,
-        ).fingerprint
+        tokens = calibrate(checkpoint, calibration, device=device, progress=progress)
+        found[calibration_name(calibration)] = tokens.fingerprint
     folder = str(checkpoint.folder)
     info = inspect_model(folder).to_dict()
     return Facts(folder=folder, fingerprint=fingerprint, info=info, calibrations=found)
