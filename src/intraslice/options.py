@@ -25,6 +25,8 @@ class AllocationOptions:
         pca_ffn: rotate the mask gradients of `act` into the eigenvectors of blocks of channels (Eq. 11).
         ffn_bias: lambda_b; the FFN loses ffn_bias times the target sparsity, attention the rest. Not used by
             "fluctuation" and "head_search", which find that split themselves.
+        count: what a block's share counts: its "weights", or the "units" that whole-head methods remove, query heads
+            and FFN channels. A kv head is no unit; it stays until the last of its query heads goes.
         similarity_scale: alpha of "similarity": layers lose in proportion to exp(alpha * cosine similarity).
         max_block_sparsity: cap on what one attention or FFN block may lose; the excess goes to other layers.
         num_ffn_blocks: into how many blocks the channels of `act` are cut for the correction.
@@ -38,6 +40,7 @@ class AllocationOptions:
     pca_attention: bool = True
     pca_ffn: bool = True
     ffn_bias: float = 1.15
+    count: Literal["weights", "units"] = "weights"
     similarity_scale: float = 10.0
     max_block_sparsity: float = 0.9
     num_ffn_blocks: int = 32
@@ -68,8 +71,7 @@ class AttentionOptions:
         target: what the block is repaired against: "block" (what the dense block makes of the same input), or
             "model" (what the dense model has in its residual stream there, so that the errors of the layers before
             are repaired as well).
-        groups: "ragged" lets query heads of a kv head go one by one; "uniform" keeps one group size per layer;
-            "whole" removes a kv head with all its query heads.
+        groups: "ragged" lets query heads of a kv head go one by one; "uniform" keeps one group size per layer.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -85,7 +87,7 @@ class AttentionOptions:
     damping: float = 0.05
     shrink_to: Literal["weights", "zero"] = "weights"
     target: Literal["block", "model"] = "model"
-    groups: Literal["ragged", "uniform", "whole"] = "ragged"
+    groups: Literal["ragged", "uniform"] = "ragged"
 
 
 @dataclass(frozen=True, kw_only=True)

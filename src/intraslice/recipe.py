@@ -23,27 +23,24 @@ MAX_SPARSITY = 0.95
 
 _NO_CORRECTION = {"pca_attention": False, "pca_ffn": False}
 
-# With grouped queries a kv head and its query heads are one unit: query heads alone would leave the kv heads behind.
-_WHOLE = {"adaptive_heads": False, "groups": "whole"}
-
 METHODS: dict[str, dict[str, Any]] = {
     "intraslice": {},
     "iter-pca": {"ffn": {"iter_pca": True}},
     "ada-h": {"allocation": _NO_CORRECTION},
     "naive": {"allocation": _NO_CORRECTION, "attention": {"adaptive_heads": False}},
     "wanda-sp": {
-        "allocation": {"name": "uniform", "ffn_bias": 1.0},
-        "attention": {"score": "norm", **_WHOLE, "repair": "none", "target": "block"},
+        "allocation": {"name": "uniform", "ffn_bias": 1.0, "count": "units"},
+        "attention": {"score": "norm", "adaptive_heads": False, "repair": "none", "target": "block"},
         "ffn": {"score": "norm", "repair": "none", "target": "block"},
     },
     "flap": {
-        "allocation": {"name": "fluctuation"},
-        "attention": {"score": "fluctuation", **_WHOLE, "repair": "bias", "target": "block"},
+        "allocation": {"name": "fluctuation", "count": "units"},
+        "attention": {"score": "fluctuation", "adaptive_heads": False, "repair": "bias", "target": "block"},
         "ffn": {"score": "fluctuation", "repair": "bias", "target": "block"},
     },
     "slimllm": {
-        "allocation": {"name": "similarity", "ffn_bias": 1.0},
-        "attention": {"score": "pearson", **_WHOLE, "repair": "affine", "target": "block"},
+        "allocation": {"name": "similarity", "ffn_bias": 1.0, "count": "units"},
+        "attention": {"score": "pearson", "adaptive_heads": False, "repair": "affine", "target": "block"},
         "ffn": {"score": "feature", "repair": "affine", "target": "block"},
     },
     "transact": {
@@ -52,8 +49,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "ffn": {"score": "magnitude", "repair": "none", "target": "block"},
     },
     "sobp": {
-        "allocation": {"name": "head_search"},
-        "attention": {"score": "obs", **_WHOLE, "damping": 0.01, "target": "block"},
+        "allocation": {"name": "head_search", "count": "units"},
+        "attention": {"score": "obs", "adaptive_heads": False, "damping": 0.01, "target": "block"},
         "ffn": {"score": "obs", "damping": 0.01, "target": "block"},
     },
     "paper": {
@@ -69,9 +66,9 @@ IPca, without Pca-A, without Ada-H as well), other methods as compositions of th
 to the letter.
 
 The other methods differ from their publications where a fair comparison asks for it: the budget counts stored weights,
-statistics of a layer come from the layers pruned before it, and nobody trains afterwards. TransAct prunes in several
-rounds; within a layer they would change nothing here, because q, k, v and act depend on the layer's input only, and
-that is measured anew for every layer."""
+statistics of a layer come from the layers pruned before it, query heads of a kv head go one by one (allocation.count),
+and nobody trains afterwards. TransAct prunes in several rounds; within a layer they would change nothing here, because
+q, k, v and act depend on the layer's input only, and that is measured anew for every layer."""
 
 
 TARGETS: dict[str, dict[str, Any]] = {

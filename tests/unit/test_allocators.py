@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intraslice.allocators import BlockSizes, MaskScores, allocate_by_mask_gradient, allocate_uniform
+from intraslice.allocators import BlockSizes, MaskScores, allocate_by_mask_gradient, allocate_uniform, count_units
 from intraslice.allocators.mask_gradient import channel_importance, keep_fractions
 from intraslice.errors import BudgetError
 from intraslice.options import AllocationOptions
@@ -96,4 +96,31 @@ def test_a_bias_beyond_the_cap_gives_the_rest_to_the_other_block(sparsity, bias)
 
 def test_an_unreachable_budget_is_refused_with_numbers():
     with pytest.raises(BudgetError, match=r"0\.93.*90%"):
-        allocate_uniform(SIZES, 0.93, AllocationOptions())
+        count_units(SIZES, 0.93, AllocationOptions(), num_heads=4, num_key_value_heads=4)
+
+
+@pytest.mark.parametrize(("sparsity", "heads"), [(0.0, 0), (0.2, 1), (0.3, 2), (0.5, 4)])
+def test_units_of_grouped_queries_are_query_heads(sparsity, heads):
+    options = AllocationOptions(count="units", ffn_bias=1.0)
+    units = count_units(SIZES, sparsity, options, num_heads=9, num_key_value_heads=3)
+    assert units.sparsity * (0.75 * 600 + 1400) == pytest.approx(sparsity * 2000)
+    uniform = allocate_uniform(units.sizes, units.sparsity, options)
+    assert uniform.attention == pytest.approx(uniform.ffn)  # the same share of query heads as of channels
+    # The nine query heads have three quarters of the weights; of what is not a whole head, the FFN loses more.
+    weighed = units.weigh(uniform)
+    assert weighed.attention == pytest.approx((1 - 0.75 * heads / 9,) * 4)
+    assert _sparsity(weighed) == pytest.approx(sparsity)
+
+
+def test_units_without_groups_are_heads_and_weights_are_left_alone():
+    alone = count_units(SIZES, 0.3, AllocationOptions(count="units", ffn_bias=1.0), num_heads=9, num_key_value_heads=9)
+    assert alone.sizes == SIZES and alone.sparsity == 0.3
+    uniform = allocate_uniform(alone.sizes, alone.sparsity, AllocationOptions(ffn_bias=1.0))
+    assert alone.weigh(uniform).attention == pytest.approx((7 / 9,) * 4)
+    weights = count_units(SIZES, 0.3, AllocationOptions(), num_heads=9, num_key_value_heads=3)
+    assert weights.sizes == SIZES and weights.weigh(uniform) == uniform
+
+
+def test_an_unreachable_share_of_units_is_refused_with_the_sparsity_that_was_asked_for():
+    with pytest.raises(BudgetError, match=r"0\.88.*90% of its units"):
+        count_units(SIZES, 0.88, AllocationOptions(count="units"), num_heads=9, num_key_value_heads=3)

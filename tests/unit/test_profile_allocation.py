@@ -73,7 +73,7 @@ def test_fluctuation_is_one_ranking_of_heads_and_channels():
     profile = _profile()
     units = []
     for layer in range(L):
-        context, act = profile.context_fluctuation[layer], profile.act_fluctuation[layer]
+        context, act = profile.context_fluctuation[layer].square(), profile.act_fluctuation[layer]
         for head in range(H):
             score = float(((context - context.mean()) / context.std())[head].mean())
             units.append((score, SIZES.attention[layer] // H, ("attention", layer)))

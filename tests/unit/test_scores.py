@@ -70,12 +70,6 @@ def test_head_scores_are_the_correlations_without_the_head(x, w):
         assert found[head] == pytest.approx(-_pearson(x @ w.T, without))
 
 
-def test_swaps_exchange_whole_groups(x, w):
-    correlation = scores.HeadCorrelation(x.T @ x, x.sum(0), N, w, HEADS)
-    best = max(((0, 1), (2, 3)), key=lambda heads: _pearson(x @ w.T, _outputs_of(x, w, heads)))
-    assert {correlation.swap(start, 2, "whole") for start in ((0, 1), (2, 3))} == {best}
-
-
 @pytest.mark.parametrize(("group", "groups"), [(1, "ragged"), (2, "ragged"), (2, "uniform")])
 def test_swaps_raise_the_correlation_and_keep_the_cost(x, w, group, groups):
     correlation = scores.HeadCorrelation(x.T @ x, x.sum(0), N, w, HEADS)

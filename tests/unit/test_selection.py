@@ -73,14 +73,6 @@ def test_adaptive_heads_respects_groups_and_minimum_width(seed, share, groups):
     assert choice.width <= 8.0
 
 
-def test_whole_groups_go_together():
-    scores = torch.tensor([9.0, 0.1, 9.0, 1.0, 2.0, 1.0, 0.2, 8.0, 8.0]).double()
-    choice = whole_heads(scores, budget_dims=8 * 8, head_dim=8, group=3, groups="whole")  # 12 units of 8 when dense
-    assert choice.heads == (0, 1, 2, 6, 7, 8)
-    alone = whole_heads(scores, budget_dims=8, head_dim=8, group=3, groups="whole")
-    assert alone.heads == (0, 1, 2)
-
-
 def test_keeping_everything_needs_no_removal():
     spectrum = _spectrum(6, 8, 0)
     choice = adaptive_heads(spectrum.sum(-1), spectrum, budget_dims=8 * 8, group=3, min_width=6.0, groups="ragged")

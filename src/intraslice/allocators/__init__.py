@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from intraslice.allocators.base import Allocation, BlockSizes
+from intraslice.allocators.base import Allocation, BlockSizes, count_units
 from intraslice.allocators.mask_gradient import MaskScores, allocate_by_head_search, allocate_by_mask_gradient
 from intraslice.allocators.profile import LayerProfile, allocate_by_fluctuation, allocate_by_similarity
 from intraslice.allocators.shapes import ShapeGrid, allocate_shapes
@@ -20,4 +20,5 @@ __all__ = [
     "allocate_by_similarity",
     "allocate_shapes",
     "allocate_uniform",
+    "count_units",
 ]

@@ -125,11 +125,7 @@ def allocate_by_head_search(
 def allocate_by_mask_gradient(
     scores: MaskScores, sizes: BlockSizes, sparsity: float, options: AllocationOptions
 ) -> Allocation:
-    """Rank attention units against attention units and FFN units against FFN units over all layers.
-
-    Raises:
-        BudgetError: the sparsity cannot be reached under the cap.
-    """
+    """Rank attention units against attention units and FFN units against FFN units over all layers."""
     attention, ffn = split_sparsity(sizes, sparsity, options)
 
     def importance(grads: Sequence[Tensor], moments: Sequence[Tensor], rotate: bool) -> list[Tensor]:

@@ -42,10 +42,11 @@ def allocate_by_fluctuation(
 ) -> Allocation:
     """Rank heads and FFN channels of all layers together by standardised fluctuations: FLAP.
 
-    Scores are standardised within each block, a head counts the mean of its channels, and a unit weighs its share of
-    the block's linear weights: a head more than a channel.
+    Scores are standardised within each block, those of attention channels squared before (as in the published code,
+    which keeps more heads that way); a head counts the mean of its channels, and a unit weighs its share of the block's
+    linear weights: a head more than a channel.
     """
-    heads = [standardised(scores).mean(1) for scores in profile.context_fluctuation]
+    heads = [standardised(scores.square()).mean(1) for scores in profile.context_fluctuation]
     channels = [standardised(scores) for scores in profile.act_fluctuation]
     kept = keep_fractions(heads + channels, sizes.attention + sizes.ffn, sparsity, options.max_block_sparsity)
     return Allocation(tuple(kept[: len(heads)]), tuple(kept[len(heads) :]))
@@ -57,9 +58,6 @@ def allocate_by_similarity(
     """Take from each layer in proportion to softmax(alpha * similarity of its input and output): SlimLLM.
 
     The first and the last layer are kept as long as the others can lose it all under the cap.
-
-    Raises:
-        BudgetError: the sparsity cannot be reached under the cap.
     """
     attention, ffn = split_sparsity(sizes, sparsity, options)
     highest = max(profile.similarity)

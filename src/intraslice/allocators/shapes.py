@@ -71,7 +71,7 @@ def allocate_shapes(
         grid: the shapes that are allowed.
 
     Raises:
-        BudgetError: the sparsity cannot be reached under the cap, or no allowed shapes come near it.
+        BudgetError: no allowed shapes come near the sparsity.
     """
     heads, channels = _importance(scores, options)
     rate, free_value = _exchange_rate(heads, channels, sizes, sparsity, options)

@@ -7,10 +7,6 @@ from intraslice.options import AllocationOptions
 
 
 def allocate_uniform(sizes: BlockSizes, sparsity: float, options: AllocationOptions) -> Allocation:
-    """Give each attention block and each FFN block the same sparsity.
-
-    Raises:
-        BudgetError: the sparsity cannot be reached under the cap.
-    """
+    """Give each attention block and each FFN block the same sparsity."""
     attention, ffn = split_sparsity(sizes, sparsity, options)
     return Allocation((1.0 - attention,) * len(sizes.attention), (1.0 - ffn,) * len(sizes.ffn))

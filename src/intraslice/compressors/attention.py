@@ -116,7 +116,8 @@ def head_scores(stats: AttentionStats, o_weight: Tensor, options: AttentionOptio
     if options.score == "norm":
         channels = norm_scores(energy, o_weight)
     elif options.score == "fluctuation":
-        channels = fluctuation_scores(energy, stats.context_sum, stats.num_tokens, o_weight)
+        # Squared, as in the allocation: one channel that fluctuates much keeps its head.
+        channels = fluctuation_scores(energy, stats.context_sum, stats.num_tokens, o_weight).square()
     else:
         channels = energy_scores(energy, o_weight)
     return channels.view(num_heads, -1).sum(1)

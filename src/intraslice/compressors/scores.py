@@ -7,7 +7,7 @@ Shapes: N tokens, D hidden_size, C channels of the input of an output projection
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -112,35 +112,24 @@ class HeadCorrelation:
         Args:
             kept: heads to start from.
             group: query heads a kv head in the dense model.
-            groups: "ragged", "uniform" for one group size, or "whole": kv heads are exchanged with their query heads.
+            groups: "ragged", or "uniform" for one group size.
         """
         best, best_value = tuple(kept), self.of(kept)
         num_kv = len(kept_kv_heads(kept, group))
         while True:
-            swaps = [tuple(sorted({*best, *new} - {*old})) for old, new in self._exchanges(best, group, groups)]
+            others = [head for head in range(len(self._covariance)) if head not in best]
+            swaps = [tuple(sorted({*best, new} - {old})) for old in best for new in others]
             allowed = [
                 heads
                 for heads in swaps
                 if len(kept_kv_heads(heads, group)) == num_kv
-                and (groups != "uniform" or len(set(heads_per_kv(heads, group))) == 1)
+                and (groups == "ragged" or len(set(heads_per_kv(heads, group))) == 1)
             ]
             found = max(allowed, key=self.of, default=best)
             # Rounding must not make two choices of the same correlation alternate.
             if self.of(found) <= best_value + 1e-12:
                 return best
             best, best_value = found, self.of(found)
-
-    def _exchanges(
-        self, kept: Sequence[int], group: int, groups: str
-    ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Yield every (unit that stays now, unit that went)."""
-        size = group if groups == "whole" else 1
-        units = [tuple(range(start, start + size)) for start in range(0, len(self._covariance), size)]
-        inside = [unit for unit in units if unit[0] in kept]
-        for old in inside:
-            for new in units:
-                if new not in inside:
-                    yield old, new
 
 
 def elimination_ranks(moment_CC: Tensor, weight_DC: Tensor, units: int, count: int, damping: float) -> Tensor:

@@ -19,6 +19,7 @@ from intraslice.allocators import (
     allocate_by_similarity,
     allocate_shapes,
     allocate_uniform,
+    count_units,
 )
 from intraslice.engine.hidden import embedded_states
 from intraslice.engine.model import StreamedModel
@@ -70,15 +71,21 @@ def allocate(
         BudgetError: the sparsity cannot be reached under the cap.
         NumericalError: activations or gradients are NaN or infinite.
     """
-    options, sparsity = method.allocation, method.sparsity
-    # All allocators refuse an unreachable budget; asking the cheap one first costs no pass over the model.
-    uniform = allocate_uniform(sizes, sparsity, options)
-    if options.name == "uniform" or sparsity == 0:
-        return uniform
+    options, shape = method.allocation, model.dense_shape
+    units = count_units(
+        sizes,
+        method.sparsity,
+        options,
+        num_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+    )
+    grid = _shape_grid(model, method)
+    if options.name == "uniform" or method.sparsity == 0:
+        return units.weigh(allocate_uniform(units.sizes, units.sparsity, options))
     if options.name in _BY_PROFILE:
         hidden = embedded_states(model, tokens_NT, batch, hidden_path if run.hidden_states == "disk" else None)
-        return _BY_PROFILE[options.name](profile_layers(model, hidden, progress), sizes, sparsity, options)
-    grid = _shape_grid(model, method)
+        profile = profile_layers(model, hidden, progress)
+        return units.weigh(_BY_PROFILE[options.name](profile, units.sizes, units.sparsity, options))
     scores = scan_mask_gradients(
         model,
         tokens_NT,
@@ -89,8 +96,8 @@ def allocate(
         progress=progress,
     )
     if grid is None:
-        return _BY_MASK_GRADIENT[options.name](scores, sizes, sparsity, options)
-    allocation = allocate_shapes(scores, sizes, sparsity, options, grid)
+        return units.weigh(_BY_MASK_GRADIENT[options.name](scores, units.sizes, units.sparsity, options))
+    allocation = allocate_shapes(scores, sizes, method.sparsity, options, grid)
     progress.note(
         f"allocation.shapes = {options.shapes} keeps {allocation.kept_importance:.1%} of the channels' importance; "
         f"free shapes would keep {allocation.free_importance:.1%}"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from intraslice.allocators.base import BlockSizes, split_sparsity
+from intraslice.allocators import BlockSizes, allocate_uniform, count_units
 from intraslice.errors import BudgetError, RecipeError
 from intraslice.evaluation.layer_speed import LayerHost, one_layer_model
 from intraslice.options import MethodOptions
@@ -100,14 +100,19 @@ def typical_shape(
     """
     total = spec.num_parameters(dense, hidden_size)
     attention = spec.num_parameters(replace(dense, intermediate_size=0), hidden_size)
-    lost, _ = split_sparsity(BlockSizes((attention,), (total - attention,)), sparsity, method.allocation)
+    units = count_units(
+        BlockSizes((attention,), (total - attention,)),
+        sparsity,
+        method.allocation,
+        num_heads=dense.num_attention_heads,
+        num_key_value_heads=dense.num_key_value_heads,
+    )
+    share = units.weigh(allocate_uniform(units.sizes, units.sparsity, method.allocation)).attention[0]
     head_dim = dense.qk_head_dim
-    dims = (1 - lost) * attention / (2 * hidden_size)  # of query and kv heads together
+    dims = share * attention / (2 * hidden_size)  # of query and kv heads together
     whole = not method.attention.adaptive_heads
     choices = list(_thinned(dense.heads_per_kv))
-    if method.attention.groups == "whole":
-        choices = [dense.heads_per_kv[:kept] for kept in range(len(dense.heads_per_kv), 0, -1)]
-    elif method.attention.groups == "uniform" or method.allocation.shapes != "free":
+    if method.attention.groups == "uniform" or method.allocation.shapes != "free":
         choices = [groups for groups in choices if len(set(groups)) == 1]
     if whole:
         groups = min(choices, key=lambda groups: abs(head_dim * _cost(groups) - dims))
