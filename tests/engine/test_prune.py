@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import intraslice  # noqa: F401 - registers the pruned classes
 from intraslice.calibration import Calibration
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.engine.run import prune_checkpoint
+from intraslice.engine.scan import scan_seconds
 from intraslice.errors import NumericalError, OutputError, ResumeMismatchError
 from intraslice.options import AllocationOptions, AttentionOptions, FFNOptions, MethodOptions, RunOptions
 from intraslice.progress import SilentProgress
@@ -341,3 +343,17 @@ def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, t
     assert ffn.target_energy == pytest.approx(float(wanted.square().sum()))
     for part in hidden[1].slices():
         assert torch.allclose(hidden[1].read(part), after[part], atol=1e-10)
+
+
+def test_a_kept_gradient_pass_costs_what_it_cost_the_run_that_made_it(tiny_folder, tmp_path):
+    folder, options = tiny_folder("llama"), RunOptions(batch_tokens=64, scan_folder=str(tmp_path / "scans"))
+    first = run(folder, tmp_path / "first", run=options)
+    (scan,) = (tmp_path / "scans").iterdir()
+    spent = scan_seconds(scan)
+    assert 0.0 < spent <= first.seconds["allocation"]
+    save_file({**load_file(scan), "seconds": torch.tensor(1000.0, dtype=torch.float64)}, scan)
+    second = run(folder, tmp_path / "second", 0.2, run=options)
+    assert 1000.0 < second.seconds["allocation"] < 2000.0 and second.seconds["total"] > 1000.0
+    uniform = run(folder, tmp_path / "third", run=options, allocation=AllocationOptions(name="uniform"))
+    assert uniform.seconds["total"] < 1000.0
+    assert scan_seconds(tmp_path / "none") == 0.0

@@ -32,6 +32,11 @@ _BY_PROFILE = {"fluctuation": allocate_by_fluctuation, "similarity": allocate_by
 _BY_MASK_GRADIENT = {"mask_gradient": allocate_by_mask_gradient, "head_search": allocate_by_head_search}
 
 
+def reads_gradients(method: MethodOptions) -> bool:
+    """Return whether the allocator asks for a gradient pass."""
+    return method.sparsity > 0 and method.allocation.name in _BY_MASK_GRADIENT
+
+
 def kept_scan_path(folder: Path, identity: dict[str, Any], method: MethodOptions) -> Path:
     """Return the file of a gradient pass: named by everything that decides it, and nothing else."""
     decides = {name: identity[name] for name in ("model", "device", "batch_tokens", "compute", "matmul")}

@@ -17,13 +17,14 @@ from intraslice.allocators import BlockSizes
 from intraslice.calibration import Calibration
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.writer import assemble, check_output, publish, save_side_files, write_text
-from intraslice.engine.allocation import allocate, kept_scan_path
+from intraslice.engine.allocation import allocate, kept_scan_path, reads_gradients
 from intraslice.engine.factors import factor_layers
 from intraslice.engine.hidden import HiddenStates, Streams, embedded_states
 from intraslice.engine.layerwise import LayerBudget, propagate_layer, prune_layer
 from intraslice.engine.model import StreamedModel
 from intraslice.engine.residual import rotate_rest, slice_layers
 from intraslice.engine.rundir import RunDir
+from intraslice.engine.scan import scan_seconds
 from intraslice.errors import BudgetError
 from intraslice.model_card import render
 from intraslice.options import MethodOptions, RunOptions
@@ -44,6 +45,11 @@ class _Clock:
         self._started = self._mark = time.monotonic()
         self._before = before
         self.phases: dict[str, float] = {}
+
+    def add(self, seconds: float) -> None:
+        """Count work of another run that this one uses as if it had been done in this phase."""
+        self._mark -= seconds
+        self._before += seconds
 
     def end_phase(self, name: str) -> None:
         """Give the time since the last phase ended a name."""
@@ -128,6 +134,8 @@ def prune_checkpoint(
             scan_path = work.scan_path
             if run.scan_folder:
                 scan_path = kept_scan_path(Path(run.scan_folder), identity, method)
+            if reads_gradients(method):
+                clock.add(scan_seconds(scan_path))
             with matmul_precision(fast=run.matmul != "exact-gradients"):
                 work.allocation = allocate(
                     model,
@@ -140,6 +148,7 @@ def prune_checkpoint(
                     hidden_path=work.hidden_path,
                     progress=progress,
                 )
+            work.seconds = clock.total()
             work.save()
         clock.end_phase("allocation")
         with matmul_precision(fast=run.matmul == "fast"):

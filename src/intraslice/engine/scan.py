@@ -8,11 +8,14 @@ Shapes: S sequences, B sequences of a batch, T tokens, D hidden_size, C channels
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from intraslice.allocators import MaskScores
@@ -24,7 +27,7 @@ from intraslice.errors import NumericalError
 from intraslice.progress import Progress
 from intraslice.stats import BlockSecondMoment, Sum
 
-SCAN_VERSION = 2
+SCAN_VERSION = 3
 """Part of the name of a kept gradient pass: raise it when what is measured changes."""
 
 
@@ -39,18 +42,19 @@ class _Accumulators:
     query_abs: Tensor  # [L, H, d], sums of |q| after RoPE
     key_abs: Tensor  # [L, K, d]
     done: int = 0
+    seconds: float = 0.0  # spent on it
 
     def save(self, path: Path) -> None:
         """Write the sums and how many sequences they cover."""
-        write_tensors(path, {**vars(self), "done": torch.tensor(self.done)})
+        numbers = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("done", "seconds")}
+        write_tensors(path, {**vars(self), **numbers})
 
     @classmethod
     def load(cls, path: Path) -> _Accumulators:
         """Read what `save` wrote."""
-        from safetensors.torch import load_file
-
         tensors = load_file(path)
-        return cls(**{**tensors, "done": int(tensors["done"])})  # type: ignore[arg-type]
+        numbers = {"done": int(tensors["done"]), "seconds": float(tensors["seconds"])}
+        return cls(**{**tensors, **numbers})  # type: ignore[arg-type]
 
     def scores(self, num_tokens: int, pairs_to_channels: Tensor | None) -> MaskScores:
         """Return what the allocators read, layer by layer."""
@@ -67,6 +71,14 @@ class _Accumulators:
             act_moment=tuple(self.act_moment),
             pair_scores=pair_scores,
         )
+
+
+def scan_seconds(path: Path) -> float:
+    """Return what the gradient pass in a file has cost, whichever run made it; 0 when there is none."""
+    if not path.exists():
+        return 0.0
+    with safe_open(path, framework="pt") as file:
+        return float(file.get_tensor("seconds"))
 
 
 def block_width(channels: int, blocks: int) -> int:
@@ -121,9 +133,11 @@ def scan_mask_gradients(
     with progress.step("mask gradients", total=num_sequences * layers * 2) as advance:
         advance(sums.done * layers * 2)
         while sums.done < num_sequences:
+            started = time.monotonic()
             stop = min(sums.done + chunk, num_sequences)
             _scan_chunk(model, tokens_ST, slice(sums.done, stop), batch, sums, advance)
             sums.done = stop
+            sums.seconds += time.monotonic() - started
             sums.save(save_path)
     for name, grads in (("attention", sums.context_grad), ("FFN", sums.act_grad)):
         bad = (~torch.isfinite(grads)).flatten(1).any(1).nonzero().flatten().tolist()
