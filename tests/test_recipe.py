@@ -9,7 +9,8 @@ import yaml
 
 from intraslice.errors import RecipeError
 from intraslice.options import MethodOptions
-from intraslice.recipe import METHODS, Recipe, fit_to_model, load_recipe, option_names, parse_align
+from intraslice.presets import METHODS
+from intraslice.recipe import Recipe, fit_to_model, load_recipe, option_names, parse_align
 
 BASE = {"model": "m", "sparsity": 0.3}
 

@@ -336,10 +336,10 @@ def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, t
         out_bias = block.out_projection.bias if block.out_projection.bias is not None else zero
         down_bias = block.down_projection.bias if block.down_projection.bias is not None else zero
     wanted = (middle - drifted - out_bias).flatten(0, 1)
-    assert torch.allclose(attention.target, context.T @ wanted, atol=1e-8)
+    assert torch.allclose(attention.cross, context.T @ wanted, atol=1e-8)
     assert attention.target_energy == pytest.approx(float(wanted.square().sum()))
     wanted = (after - pruned_middle - down_bias).flatten(0, 1)
-    assert torch.allclose(ffn.target, act.T @ wanted, atol=1e-8)
+    assert torch.allclose(ffn.cross, act.T @ wanted, atol=1e-8)
     assert ffn.target_energy == pytest.approx(float(wanted.square().sum()))
     for part in hidden[1].slices():
         assert torch.allclose(hidden[1].read(part), after[part], atol=1e-10)

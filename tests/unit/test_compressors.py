@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from intraslice.compressors.attention import (
     AttentionStats,
-    ContextMoments,
     choose_qk,
     head_scores,
     rope_pair_scores,
     solve_value,
 )
-from intraslice.compressors.ffn import FFNMoments, block_target, channel_scores, select_channels, solve_down
+from intraslice.compressors.ffn import block_target, channel_scores, select_channels, solve_down
 from intraslice.compressors.iter_pca import iterate_pca, pseudo_inverse
+from intraslice.compressors.repairs import OutputMoments
 from intraslice.edits import AttentionWeights, fuse_qk, fuse_value
 from intraslice.linalg import ridge_solve
 from intraslice.options import AttentionOptions, FFNOptions
@@ -33,19 +31,19 @@ def _correlated(tokens: int, channels: int, seed: int) -> torch.Tensor:
     return _random(tokens, channels, seed=seed) @ (_random(channels, channels, seed=seed + 1) * 0.5)
 
 
-def _context_moments(x: torch.Tensor, target: torch.Tensor) -> ContextMoments:
-    return ContextMoments(
-        context=x.T @ x,
-        context_sum=x.sum(0),
-        target=x.T @ target,
+def _moments(x: torch.Tensor, target: torch.Tensor) -> OutputMoments:
+    return OutputMoments(
+        gram=x.T @ x,
+        cross=x.T @ target,
+        input_sum=x.sum(0),
         target_sum=target.sum(0),
         target_energy=float(target.square().sum()),
         num_tokens=len(x),
     )
 
 
-def _block(act: torch.Tensor, down: torch.Tensor) -> FFNMoments:
-    return block_target(act.T @ act, act.sum(0), len(act), down)
+def _block(act: torch.Tensor, down: torch.Tensor) -> OutputMoments:
+    return block_target(_moments(act, act.new_zeros(len(act), len(down))), down)
 
 
 def _stats_of_context(x: torch.Tensor) -> AttentionStats:
@@ -87,7 +85,7 @@ def test_solve_value_is_pca_and_ridge_of_explicit_activations():
     per_kv, p = (2, 1), 5
     x = _correlated(N, 3 * d, seed=3)
     target = x @ _random(3 * d, D, seed=5) + 0.1 * _random(N, D, seed=6)
-    moments = _context_moments(x, target)
+    moments = _moments(x, target)
     edit, error = solve_value(
         torch.zeros(D, 3 * d), per_kv, p, moments, AttentionOptions(damping=0.01, shrink_to="zero")
     )
@@ -109,7 +107,7 @@ def test_solve_value_is_pca_and_ridge_of_explicit_activations():
 def test_solve_value_without_reconstruction_only_projects():
     x, o = _correlated(N, 2 * d, seed=3), _random(D, 2 * d, seed=4)
     target = x @ o.T
-    moments = _context_moments(x, target)
+    moments = _moments(x, target)
     plain, plain_error = solve_value(o, (1, 1), 6, moments, AttentionOptions(repair="none"))
     assert torch.allclose(plain.o_weight, o @ torch.block_diag(*plain.v_basis))
     _, ridge_error = solve_value(o, (1, 1), 6, moments, AttentionOptions(damping=1e-9))
@@ -231,7 +229,7 @@ def test_ffn_against_another_target_is_the_regression_on_that_target():
     act, down = _correlated(N, 16, seed=0), _random(D, 16, seed=2)
     target = act @ down.T + _random(N, D, seed=3)
     energy = float(target.square().sum())
-    moments = replace(_block(act, down), target=act.T @ target, target_sum=target.sum(0), target_energy=energy)
+    moments = _moments(act, target)
     channels = torch.arange(3, 13)
     edit, error = solve_down(moments, down, channels, FFNOptions(damping=0.1))
     kept = act[:, channels]

@@ -14,7 +14,7 @@ from intraslice.comparison.document import FORMAT, pruned_fields
 from intraslice.comparison.spec import DENSE
 from intraslice.comparison.tables import DOCUMENT_FILE
 from intraslice.errors import CheckpointError, ComparisonError
-from intraslice.recipe import METHODS
+from intraslice.presets import METHODS
 from intraslice.result import RESULT_FILE
 
 

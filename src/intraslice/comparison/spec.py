@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from intraslice.errors import RecipeError, nearest
-from intraslice.recipe import METHODS, CalibrationOptions, Recipe, load_recipe
+from intraslice.presets import METHODS
+from intraslice.recipe import CalibrationOptions, Recipe, load_recipe
 from intraslice.text import check_source
 
 DENSE = "dense"

@@ -66,27 +66,6 @@ class AttentionStats:
     num_tokens: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class ContextMoments:
-    """Sums over tokens after query/key pruning and head removal, float64.
-
-    Attributes:
-        context: X'^T X', [H' * d, H' * d].
-        context_sum: sum of X', [H' * d].
-        target: X'^T Y with Y the block's dense output without bias, [H' * d, D].
-        target_sum: sum of Y, [D].
-        target_energy: ||Y||^2.
-        num_tokens: N.
-    """
-
-    context: Tensor
-    context_sum: Tensor
-    target: Tensor
-    target_sum: Tensor
-    target_energy: float
-    num_tokens: int
-
-
 def needs_all_heads(options: AttentionOptions) -> bool:
     """Return whether the score needs the second moment of the context over all heads."""
     return options.score in ("pearson", "obs")
@@ -251,7 +230,7 @@ def solve_value(
     o_weight: Tensor,
     per_kv: tuple[int, ...],
     v_width: int,
-    moments: ContextMoments,
+    moments: OutputMoments,
     options: AttentionOptions,
     *,
     v_channels: Tensor | None = None,
@@ -267,27 +246,20 @@ def solve_value(
         o_weight: output weight of the kept heads at full width, [D, H' * d].
         per_kv: query heads of each kept kv head.
         v_width: p.
-        moments: sums over the pruned block.
+        moments: sums over tokens after query/key pruning and head removal; Z is the context.
         options: settings.
         v_channels: int64 [K', p], channels that make up Q_2 instead of eigenvectors.
         whole: nothing was removed from query, key and heads; then at full width the block is left as it is.
     """
     num_heads = sum(per_kv)
-    head_dim = moments.context.shape[0] // num_heads
+    head_dim = moments.gram.shape[0] // num_heads
     if v_channels is not None:
         basis = selection_basis(v_channels, head_dim)
     else:
-        basis = _leading_bases(moments.context, per_kv, v_width)
+        basis = _leading_bases(moments.gram, per_kv, v_width)
     per_head = basis.repeat_interleave(torch.tensor(per_kv), 0)
     projection = torch.block_diag(*per_head)  # [H' * d, H' * p]
-    kept = OutputMoments(
-        gram=projection.T @ moments.context @ projection,
-        cross=projection.T @ moments.target,
-        input_sum=moments.context_sum @ projection,
-        target_sum=moments.target_sum,
-        target_energy=moments.target_energy,
-        num_tokens=moments.num_tokens,
-    )
+    kept = moments.projected(projection)
     removed = projection.T @ o_weight.double().T  # what removal without repair leaves
     output = Output(removed) if whole and v_width == head_dim else repair_output(kept, removed, options)
     edit = ValueEdit(v_basis=basis, o_weight=output.weight.T.contiguous(), o_bias=output.bias)

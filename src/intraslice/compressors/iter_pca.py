@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from intraslice.compressors.ffn import FFNMoments
+from intraslice.compressors.repairs import OutputMoments
 from intraslice.edits import FFNEdit
 from intraslice.linalg import residual_energy, ridge_solve
 from intraslice.options import FFNOptions
@@ -61,7 +61,7 @@ def pseudo_inverse(recon_PF: Tensor) -> Tensor:
 
 def iterate_pca(
     preactivations: Preactivations,
-    moments: FFNMoments,
+    moments: OutputMoments,
     initial: FFNEdit,
     initial_error: float,
     options: FFNOptions,
@@ -70,7 +70,7 @@ def iterate_pca(
 
     Args:
         preactivations: outputs of up and gate on the calibration tokens.
-        moments: sums over the dense block.
+        moments: sums over the block; Z is `act`.
         initial: the channel selection to start from.
         initial_error: its relative error.
         options: settings.
@@ -82,7 +82,7 @@ def iterate_pca(
     if channels is None:
         raise ValueError("iterate_pca starts from a channel selection")
     preactivations = _AtLeastFloat32(preactivations)
-    act_FF, width = moments.act, moments.act.shape[0]
+    act_FF, width = moments.gram, moments.gram.shape[0]
     selection = torch.zeros(width, len(channels))
     selection[channels, torch.arange(len(channels))] = 1.0
     recon = ridge_solve(act_FF[channels][:, channels], act_FF[channels], options.damping)  # Q_r, [P, F]

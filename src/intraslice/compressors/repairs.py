@@ -7,7 +7,7 @@ Shapes: N tokens, P kept inputs, D hidden_size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from intraslice.options import AttentionOptions, FFNOptions
 
 @dataclass(frozen=True, kw_only=True)
 class OutputMoments:
-    """Sums over tokens, float64.
+    """What is known of an output projection with inputs Z that should make Y: sums over tokens, float64.
+
+    Y is taken without the bias of the projection.
 
     Attributes:
         gram: Z^T Z, [P, P].
@@ -35,6 +37,16 @@ class OutputMoments:
     target_sum: Tensor
     target_energy: float
     num_tokens: int
+
+    def of_channels(self, channels: Tensor) -> OutputMoments:
+        """Return the moments of some of the inputs."""
+        gram, cross, total = self.gram[channels][:, channels], self.cross[channels], self.input_sum[channels]
+        return replace(self, gram=gram, cross=cross, input_sum=total)
+
+    def projected(self, projection_PQ: Tensor) -> OutputMoments:
+        """Return the moments of the inputs Z projection."""
+        gram = projection_PQ.T @ self.gram @ projection_PQ
+        return replace(self, gram=gram, cross=projection_PQ.T @ self.cross, input_sum=self.input_sum @ projection_PQ)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from intraslice.blocks import DecoderBlock, read_attention, read_ffn
 from intraslice.compressors.attention import choose_qk, needs_all_heads, solve_value
-from intraslice.compressors.ffn import FFNMoments, select_channels, solve_down
+from intraslice.compressors.ffn import select_channels, solve_down
 from intraslice.compressors.iter_pca import iterate_pca
+from intraslice.compressors.repairs import OutputMoments
 from intraslice.edits import attention_shape, fuse_ffn, fuse_qk, fuse_value
 from intraslice.engine.hidden import HiddenStates, Streams
 from intraslice.engine.measure import attention_stats, context_moments, ffn_moments, without_bias
@@ -168,7 +169,7 @@ def _prune_ffn(
     block: DecoderBlock,
     index: int,
     streams: Streams,
-    moments: FFNMoments,
+    moments: OutputMoments,
     shape: LayerShape,
     keep: int,
     iterate: bool,

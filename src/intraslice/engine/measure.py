@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from intraslice.blocks import DecoderBlock, read_ffn
-from intraslice.compressors.attention import AttentionStats, ContextMoments
-from intraslice.compressors.ffn import FFNMoments, block_target
+from intraslice.compressors.attention import AttentionStats
+from intraslice.compressors.ffn import block_target
+from intraslice.compressors.repairs import OutputMoments
 from intraslice.engine.hidden import HiddenStates, Streams
 from intraslice.engine.model import StreamedModel
 from intraslice.errors import NumericalError
@@ -88,7 +89,7 @@ def context_moments(
     streams: Streams,
     dense: PrunedAttention,
     target: str,
-) -> ContextMoments:
+) -> OutputMoments:
     """Measure the context of the trial attention in `block` against its target, and advance the dense stream.
 
     The target is what the block should add to the pruned stream x: the dense block's output on x itself, or what
@@ -96,12 +97,7 @@ def context_moments(
     both are taken without the output bias.
     """
     kwargs = model.layer_kwargs[index]
-    device, dtype = model.placement.device, model.placement.stat_dtype
-    context_moment = SecondMoment(block.out_projection.in_features, None, device, dtype)
-    target_moment = SecondMoment(block.out_projection.in_features, model.config.hidden_size, device, dtype)
-    context_sum = Sum(block.out_projection.in_features, device=device, dtype=dtype)
-    target_sum = Sum(model.config.hidden_size, device=device, dtype=dtype)
-    energy = 0.0
+    sums = _OutputSums(model, block.out_projection.in_features)
     for part in streams.pruned.slices():
         states = streams.pruned.read(part)
         wanted = None
@@ -114,63 +110,74 @@ def context_moments(
             wanted = block.attention_output(dense, states, kwargs)
         wanted = without_bias(wanted, block.out_projection).flatten(0, 1)  # the trial keeps the dense bias
         context = block.context(block.attention, block.attention_input(states), kwargs).flatten(0, 1)
-        context_moment.update(context)
-        target_moment.update(context, wanted)
-        context_sum.update(context.sum(0, dtype=dtype))
-        target_sum.update(wanted.sum(0, dtype=dtype))
-        energy += float(wanted.float().square().sum(dtype=torch.float64))
-    return ContextMoments(
-        context=context_moment.value,
-        context_sum=context_sum.value,
-        target=target_moment.value,
-        target_sum=target_sum.value,
-        target_energy=energy,
-        num_tokens=context_moment.num_tokens,
-    )
+        sums.update(context, wanted)
+    return sums.moments()
 
 
 def ffn_moments(
     model: StreamedModel, block: DecoderBlock, index: int, streams: Streams, options: FFNOptions
-) -> FFNMoments:
+) -> OutputMoments:
     """Advance the pruned stream through attention and the dense stream through the FFN; measure the dense FFN.
 
     Raises:
         NumericalError: activations are NaN or infinite.
     """
-    width, hidden_size = model.dense_shape.intermediate_size, model.config.hidden_size
-    device, dtype = model.placement.device, model.placement.stat_dtype
-    moment = SecondMoment(width, None, device, dtype)
-    target_moment = SecondMoment(width, hidden_size, device, dtype)
-    act_sum, target_sum = (Sum(count, device=device, dtype=dtype) for count in (width, hidden_size))
-    energy = 0.0
+    sums = _OutputSums(model, model.dense_shape.intermediate_size)
+    to_model = options.target == "model" and streams.dense is not None
     for part in streams.pruned.slices():
         states = block.attention_step(streams.pruned.read(part), model.layer_kwargs[index])
         streams.pruned.write(part, states)
         act = block.act(block.ffn_input(states)).flatten(0, 1)
-        moment.update(act)
-        act_sum.update(act.sum(0, dtype=dtype))
+        wanted = None
         if streams.dense is not None:
             dense_states = streams.dense.read(part)
             output = block.ffn_output(dense_states)
-            if options.target == "model":
+            if to_model:
                 wanted = without_bias(dense_states + output - states, block.down_projection).flatten(0, 1)
-                target_moment.update(act, wanted)
-                target_sum.update(wanted.sum(0, dtype=dtype))
-                energy += float(wanted.float().square().sum(dtype=torch.float64))
             streams.dense.write(part, block.add_ffn(dense_states, output))
-    value = moment.value
-    if not torch.isfinite(value).all():
+        sums.update(act, wanted)
+    moments = sums.moments()
+    if not torch.isfinite(moments.gram).all():
         raise NumericalError("the FFN activations contain NaN or infinite values.")
-    if options.target == "block" or streams.dense is None:
-        return block_target(value, act_sum.value, moment.num_tokens, read_ffn(block, block.attention.shape).down)
-    return FFNMoments(
-        act=value,
-        act_sum=act_sum.value,
-        target=target_moment.value,
-        target_sum=target_sum.value,
-        target_energy=energy,
-        num_tokens=moment.num_tokens,
-    )
+    return moments if to_model else block_target(moments, read_ffn(block, block.attention.shape).down)
+
+
+class _OutputSums:
+    """Adds up `OutputMoments` batch by batch.
+
+    Args:
+        model: the streamed model.
+        width: inputs of the output projection.
+    """
+
+    def __init__(self, model: StreamedModel, width: int) -> None:
+        self._device, self._dtype = model.placement.device, model.placement.stat_dtype
+        self._outputs = model.config.hidden_size
+        self._gram = SecondMoment(width, None, self._device, self._dtype)
+        self._cross = SecondMoment(width, self._outputs, self._device, self._dtype)
+        self._input_sum = Sum(width, device=self._device, dtype=self._dtype)
+        self._target_sum = Sum(self._outputs, device=self._device, dtype=self._dtype)
+        self._energy = 0.0
+
+    def update(self, inputs_NP: Tensor, targets_ND: Tensor | None) -> None:
+        """Add a batch; without targets only what the inputs decide."""
+        self._gram.update(inputs_NP)
+        self._input_sum.update(inputs_NP.sum(0, dtype=self._dtype))
+        if targets_ND is not None:
+            self._cross.update(inputs_NP, targets_ND)
+            self._target_sum.update(targets_ND.sum(0, dtype=self._dtype))
+            self._energy += float(targets_ND.float().square().sum(dtype=torch.float64))
+
+    def moments(self) -> OutputMoments:
+        """Return the sums in float64."""
+        return OutputMoments(
+            gram=self._gram.value,
+            cross=self._cross.value,
+            input_sum=self._input_sum.value,
+            target_sum=self._target_sum.value,
+            target_energy=self._energy,
+            num_tokens=self._gram.num_tokens,
+        )
 
 
 def without_bias(output_BTD: Tensor, linear: torch.nn.Linear) -> Tensor:

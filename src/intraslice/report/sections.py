@@ -71,9 +71,12 @@ SPEED = "speed.decode_tokens_per_second"
 KEPT_NOTE = (
     "Share of the dense layer that is left: the fuller the colour, the more is left. Point at a cell for the number."
 )
-ERROR_NOTE = "Relative squared error of the block's output on the calibration tokens, as the method recorded it."
+ERROR_NOTE = (
+    "Relative squared error on the calibration tokens as recorded: of what the block adds to the stream, "
+    "or, where the residual stream itself is sliced (slicegpt), of the stream behind the block."
+)
 RANK_NOTE = (
-    "Exponential of the entropy of the normalised eigenvalues of the second moment, at the output of each decoder "
+    "How many of the largest eigenvalues of the second moment hold 99 % of their sum, at the output of each decoder "
     "layer. Pruning that leaves the residual stream alone stays near the dense line."
 )
 SPECTRA_NOTE = (
@@ -87,7 +90,7 @@ SWEEP_NOTE = (
     "lambda_b (allocation.ffn_bias)."
 )
 COST_NOTE = (
-    "Time and peak memory of the pruning run. A gradient pass that several runs share is counted in the first of them."
+    "Time and peak memory of the pruning run. A gradient pass that several runs share is counted in each of them."
 )
 
 
