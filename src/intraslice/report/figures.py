@@ -10,6 +10,10 @@ OURS = "intraslice"
 DENSE = "dense"
 DASH = "\u2013"
 
+SPEED = "speed.decode_speedup"
+"""By which cells are compared: each was run in turns with the dense model. Tokens/s of cells that were measured an hour
+apart would also compare how busy the machine was."""
+
 Cell = dict[str, Any]
 
 

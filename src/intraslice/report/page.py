@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 from intraslice.errors import RecipeError
-from intraslice.report.figures import DENSE, OURS, Cell, finite, get, pareto_front, plain
+from intraslice.report.figures import DENSE, OURS, SPEED, Cell, finite, get, pareto_front, plain
 from intraslice.report.protocol import protocol_section
 from intraslice.report.sections import article
 
@@ -135,7 +135,7 @@ def _front(cells: Sequence[Cell], model: str, metric: str, sign: int) -> list[st
         (cell["key"], speed, sign * value)
         for cell in cells
         if cell["model"] == model
-        and (speed := get(cell, "speed.decode_tokens_per_second")) is not None
+        and (speed := get(cell, SPEED)) is not None
         and (value := finite(cell.get(metric))) is not None
     ]
     return [found[index][0] for index in pareto_front([(speed, cost) for _, speed, cost in found])]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from intraslice.report.figures import DENSE, Cell, asked, finite, get, key
+from intraslice.report.figures import DENSE, SPEED, Cell, asked, finite, get, key
 from intraslice.report.tables import main_table, task_table
 from intraslice.report.words import by_sparsity, headline
 
@@ -64,16 +64,16 @@ TABLE_NOTE = (
 TASK_NOTE = "Zero-shot, with standard errors; the metric of each task is below its name."
 SIZE_NOTE = "Sparsity as counted on the stored tensors. The dashed line is the dense model."
 SPEED_NOTE = (
-    "Decode speed as measured on the saved models. Models on the Pareto front, which no other beats in both, are "
-    "ringed and joined by the wide band."
+    "Decode speed as measured on the saved models, each in turns with the dense one. Models on the Pareto front, which "
+    "no other beats in both, are ringed and joined by the wide band."
 )
-SPEED = "speed.decode_tokens_per_second"
 KEPT_NOTE = (
     "Share of the dense layer that is left: the fuller the colour, the more is left. Point at a cell for the number."
 )
 ERROR_NOTE = (
-    "Relative squared error on the calibration tokens as recorded: of what the block adds to the stream, "
-    "or, where the residual stream itself is sliced (slicegpt), of the stream behind the block."
+    "Relative squared error on the calibration tokens, as recorded: of what the block should add to the residual "
+    "stream. For intraslice that includes what earlier layers left to repair; for slicegpt it is the share of the "
+    "stream behind the block that is deleted. So compare layers of one method rather than methods."
 )
 RANK_NOTE = (
     "How many of the largest eigenvalues of the second moment hold 99 % of their sum, at the output of each decoder "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from intraslice.report.figures import DENSE, OURS, Cell, asked, get, number, percent, perplexity, times
+from intraslice.report.figures import DENSE, OURS, SPEED, Cell, asked, get, number, percent, perplexity, times
 
 # Cells further than this from what was asked are not the same size as their neighbours.
 OFF_TARGET = 0.005
@@ -37,11 +37,11 @@ class Metric:
 PERPLEXITY = Metric(path="perplexity", name="perplexity", short="Perplexity", lower=True, text=perplexity)
 AVERAGE = Metric(path="average", name="average accuracy", short="Accuracy", lower=False, text=percent)
 DECODE = Metric(
-    path="speed.decode_tokens_per_second",
+    path=SPEED,
     name="decode speed",
     short="Decode",
     lower=False,
-    text=lambda value: f"{number(value)} tokens/s",
+    text=lambda value: f"{times(value)} dense",
     tie=0.02,
 )
 METRICS = (PERPLEXITY, AVERAGE, DECODE)
@@ -99,8 +99,9 @@ def _dense(cells: Sequence[Cell]) -> str:
     dense = next((cell for cell in cells if cell["method"] == DENSE), None)
     if dense is None:
         return ""
-    known = [m for m in METRICS if get(dense, m.path) is not None]
-    values = [f"{m.name} {m.text(get(dense, m.path))}" for m in known]
+    values = [f"{m.name} {m.text(get(dense, m.path))}" for m in METRICS[:2] if get(dense, m.path) is not None]
+    tokens = get(dense, "speed.decode_tokens_per_second")
+    values += [f"{DECODE.name} {number(tokens)} tokens/s"] if tokens is not None else []
     return f"The dense model: {', '.join(values)}." if values else ""
 
 
@@ -161,9 +162,9 @@ def _line(order: list[Cell], metric: Metric) -> str:
         note = f"next: {escape(named[0]['label'])} {metric.text(get(named[0], metric.path))}"
     if ours is not None and ours is not first and ours not in named:
         note += f"; {OURS} {metric.text(get(ours, metric.path))}"
-    speedup = get(first, "speed.decode_speedup") if metric is DECODE else None
-    if speedup is not None:
-        note = f"{times(speedup)} dense; {note}"
+    tokens = get(first, "speed.decode_tokens_per_second") if metric is DECODE else None
+    if tokens is not None:
+        note = f"{number(tokens)} tokens/s; {note}"
     return (
         f'<div><dt>{metric.short}</dt><dd><b class="num">{metric.text(get(first, metric.path))}</b> '
         f'<span class="who" data-swatch="{escape(first["label"])}">{escape(first["label"])}</span>'

@@ -17,7 +17,7 @@ const METRICS = {
   perplexity: { title: "Perplexity", format: format.perplexity, tick: format.plain },
   average: { title: "Average accuracy", format: format.percent, tick: format.short, log: false },
 };
-const SPEED = "speed.decode_tokens_per_second";
+const SPEED = "speed.decode_speedup";
 
 function cellsOf(model) {
   return doc.cells.filter((c) => c.model === view.models[model] && !c.error);
@@ -51,12 +51,12 @@ const CHARTS = {
 
   speed(figure, { model, field }) {
     const metric = METRICS[field];
-    const point = (c) => ({ x: at(c, SPEED), y: c[field], tip: [isDense(c) ? "" : `asked: ${asked(c.asked)}`, speedup(c)].filter(Boolean) });
+    const point = (c) => ({ x: at(c, SPEED), y: c[field], tip: [isDense(c) ? "" : `asked: ${asked(c.asked)}`, tokensPerSecond(c)].filter(Boolean) });
     const dense = denseOf(model);
     const visible = mainCells(model).filter((c) => isDense(c) || !hidden.has(c.label));
     const front = view.fronts[view.models[model]][field];
     drawLines(figure, {
-      x: { title: "Decode, tokens/s", format: format.plain, log: false },
+      x: { title: "Decode speed, \u00d7 dense", format: (v) => `${format.plain(v)}\u00d7`, log: false },
       y: metric,
       front: front.map((key) => visible.find((c) => c.key === key)).filter(Boolean).map(point),
       series: [
@@ -203,9 +203,9 @@ const CHARTS = {
 
 const analysis = (model) => doc.analysis?.[view.models[model]] || {};
 
-function speedup(cell) {
-  const value = cell.speed?.decode_speedup;
-  return isNumber(value) && !isDense(cell) ? `${grouped(value, 2)}\u00d7 dense` : "";
+function tokensPerSecond(cell) {
+  const value = cell.speed?.decode_tokens_per_second;
+  return isNumber(value) ? `${grouped(value, 1)} tokens/s` : "";
 }
 
 function layerHeat(figure, cells, count, value, { share, line }) {
