@@ -154,6 +154,12 @@ def _errors(folder: Path) -> dict[int, tuple[float, float]]:
     return {record.layer: (record.attention_error, record.ffn_error) for record in PruneResult.load(folder).layers}
 
 
+def compute_width(run: RunOptions) -> int:
+    """Return the bytes of a number that a prune computes with."""
+    on_cpu = choose_device(run.device).type == "cpu"
+    return 4 if on_cpu or run.dtype in ("auto", "float32") else dtype_from_name(run.dtype).itemsize
+
+
 def estimate_peak_bytes(info: ModelInfo, num_samples: int, seqlen: int, run: RunOptions) -> int:
     """Estimate the peak memory of pruning a model, in bytes; the order of magnitude, not a promise.
 
@@ -162,7 +168,7 @@ def estimate_peak_bytes(info: ModelInfo, num_samples: int, seqlen: int, run: Run
     activations and logits of one batch.
     """
     on_cpu = choose_device(run.device).type == "cpu"
-    width = 4 if on_cpu or run.dtype in ("auto", "float32") else dtype_from_name(run.dtype).itemsize
+    width = compute_width(run)
     tokens = num_samples * seqlen
     shape = info.layers[0].shape
     context = shape.num_attention_heads * shape.v_head_dim

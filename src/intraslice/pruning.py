@@ -13,11 +13,13 @@ from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.writer import check_output
 from intraslice.compressors.residual import slice_width
-from intraslice.engine.run import prune_checkpoint
+from intraslice.engine.allocation import reads_gradients
+from intraslice.engine.run import batch_size, prune_checkpoint
 from intraslice.engine.rundir import interrupted_sparsity
+from intraslice.engine.scan import boundary_states_bytes, chunk_size
 from intraslice.errors import OutputError, RecipeError
 from intraslice.evaluation.target_speed import choose_sparsity
-from intraslice.inspection import ModelInfo, estimate_peak_bytes, family_of, inspect_model
+from intraslice.inspection import ModelInfo, compute_width, estimate_peak_bytes, family_of, inspect_model
 from intraslice.loading import load_config
 from intraslice.placement import Placement, choose_device, dtype_from_name
 from intraslice.progress import Progress, SilentProgress
@@ -151,6 +153,9 @@ class DryRun:
         target_layer_parameters: linear weights of the decoder layers to keep.
         target_parameters: all parameters of the pruned model, tied ones once.
         estimated_peak_bytes: rough peak memory.
+        gradient_chunks: into how many chunks the gradient pass cuts the calibration text; each one loads all layers
+            twice. 0 without a gradient pass.
+        one_chunk_bytes: the boundary_bytes with which there would be one chunk.
         recipe: every setting, with the sparsity that follows from a target_speedup.
     """
 
@@ -158,6 +163,8 @@ class DryRun:
     target_layer_parameters: int
     target_parameters: int
     estimated_peak_bytes: int
+    gradient_chunks: int
+    one_chunk_bytes: int
     recipe: Recipe
 
 
@@ -176,12 +183,17 @@ def dry_run(recipe: Recipe, *, progress: Progress | None = None) -> DryRun:
         width = slice_width(info.dense_layer_parameters // layers // info.hidden_size, info.hidden_size, sparsity)
         # Embeddings and an output head of its own, and the norms.
         outside = (2 * info.vocab_size + 2 * layers + 1) * width
+    calibration, run = recipe.calibration, recipe.run
+    width = compute_width(run)
+    batch = batch_size(calibration.num_samples, calibration.seqlen, run.batch_tokens)
+    states = boundary_states_bytes(len(info.layers), calibration.seqlen, info.hidden_size, width)
+    chunks = -(-calibration.num_samples // chunk_size(run.boundary_bytes, states, batch))
     return DryRun(
         dense=info,
         target_layer_parameters=kept,
         target_parameters=outside + kept,
-        estimated_peak_bytes=estimate_peak_bytes(
-            info, recipe.calibration.num_samples, recipe.calibration.seqlen, recipe.run
-        ),
+        estimated_peak_bytes=estimate_peak_bytes(info, calibration.num_samples, calibration.seqlen, run),
+        gradient_chunks=chunks if reads_gradients(recipe.method_options()) else 0,
+        one_chunk_bytes=states * calibration.num_samples,
         recipe=recipe,
     )

@@ -74,7 +74,22 @@ def test_dry_run_writes_nothing(tiny_folder, tmp_path: Path, capfd, monkeypatch:
     plan = json.loads(capfd.readouterr().out)
     assert plan["target_layer_parameters"] == 27_648 // 2
     assert plan["target_parameters"] == plan["dense"]["num_parameters"] - 27_648 // 2
+    assert plan["gradient_chunks"] == 1
     assert tree(tmp_path) == []
+
+
+def test_dry_run_says_how_often_the_gradient_pass_loads_the_layers(tiny_folder, tmp_path: Path, capfd):
+    arguments = ["prune", str(tiny_folder("llama")), "-o", str(tmp_path / "out"), "--sparsity", "0.5", "--dry-run"]
+    small = [*arguments, "--num-samples", "8", "--seqlen", "32", "--set", "run.batch_tokens=64"]
+    assert main([*small, "--set", "run.boundary_bytes=1", "--json"]) == 0
+    plan = json.loads(capfd.readouterr().out)
+    assert plan["gradient_chunks"] == 4  # one batch of two sequences each
+    enough = plan["one_chunk_bytes"]
+    for size, words in ((1, f"8 times; with --set run.boundary_bytes={enough} twice"), (enough, "layers 2 times\n")):
+        assert main([*small, "--set", f"run.boundary_bytes={size}"]) == 0
+        assert words in capfd.readouterr().out
+    assert main([*small, "--method", "flap"]) == 0
+    assert "gradient pass" not in capfd.readouterr().out
 
 
 def test_wrong_input_writes_nothing(tiny_folder, make_folder, tmp_path: Path, capfd):

@@ -221,6 +221,8 @@ def _dry_run(recipe: Recipe, as_json: bool) -> None:
                 "target_parameters": plan.target_parameters,
                 "target_layer_parameters": plan.target_layer_parameters,
                 "estimated_peak_bytes": plan.estimated_peak_bytes,
+                "gradient_chunks": plan.gradient_chunks,
+                "one_chunk_bytes": plan.one_chunk_bytes,
                 "recipe": plan.recipe.to_dict(),
             }
         )
@@ -245,6 +247,9 @@ def _print_plan(plan: DryRun) -> None:
         ],
     )
     print_line(f"peak memory   about {size(plan.estimated_peak_bytes)}")
+    if plan.gradient_chunks:
+        more = f"; with --set run.boundary_bytes={plan.one_chunk_bytes} twice" if plan.gradient_chunks > 1 else ""
+        print_line(f"gradient pass loads all layers {2 * plan.gradient_chunks} times{more}")
     print_line("recipe")
     for line in plan.recipe.to_yaml().splitlines():
         print_line(f"  {line}")

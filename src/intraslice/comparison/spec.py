@@ -95,7 +95,7 @@ class ComparisonSpec(_Section):
         title: of the table and the report.
         models: hub ids, folders, .gguf files or built-in names.
         methods: presets by name, or with a label and options.
-        sparsities: what is asked of each method.
+        sparsities: what is asked of each method; run in this order.
         calibration: the text that all variants of a model share.
         evaluation: the text that perplexity is measured on.
         tasks: zero-shot tasks; None runs none.
@@ -233,7 +233,7 @@ def _with_absolute_paths(spec: ComparisonSpec, base: Path) -> ComparisonSpec:
     return spec.model_copy(
         update={
             "models": [model(name) for name in dict.fromkeys(spec.models)],
-            "sparsities": sorted(set(spec.sparsities)),
+            "sparsities": list(dict.fromkeys(spec.sparsities)),
             "calibration": replace(spec.calibration, source=text(spec.calibration.source)),
             "evaluation": spec.evaluation.model_copy(update={"text": text(spec.evaluation.text)}),
             "tasks": tasks,

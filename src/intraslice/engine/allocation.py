@@ -33,8 +33,9 @@ _BY_MASK_GRADIENT = {"mask_gradient": allocate_by_mask_gradient, "head_search": 
 
 
 def reads_gradients(method: MethodOptions) -> bool:
-    """Return whether the allocator asks for a gradient pass."""
-    return method.sparsity > 0 and method.allocation.name in _BY_MASK_GRADIENT
+    """Return whether there is a gradient pass."""
+    asks = method.architecture == "block" and method.allocation.name in _BY_MASK_GRADIENT
+    return asks and method.sparsity > 0
 
 
 def kept_scan_path(folder: Path, identity: dict[str, Any], method: MethodOptions) -> Path:

@@ -101,7 +101,7 @@ def prune_checkpoint(
     placement = Placement.choose(run.device, run.dtype, checkpoint.dtype)
     placement.reset_peak()
     tokens = calibration.tokens
-    batch = _batch_size(tokens.shape[0], tokens.shape[1], run.batch_tokens)
+    batch = batch_size(tokens.shape[0], tokens.shape[1], run.batch_tokens)
     identity = {
         "model": checkpoint.fingerprint(),
         "calibration": {
@@ -226,7 +226,7 @@ def prune_checkpoint(
     return result
 
 
-def _batch_size(num_sequences: int, seqlen: int, batch_tokens: int) -> int:
+def batch_size(num_sequences: int, seqlen: int, batch_tokens: int) -> int:
     """Return the largest divisor of the number of sequences that fits: all batches then share masks and shapes."""
     wanted = max(1, batch_tokens // seqlen)
     return max(size for size in range(1, num_sequences + 1) if num_sequences % size == 0 and size <= wanted)

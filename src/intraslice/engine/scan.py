@@ -87,6 +87,22 @@ def block_width(channels: int, blocks: int) -> int:
     return min((w for w in range(1, channels + 1) if channels % w == 0), key=lambda w: (abs(w - wanted), w))
 
 
+def boundary_states_bytes(num_layers: int, seqlen: int, hidden_size: int, itemsize: int) -> int:
+    """Return the memory that the states at the layer boundaries of one sequence take."""
+    return (num_layers + 2) * seqlen * hidden_size * itemsize
+
+
+def chunk_size(boundary_bytes: int, states_bytes: int, batch: int) -> int:
+    """Return how many sequences go through the layers, forth and back, before the layers are loaded again.
+
+    Args:
+        boundary_bytes: memory for the states at the layer boundaries.
+        states_bytes: of one sequence.
+        batch: sequences in one forward batch; at least so many.
+    """
+    return max(batch, boundary_bytes // states_bytes // batch * batch)
+
+
 def scan_mask_gradients(
     model: StreamedModel,
     tokens_ST: Tensor,
@@ -127,9 +143,8 @@ def scan_mask_gradients(
             torch.zeros(layers, shape.num_attention_heads, shape.qk_head_dim, dtype=torch.float64),
             torch.zeros(layers, shape.num_key_value_heads, shape.qk_head_dim, dtype=torch.float64),
         )
-    itemsize = model.placement.compute_dtype.itemsize
-    per_sequence = (layers + 2) * seqlen * model.config.hidden_size * itemsize
-    chunk = max(batch, boundary_bytes // per_sequence // batch * batch)
+    states = boundary_states_bytes(layers, seqlen, model.config.hidden_size, model.placement.compute_dtype.itemsize)
+    chunk = chunk_size(boundary_bytes, states, batch)
     with progress.step("mask gradients", total=num_sequences * layers * 2) as advance:
         advance(sums.done * layers * 2)
         while sums.done < num_sequences:
