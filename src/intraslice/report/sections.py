@@ -72,8 +72,8 @@ KEPT_NOTE = (
 )
 ERROR_NOTE = (
     "Relative squared error on the calibration tokens, as recorded: of what the block should add to the residual "
-    "stream. For intraslice that includes what earlier layers left to repair; for slicegpt it is the share of the "
-    "stream behind the block that is deleted. So compare layers of one method rather than methods."
+    "stream. For intraslice, iter-pca, ada-h and naive that includes what earlier layers left to repair; for slicegpt "
+    "it is the share of the stream behind the block that is deleted. So compare layers rather than methods."
 )
 RANK_NOTE = (
     "How many of the largest eigenvalues of the second moment hold 99 % of their sum, at the output of each decoder "

@@ -42,7 +42,9 @@ function makeScale(axis, values, from, to, count) {
     const step = (to - from) / axis.labels.length;
     return { ticks: axis.labels.map((_, i) => i), at: (v) => from + step * (v + 0.5) };
   }
-  const [low, high] = [Math.min(...values), Math.max(...values)];
+  let [low, high] = [Math.min(...values), Math.max(...values)];
+  const more = ((axis.span || 0) - (high - low)) / 2;
+  if (more > 0) [low, high] = [low - more, high + more];
   const logarithmic = axis.log !== false && low > 0 && high / low > LARGE_RANGE;
   const scale = (logarithmic ? logScale : linearScale)(low, high, from, to, count, axis.zero);
   if (axis.ticks) {
@@ -56,7 +58,8 @@ function makeScale(axis, values, from, to, count) {
 
 // --- lines and points -------------------------------------------------------------------------------------------
 
-// spec: { x: {title, format, tick?: format of the ticks, ticks?: where, labels?: names instead of numbers, log?}, y: same,
+// spec: { x: {title, format, tick?: format of the ticks, ticks?: where, labels?: names instead of numbers, log?,
+//         span?: how much it shows at least}, y: same,
 //         series: [{name, style, points: [{x, y, tip?}], scatter?: no line, faint?}], rules: [{y, name}],
 //         front: [point], sparse: draw few markers }
 function drawLines(figure, spec) {

@@ -40,7 +40,7 @@ const CHARTS = {
     const metric = METRICS[field];
     const cells = shownCells(model);
     drawLines(figure, {
-      x: { title: "Sparsity", format: format.short, ticks: [...new Set(cells.map((c) => c.asked))], log: false },
+      x: { title: "Sparsity", format: format.short, ticks: [...new Set(cells.map((c) => c.asked))], log: false, span: 0.1 },
       y: metric,
       rules: denseRule(model, field, metric.format),
       series: byLabel(cells).map(([name, found]) => ({
