@@ -34,7 +34,19 @@ RULES: dict[str, set[str]] = {
     "exporters": {"exporters", "edits", "checkpoint", "errors", "progress"}
     | {"placement", "loading", "runtime", "result"},
     "report": {"report", "errors"},
-    "comparison": {"comparison", "api", "pruning", "recipe", "errors", "progress", "result", "report", "evaluation"}
+    "presets": set(),
+    "comparison": {
+        "comparison",
+        "api",
+        "pruning",
+        "presets",
+        "recipe",
+        "errors",
+        "progress",
+        "result",
+        "report",
+        "evaluation",
+    }
     | {"checkpoint", "calibration", "inspection", "loading", "placement", "text", ""},
     "engine": PURE
     | {"engine", "compressors", "allocators", "blocks", "surgery", "checkpoint", "calibration"}
