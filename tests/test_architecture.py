@@ -35,19 +35,8 @@ RULES: dict[str, set[str]] = {
     | {"placement", "loading", "runtime", "result"},
     "report": {"report", "errors"},
     "presets": set(),
-    "comparison": {
-        "comparison",
-        "api",
-        "pruning",
-        "presets",
-        "recipe",
-        "errors",
-        "progress",
-        "result",
-        "report",
-        "evaluation",
-    }
-    | {"checkpoint", "calibration", "inspection", "loading", "placement", "text", ""},
+    "comparison": {"comparison", "api", "pruning", "recipe", "errors", "progress", "result", "report", "evaluation"}
+    | {"checkpoint", "calibration", "inspection", "loading", "placement", "presets", "text", ""},
     "engine": PURE
     | {"engine", "compressors", "allocators", "blocks", "surgery", "checkpoint", "calibration"}
     | {"placement", "progress", "result", "model_card", "runtime", ""},

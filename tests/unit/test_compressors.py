@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from output_moments import moments_of
 
 from intraslice.compressors.attention import (
     AttentionStats,
@@ -31,19 +32,8 @@ def _correlated(tokens: int, channels: int, seed: int) -> torch.Tensor:
     return _random(tokens, channels, seed=seed) @ (_random(channels, channels, seed=seed + 1) * 0.5)
 
 
-def _moments(x: torch.Tensor, target: torch.Tensor) -> OutputMoments:
-    return OutputMoments(
-        gram=x.T @ x,
-        cross=x.T @ target,
-        input_sum=x.sum(0),
-        target_sum=target.sum(0),
-        target_energy=float(target.square().sum()),
-        num_tokens=len(x),
-    )
-
-
 def _block(act: torch.Tensor, down: torch.Tensor) -> OutputMoments:
-    return block_target(_moments(act, act.new_zeros(len(act), len(down))), down)
+    return block_target(moments_of(act, act.new_zeros(len(act), len(down))), down)
 
 
 def _stats_of_context(x: torch.Tensor) -> AttentionStats:
@@ -85,7 +75,7 @@ def test_solve_value_is_pca_and_ridge_of_explicit_activations():
     per_kv, p = (2, 1), 5
     x = _correlated(N, 3 * d, seed=3)
     target = x @ _random(3 * d, D, seed=5) + 0.1 * _random(N, D, seed=6)
-    moments = _moments(x, target)
+    moments = moments_of(x, target)
     edit, error = solve_value(
         torch.zeros(D, 3 * d), per_kv, p, moments, AttentionOptions(damping=0.01, shrink_to="zero")
     )
@@ -107,7 +97,7 @@ def test_solve_value_is_pca_and_ridge_of_explicit_activations():
 def test_solve_value_without_reconstruction_only_projects():
     x, o = _correlated(N, 2 * d, seed=3), _random(D, 2 * d, seed=4)
     target = x @ o.T
-    moments = _moments(x, target)
+    moments = moments_of(x, target)
     plain, plain_error = solve_value(o, (1, 1), 6, moments, AttentionOptions(repair="none"))
     assert torch.allclose(plain.o_weight, o @ torch.block_diag(*plain.v_basis))
     _, ridge_error = solve_value(o, (1, 1), 6, moments, AttentionOptions(damping=1e-9))
@@ -229,7 +219,7 @@ def test_ffn_against_another_target_is_the_regression_on_that_target():
     act, down = _correlated(N, 16, seed=0), _random(D, 16, seed=2)
     target = act @ down.T + _random(N, D, seed=3)
     energy = float(target.square().sum())
-    moments = _moments(act, target)
+    moments = moments_of(act, target)
     channels = torch.arange(3, 13)
     edit, error = solve_down(moments, down, channels, FFNOptions(damping=0.1))
     kept = act[:, channels]

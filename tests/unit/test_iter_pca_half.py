@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from output_moments import moments_of
 
 from intraslice.compressors.ffn import select_channels, solve_down
 from intraslice.compressors.iter_pca import iterate_pca
-from intraslice.compressors.repairs import OutputMoments
 from intraslice.options import FFNOptions
 
 
@@ -35,15 +35,7 @@ def test_half_precision_improves_a_block_as_float32_does(dtype: torch.dtype):
     for kind in (torch.float32, dtype):
         replay = Replay(kind, down)
         act = replay.act.double()
-        target = act @ down.double().T
-        moments = OutputMoments(
-            gram=act.T @ act,
-            cross=act.T @ target,
-            input_sum=act.sum(0),
-            target_sum=target.sum(0),
-            target_energy=float(target.square().sum()),
-            num_tokens=len(act),
-        )
+        moments = moments_of(act, act @ down.double().T)
         edit, error = solve_down(moments, down, select_channels(moments, down, 64, options), options)
         errors[kind] = (error, iterate_pca(replay, moments, edit, error, options)[1])
     before, after = errors[dtype]

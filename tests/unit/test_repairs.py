@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from output_moments import moments_of
 
-from intraslice.compressors.repairs import Output, OutputMoments, repair_output
+from intraslice.compressors.repairs import Output, repair_output
 from intraslice.options import FFNOptions
 
 N, P, D = 80, 6, 5
@@ -21,14 +22,7 @@ def _random(*shape: int, seed: int = 0) -> torch.Tensor:
 X = _random(N, 9) @ _random(9, 9, seed=1) + _random(9, seed=2)
 W = _random(9, D, seed=3)
 Z, Y, REMOVED = X[:, :P], X @ W, W[:P]
-MOMENTS = OutputMoments(
-    gram=Z.T @ Z,
-    cross=Z.T @ Y,
-    input_sum=Z.sum(0),
-    target_sum=Y.sum(0),
-    target_energy=float(Y.square().sum()),
-    num_tokens=N,
-)
+MOMENTS = moments_of(Z, Y)
 
 
 def _repair(kind: Any, **changes: Any) -> Output:
