@@ -22,11 +22,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from intraslice.api import benchmark
-from intraslice.calibration import load_calibration
 from intraslice.checkpoint.source import open_checkpoint
-from intraslice.evaluation.bench import BenchOptions
+from intraslice.data.calibration import load_calibration
 from intraslice.progress import SilentProgress
-from intraslice.result import PruneResult
+from intraslice.results.result import PruneResult
+from intraslice.speed.bench import BenchOptions
 
 
 @torch.inference_mode()

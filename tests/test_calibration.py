@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from intraslice import text as text_module
-from intraslice.calibration import Calibration, load_calibration, load_text
+from intraslice.data import text as text_module
+from intraslice.data.calibration import Calibration, load_calibration, load_text
 from intraslice.errors import CalibrationError, MissingExtraError, NumericalError
 from tiny import BOS, VOCAB_SIZE, tiny_tokenizer
 
@@ -338,7 +338,7 @@ def test_self_sampling_follows_the_distribution_of_the_model(tiny_folder: Folder
 
 
 def test_self_sampling_in_small_batches(tiny_folder: Folder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("intraslice.calibration._CACHE_BYTES", 1)
+    monkeypatch.setattr("intraslice.data.calibration._CACHE_BYTES", 1)
     assert calibrate("self", tokenizer, model_folder=tiny_folder("llama")).tokens.shape == (4, 16)
 
 

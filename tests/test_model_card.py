@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import yaml
 
-from intraslice.model_card import render
-from intraslice.result import LayerRecord, PruneResult
+from intraslice.results.model_card import render
+from intraslice.results.result import LayerRecord, PruneResult
 from intraslice.runtime.configuration_intraslice import LayerShape
 
 

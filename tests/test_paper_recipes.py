@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from intraslice.recipe import load_recipe
+from intraslice.recipes.recipe import load_recipe
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "paper"
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from intraslice.errors import RecipeError
-from intraslice.options import MethodOptions
-from intraslice.presets import METHODS
-from intraslice.recipe import Recipe, fit_to_model, load_recipe, option_names, parse_align
+from intraslice.methods.blockwise.options import MethodOptions
+from intraslice.methods.presets import METHODS
+from intraslice.recipes.recipe import Recipe, fit_to_model, load_recipe, option_names, parse_align
 
 BASE = {"model": "m", "sparsity": 0.3}
 
@@ -206,7 +206,7 @@ def test_missing_file_and_missing_values(tmp_path: Path):
 
 
 def test_checked_without_torch():
-    code = "import sys, intraslice.recipe; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, intraslice.recipes.recipe; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -9,9 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from intraslice.checkpoint.source import open_checkpoint
-from intraslice.evaluation.analysis import analyse_model
-from intraslice.evaluation.bench import BenchOptions, BenchResult, bench_models
-from intraslice.evaluation.layer_bench import LayerBenchResult, bench_layers
+from intraslice.data.text import check_source, load_text
 from intraslice.evaluation.perplexity import Perplexity, measure_perplexity, tokenize
 from intraslice.evaluation.tasks import DEFAULT_BATCH_SIZE, TaskResults, check_range, open_tasks, score_tasks
 from intraslice.exporters import export_checkpoint
@@ -19,9 +17,11 @@ from intraslice.exporters.base import ExportOptions, ExportReport
 from intraslice.loading import load_model
 from intraslice.progress import Progress
 from intraslice.pruning import calibrate, prune_recipe
-from intraslice.recipe import CalibrationOptions, load_recipe
-from intraslice.result import PruneResult
-from intraslice.text import check_source, load_text
+from intraslice.recipes.recipe import CalibrationOptions, load_recipe
+from intraslice.results.result import PruneResult
+from intraslice.speed.bench import BenchOptions, BenchResult, bench_models
+from intraslice.speed.layer_bench import LayerBenchResult, bench_layers
+from intraslice.streaming.analysis import analyse_model
 
 
 def prune(

@@ -13,7 +13,7 @@ from intraslice.errors import UnsupportedModelError
 from intraslice.loading import count_parameters, load_config
 from intraslice.options import RunOptions
 from intraslice.placement import choose_device, dtype_from_name, peak_resident_bytes
-from intraslice.result import RESULT_FILE, PruneResult
+from intraslice.results.result import RESULT_FILE, PruneResult
 from intraslice.runtime.configuration_intraslice import (
     FAMILIES,
     FamilySpec,

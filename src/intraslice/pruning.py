@@ -8,24 +8,24 @@ from typing import Any
 
 import torch
 
-from intraslice.calibration import Calibration, load_calibration
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.writer import check_output
-from intraslice.compressors.residual import slice_width
-from intraslice.engine.allocation import reads_gradients
+from intraslice.data.calibration import Calibration, load_calibration
+from intraslice.data.text import check_source
 from intraslice.engine.run import batch_size, prune_checkpoint
 from intraslice.engine.rundir import interrupted_sparsity
-from intraslice.engine.scan import boundary_states_bytes, chunk_size
 from intraslice.errors import OutputError, RecipeError
-from intraslice.evaluation.target_speed import choose_sparsity
 from intraslice.inspection import ModelInfo, compute_width, estimate_peak_bytes, family_of, inspect_model
 from intraslice.loading import load_config
+from intraslice.methods.blockwise.gradient_pass import boundary_states_bytes, chunk_size
+from intraslice.methods.blockwise.plan import reads_gradients
+from intraslice.methods.blockwise.target_speed import choose_sparsity
+from intraslice.methods.slicegpt.algebra import slice_width
 from intraslice.placement import Placement, choose_device, dtype_from_name
 from intraslice.progress import Progress, SilentProgress
-from intraslice.recipe import CalibrationOptions, Recipe, fit_to_model
-from intraslice.result import PruneResult
-from intraslice.text import check_source
+from intraslice.recipes.recipe import CalibrationOptions, Recipe, fit_to_model
+from intraslice.results.result import PruneResult
 
 
 def prune_recipe(

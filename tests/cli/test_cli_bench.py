@@ -8,9 +8,9 @@ import pytest
 
 from intraslice.cli.app import main
 from intraslice.cli.bench import _ranges
-from intraslice.evaluation import bench
-from intraslice.evaluation.bench import BenchOptions, BenchResult, ModelSpeed, PointRatio, PointSpeed
-from intraslice.evaluation.timing import Spread
+from intraslice.speed import bench
+from intraslice.speed.bench import BenchOptions, BenchResult, ModelSpeed, PointRatio, PointSpeed
+from intraslice.speed.timing import Spread
 
 
 class _Measured(Exception):

@@ -8,7 +8,7 @@ import pytest
 
 from intraslice import pruning
 from intraslice.cli.app import main
-from intraslice.result import PruneResult
+from intraslice.results.result import PruneResult
 
 MULTIPLES = {"attention.head_multiple": 2, "ffn.ffn_multiple": 1, "ffn.iter_pca": False}
 SMALL = [

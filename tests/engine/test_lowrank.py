@@ -12,15 +12,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import intraslice  # noqa: F401 - registers the pruned classes
-from intraslice.calibration import Calibration
 from intraslice.checkpoint.source import open_checkpoint
+from intraslice.data.calibration import Calibration
 from intraslice.engine.run import prune_checkpoint
 from intraslice.errors import BudgetError, NumericalError, UnsupportedModelError
 from intraslice.exporters import export_checkpoint
 from intraslice.inspection import inspect_model
-from intraslice.options import MethodOptions, RunOptions
+from intraslice.methods.blockwise.options import MethodOptions
+from intraslice.options import RunOptions
 from intraslice.progress import SilentProgress
-from intraslice.result import PruneResult
+from intraslice.results.result import PruneResult
 from intraslice.runtime.configuration_intraslice import FAMILIES as SPECS
 from intraslice.runtime.configuration_intraslice import LayerShape, dense_config
 from tiny import FAMILIES, VOCAB_SIZE, make_tiny
@@ -98,7 +99,7 @@ def test_a_rotated_model_of_which_nothing_is_deleted_is_the_dense_model(family, 
     biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     folder = make_tiny(family, tmp_path / "m", dtype=torch.float64, tie_word_embeddings=tied, **biases)
     monkeypatch.setattr(
-        "intraslice.engine.residual.slice_width", lambda per_channel, hidden_size, sparsity: hidden_size
+        "intraslice.methods.slicegpt.method.slice_width", lambda per_channel, hidden_size, sparsity: hidden_size
     )
     run(folder, tmp_path / "out", "residual")
     stored = load_file(tmp_path / "out/model.safetensors")

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import intraslice  # noqa: F401 - registers the pruned classes
-from intraslice.calibration import Calibration
 from intraslice.checkpoint.source import open_checkpoint
+from intraslice.data.calibration import Calibration
 from intraslice.engine.run import prune_checkpoint
 from intraslice.progress import Progress, SilentProgress
-from intraslice.recipe import load_recipe
-from intraslice.result import PruneResult
+from intraslice.recipes.recipe import load_recipe
+from intraslice.results.result import PruneResult
 from intraslice.runtime.configuration_intraslice import FAMILIES
 
 OTHERS = ("naive", "wanda-sp", "flap", "slimllm", "transact", "sobp")
@@ -194,13 +194,13 @@ def test_an_interrupted_run_resumes_with_the_same_result(method, tiny_folder, tm
 
 
 def test_the_forward_pass_measures_what_the_whole_model_shows(tiny_folder):
-    from intraslice.engine.hidden import embedded_states
-    from intraslice.engine.model import StreamedModel
-    from intraslice.engine.profile import profile_layers
+    from intraslice.methods.blockwise.profile_pass import profile_layers
     from intraslice.placement import Placement
+    from intraslice.streaming.hidden import embedded_states
+    from intraslice.streaming.model import StreamedModel
 
     folder = tiny_folder("opt", **MODELS["opt"])
-    model = StreamedModel(open_checkpoint(str(folder)), Placement.choose("cpu", "auto", torch.float32))
+    model = StreamedModel(open_checkpoint(str(folder)), Placement.choose("cpu", "auto", torch.float32), (1, 20))
     profile = profile_layers(model, embedded_states(model, TOKENS, 1, None), SilentProgress())
     dense, spec = load(folder), FAMILIES["opt"]
     taps: dict[str, torch.Tensor] = {}

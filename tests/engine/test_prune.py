@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import intraslice  # noqa: F401 - registers the pruned classes
-from intraslice.calibration import Calibration
 from intraslice.checkpoint.source import open_checkpoint
+from intraslice.data.calibration import Calibration
 from intraslice.engine.run import prune_checkpoint
-from intraslice.engine.scan import scan_seconds
 from intraslice.errors import NumericalError, OutputError, ResumeMismatchError
-from intraslice.options import AllocationOptions, AttentionOptions, FFNOptions, MethodOptions, RunOptions
+from intraslice.methods.blockwise.gradient_pass import scan_seconds
+from intraslice.methods.blockwise.options import AllocationOptions, AttentionOptions, FFNOptions, MethodOptions
+from intraslice.options import RunOptions
 from intraslice.progress import SilentProgress
-from intraslice.result import PruneResult
+from intraslice.results.result import PruneResult
 from tiny import FAMILIES, VOCAB_SIZE, make_tiny
 
 SMALL = AttentionOptions(head_multiple=2), FFNOptions(ffn_multiple=1)
@@ -124,13 +125,13 @@ def test_pruned_model_beats_removal_without_repair(family, tiny_folder, tmp_path
 
 def test_streaming_gives_the_gradients_of_the_whole_model(tiny_folder, tmp_path):
     """Mask gradients of the layer-streamed pass equal autograd through the resident model."""
-    from intraslice.engine.model import StreamedModel
-    from intraslice.engine.scan import scan_mask_gradients
+    from intraslice.methods.blockwise.gradient_pass import scan_mask_gradients
     from intraslice.placement import Placement
+    from intraslice.streaming.model import StreamedModel
 
     folder = make_tiny("llama", tmp_path / "m", dtype=torch.float64)
     checkpoint = open_checkpoint(str(folder))
-    model = StreamedModel(checkpoint, Placement.choose("cpu", "auto", torch.float64))
+    model = StreamedModel(checkpoint, Placement.choose("cpu", "auto", torch.float64), (1, 16))
     tokens = calibration(4, 16).tokens
     scores = scan_mask_gradients(
         model,
@@ -304,13 +305,13 @@ def test_existing_output_is_kept_unless_overwrite(tiny_folder, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, tmp_path):
     """With target "model" the FFN is regressed on (dense stream after the layer) - (pruned stream before the FFN)."""
-    from intraslice.engine.hidden import HiddenStates, Streams
-    from intraslice.engine.measure import context_moments, ffn_moments
-    from intraslice.engine.model import StreamedModel
+    from intraslice.methods.blockwise.measure import context_moments, ffn_moments
     from intraslice.placement import Placement
+    from intraslice.streaming.hidden import HiddenStates, Streams
+    from intraslice.streaming.model import StreamedModel
 
     folder = make_tiny(family, tmp_path / "m", dtype=torch.float64)
-    model = StreamedModel(open_checkpoint(str(folder)), Placement.choose("cpu", "auto", torch.float64))
+    model = StreamedModel(open_checkpoint(str(folder)), Placement.choose("cpu", "auto", torch.float64), (2, 16))
     tokens = calibration(4, 16).tokens
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     with torch.no_grad():
@@ -319,18 +320,16 @@ def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, t
     drifted = before + 0.1 * torch.randn(before.shape, generator=torch.Generator().manual_seed(0)).double()
     hidden = [HiddenStates(tuple(before.shape), torch.float64, 2, torch.device("cpu")) for _ in range(2)]
     streams = Streams(pruned=hidden[0], dense=hidden[1])
-    model.embed(tokens[:2])
     for part in hidden[0].slices():
         hidden[0].write(part, drifted[part])
         hidden[1].write(part, before[part])
     block = model.load_layer(0)
-    kwargs = model.layer_kwargs[0]
     with torch.no_grad():
-        attention = context_moments(model, block, 0, streams, block.attention, "model")
-        middle = block.attention_step(before, kwargs)
-        ffn = ffn_moments(model, block, 0, streams, FFNOptions(target="model"))
-        pruned_middle = block.attention_step(drifted, kwargs)
-        context = block.context(block.attention, block.attention_input(drifted), kwargs).flatten(0, 1)
+        attention = context_moments(model, block, streams, block.attention, "model")
+        middle = block.attention_step(before)
+        ffn = ffn_moments(model, block, streams, FFNOptions(target="model"))
+        pruned_middle = block.attention_step(drifted)
+        context = block.context(block.attention, block.attention_input(drifted)).flatten(0, 1)
         act = block.act(block.ffn_input(pruned_middle)).flatten(0, 1)
         zero = torch.zeros((), dtype=torch.float64)
         out_bias = block.out_projection.bias if block.out_projection.bias is not None else zero

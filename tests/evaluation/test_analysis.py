@@ -12,14 +12,14 @@ from transformers.models.llama import modeling_llama
 
 from intraslice.api import analyse
 from intraslice.errors import NumericalError, RecipeError
-from intraslice.evaluation.analysis import (
+from intraslice.runtime.configuration_intraslice import FAMILIES, LayerShape, pruned_config
+from intraslice.streaming.analysis import (
     analyse_model,
     effective_rank,
     effective_ranks,
     pair_masks,
     sample_spectrum,
 )
-from intraslice.runtime.configuration_intraslice import FAMILIES, LayerShape, pruned_config
 from tiny import VOCAB_SIZE, make_tiny, tiny_config
 
 HALF_ROPE = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from intraslice.errors import CheckpointError, RecipeError
-from intraslice.evaluation.bench import RATIO_FIELDS, BenchOptions, bench_models
-from intraslice.evaluation.timing import Spread
-from intraslice.evaluation.worker import _Bench
 from intraslice.loading import load_model
 from intraslice.placement import Placement
+from intraslice.speed.bench import RATIO_FIELDS, BenchOptions, bench_models
+from intraslice.speed.timing import Spread
+from intraslice.speed.worker import _Bench
 
 CPU = Placement(torch.device("cpu"), torch.float32, torch.float32, torch.float32)
 SMALL = BenchOptions(prompt_tokens=16, decode_tokens=4, batch_size=2, repetitions=2)

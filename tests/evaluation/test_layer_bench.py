@@ -7,12 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from intraslice.evaluation.bench import BenchOptions
-from intraslice.evaluation.layer_bench import bench_layers
-from intraslice.evaluation.layer_speed import LayerHost
 from intraslice.inspection import family_of
 from intraslice.loading import load_model
 from intraslice.placement import Placement
+from intraslice.speed.bench import BenchOptions
+from intraslice.speed.layer_bench import bench_layers
+from intraslice.speed.layer_speed import LayerHost
 from tiny import FAMILIES
 
 CPU = Placement(torch.device("cpu"), torch.float32, torch.float32, torch.float32)

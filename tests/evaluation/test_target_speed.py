@@ -12,13 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from intraslice import api
 from intraslice.cli.app import main
 from intraslice.errors import BudgetError, RecipeError, ResumeMismatchError
-from intraslice.evaluation import target_speed
-from intraslice.evaluation.target_speed import SpeedCurve, choose_sparsity, typical_shape
 from intraslice.inspection import family_of
-from intraslice.options import AllocationOptions, AttentionOptions, FFNOptions, MethodOptions
+from intraslice.methods.blockwise import target_speed
+from intraslice.methods.blockwise.options import AllocationOptions, AttentionOptions, FFNOptions, MethodOptions
+from intraslice.methods.blockwise.target_speed import SpeedCurve, choose_sparsity, typical_shape
 from intraslice.placement import Placement
-from intraslice.recipe import load_recipe
-from intraslice.result import PruneResult
+from intraslice.recipes.recipe import load_recipe
+from intraslice.results.result import PruneResult
 from intraslice.runtime.configuration_intraslice import dense_shape
 from tiny import FAMILIES, tiny_config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from intraslice.compressors.repairs import OutputMoments
+from intraslice.methods.blockwise.repairs import OutputMoments
 
 
 def moments_of(inputs: torch.Tensor, targets: torch.Tensor) -> OutputMoments:

@@ -7,10 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intraslice.allocators import BlockSizes, MaskScores, allocate_by_mask_gradient, allocate_uniform, count_units
-from intraslice.allocators.mask_gradient import channel_importance, keep_fractions
 from intraslice.errors import BudgetError
-from intraslice.options import AllocationOptions
+from intraslice.methods.blockwise.allocators import (
+    BlockSizes,
+    MaskScores,
+    allocate_by_mask_gradient,
+    allocate_uniform,
+    count_units,
+)
+from intraslice.methods.blockwise.allocators.mask_gradient import channel_importance, keep_fractions
+from intraslice.methods.blockwise.options import AllocationOptions
 
 SIZES = BlockSizes((600,) * 4, (1400,) * 4)
 

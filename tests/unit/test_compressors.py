@@ -6,19 +6,19 @@ import pytest
 import torch
 from output_moments import moments_of
 
-from intraslice.compressors.attention import (
+from intraslice.algebra.linalg import ridge_solve
+from intraslice.layers.weights import AttentionWeights, fuse_qk, fuse_value
+from intraslice.methods.blockwise.channels import block_target, channel_scores, select_channels, solve_down
+from intraslice.methods.blockwise.heads import (
     AttentionStats,
     choose_qk,
     head_scores,
     rope_pair_scores,
     solve_value,
 )
-from intraslice.compressors.ffn import block_target, channel_scores, select_channels, solve_down
-from intraslice.compressors.iter_pca import iterate_pca, pseudo_inverse
-from intraslice.compressors.repairs import OutputMoments
-from intraslice.edits import AttentionWeights, fuse_qk, fuse_value
-from intraslice.linalg import ridge_solve
-from intraslice.options import AttentionOptions, FFNOptions
+from intraslice.methods.blockwise.iter_pca import iterate_pca, pseudo_inverse
+from intraslice.methods.blockwise.options import AttentionOptions, FFNOptions
+from intraslice.methods.blockwise.repairs import OutputMoments
 from intraslice.runtime.modeling_intraslice import pair_channels
 
 D, H, K, d, N = 24, 4, 2, 8, 200
@@ -187,7 +187,7 @@ def test_fuse_value_multiplies_the_context_by_the_basis():
     edit = choose_qk(weights, _stats(weights, _random(N, D)), 0.7 * 2 * D * d * (H + K), AttentionOptions(), None)
     fused, per_kv = fuse_qk(weights, edit, None)
     basis = torch.linalg.qr(_random(len(per_kv), d, d, seed=8)).Q[:, :, :5]
-    from intraslice.edits import ValueEdit
+    from intraslice.layers.weights import ValueEdit
 
     final = fuse_value(fused, ValueEdit(v_basis=basis, o_weight=torch.zeros(D, 5 * len(edit.heads)).double()))
     x = _random(7, D)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from output_moments import moments_of
 
-from intraslice.compressors.ffn import select_channels, solve_down
-from intraslice.compressors.iter_pca import iterate_pca
-from intraslice.options import FFNOptions
+from intraslice.methods.blockwise.channels import select_channels, solve_down
+from intraslice.methods.blockwise.iter_pca import iterate_pca
+from intraslice.methods.blockwise.options import FFNOptions
 
 
 class Replay:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from intraslice.algebra.linalg import eigh_descending, low_rank_scores, residual_energy, ridge_solve, rotate_blocks
 from intraslice.errors import NumericalError
-from intraslice.linalg import eigh_descending, low_rank_scores, residual_energy, ridge_solve, rotate_blocks
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from intraslice.compressors.factors import factor_weight, plan_ranks, square_root
-from intraslice.compressors.residual import leading_directions, rotate_rows, slice_width
 from intraslice.errors import BudgetError, NumericalError
+from intraslice.methods.slicegpt.algebra import leading_directions, rotate_rows, slice_width
+from intraslice.methods.svd_llm.algebra import factor_weight, plan_ranks, square_root
 
 LAYER = {"q": (64, 64), "k": (32, 64), "up": (160, 64), "down": (64, 160)}
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intraslice.allocators import (
+from intraslice.methods.blockwise.allocators import (
     BlockSizes,
     LayerProfile,
     MaskScores,
@@ -17,8 +17,8 @@ from intraslice.allocators import (
     allocate_by_head_search,
     allocate_by_similarity,
 )
-from intraslice.allocators.profile import spread_loss
-from intraslice.options import AllocationOptions
+from intraslice.methods.blockwise.allocators.profile import spread_loss
+from intraslice.methods.blockwise.options import AllocationOptions
 
 L, H, WIDTH, F = 5, 4, 3, 20
 SIZES = BlockSizes((240,) * L, (600,) * L)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from output_moments import moments_of
 
-from intraslice.compressors.repairs import Output, repair_output
-from intraslice.options import FFNOptions
+from intraslice.methods.blockwise.options import FFNOptions
+from intraslice.methods.blockwise.repairs import Output, repair_output
 
 N, P, D = 80, 6, 5
 

@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from intraslice.compressors import scores
+from intraslice.methods.blockwise import scores
 
 N, D, C, HEADS = 60, 7, 12, 4
 WIDTH = C // HEADS

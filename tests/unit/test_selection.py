@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intraslice.selection import (
+from intraslice.algebra.selection import (
     adaptive_heads,
     heads_per_kv,
     kept_kv_heads,

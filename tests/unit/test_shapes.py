@@ -7,11 +7,17 @@ import itertools
 import pytest
 import torch
 
-from intraslice.allocators import BlockSizes, MaskScores, ShapeGrid, allocate_by_mask_gradient, allocate_shapes
-from intraslice.allocators.shapes import _Choice, knapsack
+from intraslice.algebra.selection import planned_heads
 from intraslice.errors import BudgetError
-from intraslice.options import AllocationOptions
-from intraslice.selection import planned_heads
+from intraslice.methods.blockwise.allocators import (
+    BlockSizes,
+    MaskScores,
+    ShapeGrid,
+    allocate_by_mask_gradient,
+    allocate_shapes,
+)
+from intraslice.methods.blockwise.allocators.shapes import _Choice, knapsack
+from intraslice.methods.blockwise.options import AllocationOptions
 
 L, H, K, D, F, d = 3, 6, 2, 24, 48, 8
 

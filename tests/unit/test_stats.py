@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intraslice.stats import BlockSecondMoment, SecondMoment, Sum
+from intraslice.algebra.statistics import BlockSecondMoment, SecondMoment, Sum
 
 CPU = torch.device("cpu")
 

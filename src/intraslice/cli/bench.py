@@ -10,9 +10,9 @@ from intraslice.cli.console import ConsoleProgress, count, print_line, print_tab
 from intraslice.errors import RecipeError
 
 if TYPE_CHECKING:
-    from intraslice.evaluation.bench import BenchOptions, BenchResult
-    from intraslice.evaluation.layer_bench import LayerBenchResult, LayersSpeed
-    from intraslice.evaluation.timing import Spread
+    from intraslice.speed.bench import BenchOptions, BenchResult
+    from intraslice.speed.layer_bench import LayerBenchResult, LayersSpeed
+    from intraslice.speed.timing import Spread
 
 
 def bench(
@@ -53,8 +53,8 @@ def bench(
     """Measure speed and memory of saved models, each in a process of its own, or of their layers one by one."""
     lengths, sizes = _numbers("--kv-lengths", kv_lengths), _numbers("--batch-sizes", batch_sizes)
 
-    from intraslice.evaluation.bench import BenchOptions, BenchResult, bench_models
-    from intraslice.evaluation.layer_bench import PAPER_TOKENS, bench_layers
+    from intraslice.speed.bench import BenchOptions, BenchResult, bench_models
+    from intraslice.speed.layer_bench import PAPER_TOKENS, bench_layers
 
     if prompt_tokens is None:
         prompt_tokens = PAPER_TOKENS if layers else BenchOptions.prompt_tokens

@@ -25,8 +25,8 @@ from intraslice.cli.console import (
 
 if TYPE_CHECKING:
     from intraslice.pruning import DryRun
-    from intraslice.recipe import Recipe
-    from intraslice.result import PruneResult
+    from intraslice.recipes.recipe import Recipe
+    from intraslice.results.result import PruneResult
 
 
 def prune(
@@ -110,7 +110,7 @@ def prune(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Prune a model and write a smaller checkpoint that loads like any other."""
-    from intraslice.recipe import load_recipe, parse_align
+    from intraslice.recipes.recipe import load_recipe, parse_align
 
     flags = {
         "model": model,

@@ -15,7 +15,7 @@ from typing import Any
 
 from intraslice import __version__
 from intraslice.comparison.spec import DENSE, ComparisonSpec, Variant
-from intraslice.recipe import CalibrationOptions, Recipe
+from intraslice.recipes.recipe import CalibrationOptions, Recipe
 
 PRUNE, PERPLEXITY, SPEED, RANK, TASK = "prune", "perplexity", "speed", "rank", "task-"
 ANALYSIS = "analysis"

@@ -14,8 +14,8 @@ from intraslice.comparison.document import FORMAT, pruned_fields
 from intraslice.comparison.spec import DENSE
 from intraslice.comparison.tables import DOCUMENT_FILE
 from intraslice.errors import CheckpointError, ComparisonError
-from intraslice.presets import METHODS
-from intraslice.result import RESULT_FILE
+from intraslice.methods.presets import METHODS
+from intraslice.results.result import RESULT_FILE
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _document_of_prune(result: dict[str, Any]) -> dict[str, Any]:
 
 def _options(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a recipe that its preset does not explain."""
-    from intraslice.recipe import Recipe, load_recipe
+    from intraslice.recipes.recipe import Recipe, load_recipe
 
     if recipe.get("method") not in METHODS:
         return {}

@@ -168,7 +168,7 @@ class Comparison:
 
     def _speed(self, work: Work, folder: str) -> dict[str, Any]:
         """Measure the speed of a saved model, in turns with the dense one."""
-        from intraslice.evaluation.bench import bench_models
+        from intraslice.speed.bench import bench_models
 
         dense = self.facts[work.cell.model].folder
         against = None if work.cell.recipe is None else dense
@@ -220,7 +220,7 @@ class Comparison:
 def _bench_options(spec: ComparisonSpec) -> Any:
     if spec.speed is None:
         return None
-    from intraslice.evaluation.bench import BenchOptions
+    from intraslice.speed.bench import BenchOptions
 
     check_names(spec.speed, list(BenchOptions.__dataclass_fields__), "field of speed")
     try:

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from intraslice.data.text import check_source
 from intraslice.errors import RecipeError, nearest
-from intraslice.presets import METHODS
-from intraslice.recipe import CalibrationOptions, Recipe, load_recipe
-from intraslice.text import check_source
+from intraslice.methods.presets import METHODS
+from intraslice.recipes.recipe import CalibrationOptions, Recipe, load_recipe
 
 DENSE = "dense"
 _TEXT_FILES = (".txt", ".jsonl", ".parquet")

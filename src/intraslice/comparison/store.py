@@ -14,7 +14,7 @@ from typing import Any
 from intraslice.checkpoint.writer import write_text
 from intraslice.comparison.cells import PRUNE, Work, digest
 from intraslice.errors import CheckpointError, OutputError
-from intraslice.result import RESULT_FILE, PruneResult
+from intraslice.results.result import RESULT_FILE, PruneResult
 
 
 class Store:

@@ -22,17 +22,17 @@ import torch
 import transformers
 
 from intraslice import __version__
-from intraslice.calibration import BUILT_IN_CHARS_PER_TOKEN
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.comparison.cells import ANALYSIS, PERPLEXITY, RANK, TASK, Facts, TextFacts, calibration_name, digest
+from intraslice.data.calibration import BUILT_IN_CHARS_PER_TOKEN
+from intraslice.data.text import SELF, load_text
 from intraslice.errors import IntraSliceError
 from intraslice.evaluation.perplexity import check_windows, measure_perplexity, tokenize
 from intraslice.inspection import inspect_model
 from intraslice.loading import load_model
 from intraslice.placement import choose_device
 from intraslice.pruning import calibrate, check_seqlen, prune_recipe
-from intraslice.recipe import CalibrationOptions, Recipe
-from intraslice.text import SELF, load_text
+from intraslice.recipes.recipe import CalibrationOptions, Recipe
 
 ANALYSIS_TOKENS = 1 << 15
 """Tokens of the evaluation text that spectra and ranks are estimated on."""
@@ -199,7 +199,7 @@ def _measure(
             windows, seqlen = evaluation["windows"], evaluation["seqlen"]
             measured = measure_perplexity(model, tokens, seqlen=seqlen, windows=windows, progress=progress).to_dict()
         elif part == RANK:
-            from intraslice.evaluation.analysis import effective_ranks
+            from intraslice.streaming.analysis import effective_ranks
 
             measured = effective_ranks(model, _analysis_tokens(evaluation, tokenizer))
         else:
@@ -223,7 +223,7 @@ def _analyse(
     reply: Reply, progress: _PipeProgress, folder: str, device: str, evaluation: dict[str, Any]
 ) -> dict[str, Any]:
     """Measure the spectra of a dense model."""
-    from intraslice.evaluation.analysis import analyse_model
+    from intraslice.streaming.analysis import analyse_model
 
     tokenizer = open_checkpoint(folder).load_tokenizer()
     return analyse_model(folder, _analysis_tokens(evaluation, tokenizer), device=device, progress=progress)

@@ -13,25 +13,26 @@ import torch
 import transformers
 
 from intraslice import __version__
-from intraslice.allocators import BlockSizes
-from intraslice.calibration import Calibration
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.writer import assemble, check_output, publish, save_side_files, write_text
-from intraslice.engine.allocation import allocate, kept_scan_path, reads_gradients
-from intraslice.engine.factors import factor_layers
-from intraslice.engine.hidden import HiddenStates, Streams, embedded_states
-from intraslice.engine.layerwise import LayerBudget, propagate_layer, prune_layer
-from intraslice.engine.model import StreamedModel
-from intraslice.engine.residual import rotate_rest, slice_layers
+from intraslice.data.calibration import Calibration
 from intraslice.engine.rundir import RunDir
-from intraslice.engine.scan import scan_seconds
 from intraslice.errors import BudgetError
-from intraslice.model_card import render
-from intraslice.options import MethodOptions, RunOptions
+from intraslice.methods.blockwise.allocators import BlockSizes
+from intraslice.methods.blockwise.gradient_pass import scan_seconds
+from intraslice.methods.blockwise.layer import LayerBudget, propagate_layer, prune_layer
+from intraslice.methods.blockwise.options import MethodOptions
+from intraslice.methods.blockwise.plan import allocate, kept_scan_path, reads_gradients
+from intraslice.methods.slicegpt.method import rotate_rest, slice_layers
+from intraslice.methods.svd_llm.method import factor_layers
+from intraslice.options import RunOptions
 from intraslice.placement import Placement, dtype_name, matmul_precision
 from intraslice.progress import Progress
-from intraslice.result import RESULT_FILE, LayerRecord, PruneResult
+from intraslice.results.model_card import render
+from intraslice.results.result import RESULT_FILE, LayerRecord, PruneResult
 from intraslice.runtime.configuration_intraslice import pruned_config
+from intraslice.streaming.hidden import HiddenStates, Streams, embedded_states
+from intraslice.streaming.model import StreamedModel
 
 
 class _Clock:
@@ -127,7 +128,7 @@ def prune_checkpoint(
         progress.note(f"resuming: {len(work.records)} of {checkpoint.num_layers} layers are finished")
     with work, torch.random.fork_rng(devices=[]):
         torch.manual_seed(calibration.seed)
-        model = StreamedModel(checkpoint, placement)
+        model = StreamedModel(checkpoint, placement, (batch, tokens.shape[1]))
         sizes = _block_sizes(model)
         bases = None
         if method.architecture == "block" and work.allocation is None:
@@ -324,9 +325,9 @@ def _replay(model: StreamedModel, index: int, work: RunDir, streams: Streams) ->
     from safetensors.torch import load_file
 
     block = model.load_pruned_layer(index, work.records[index].shape, load_file(work.layer_path(index)))
-    propagate_layer(model, block, index, streams.pruned)
+    propagate_layer(block, streams.pruned)
     if streams.dense is not None:
-        propagate_layer(model, model.load_layer(index), index, streams.dense)
+        propagate_layer(model.load_layer(index), streams.dense)
 
 
 def _count_parameters(folder: Path) -> int:

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from intraslice.allocators import Allocation
 from intraslice.checkpoint.writer import write_tensors, write_text
 from intraslice.errors import CheckpointError, IntraSliceError, OutputError, ResumeMismatchError
-from intraslice.result import LayerRecord, layer_record_from_dict
+from intraslice.methods.blockwise.allocators import Allocation
+from intraslice.results.result import LayerRecord, layer_record_from_dict
 
 _MANIFEST = "manifest.json"
 

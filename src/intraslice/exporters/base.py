@@ -25,8 +25,8 @@ from torch import Tensor
 from intraslice.checkpoint.folder import StoredTensor, one_line, read_headers
 from intraslice.checkpoint.tensorfile import writing
 from intraslice.checkpoint.writer import check_output, publish
-from intraslice.edits import AttentionWeights, FFNWeights
 from intraslice.errors import CheckpointError, RecipeError, UnsupportedModelError, nearest
+from intraslice.layers.weights import AttentionWeights, FFNWeights
 from intraslice.runtime import register
 from intraslice.runtime.configuration_intraslice import (
     FAMILIES,

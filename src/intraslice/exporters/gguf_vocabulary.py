@@ -12,7 +12,7 @@ from intraslice.checkpoint.folder import one_line
 from intraslice.checkpoint.source import BUILT_IN, find_built_in
 from intraslice.errors import CheckpointError
 from intraslice.exporters.base import PrunedCheckpoint
-from intraslice.result import RESULT_FILE
+from intraslice.results.result import RESULT_FILE
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"

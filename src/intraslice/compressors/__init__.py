@@ -1,1 +1,0 @@
-"""Local compression: from second moments of one block to an edit of its weights. Pure tensors."""

@@ -1,0 +1,1 @@
+"""Text, and the calibration tokens cut from it."""

@@ -1,0 +1,1 @@
+"""One decoder layer: neutral weights, reading and writing modules."""

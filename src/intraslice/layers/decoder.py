@@ -1,0 +1,183 @@
+"""One decoder layer taken apart: two residual blocks, and the neutral weights of each.
+
+Reads modules through their `FamilySpec`; never writes them (see surgery.py).
+
+Shapes: B batch, T time, D hidden_size, F intermediate_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intraslice.layers.weights import AttentionWeights, FFNWeights
+from intraslice.runtime.configuration_intraslice import FamilySpec, LayerShape, Slot
+from intraslice.runtime.modeling_intraslice import FactoredLinear, PrunedAttention
+
+
+def norms_come_first(spec: FamilySpec, config: Any) -> bool:
+    """Return whether each block normalises its input; otherwise it normalises the sum with the residual stream."""
+    return True if spec.norm_first is None else bool(getattr(config, spec.norm_first))
+
+
+class DecoderLayer:
+    """Runs a decoder layer in pieces: h1 = h + attention(norm(h)), h2 = h1 + ffn(norm(h1)).
+
+    Args:
+        module: a Hugging Face decoder layer whose attention is a `PrunedAttention`.
+        spec: its family.
+        config: the dense config.
+        arguments: what the model hands to the layer besides the hidden states: `position_embeddings` and
+            `attention_mask`, for batches of one shape.
+    """
+
+    def __init__(
+        self, module: nn.Module, spec: FamilySpec, config: Any, arguments: Mapping[str, Any] | None = None
+    ) -> None:
+        self.module = module
+        self.spec = spec
+        self.arguments = dict(arguments or {})
+        self.norm_first = norms_come_first(spec, config)
+        self.activation = _activation(getattr(config, spec.activation))
+
+    @property
+    def attention(self) -> PrunedAttention:
+        """The attention module."""
+        module = self.module.get_submodule(self.spec.attention)
+        assert isinstance(module, PrunedAttention)
+        return module
+
+    @property
+    def out_projection(self) -> nn.Linear:
+        """The output projection of attention."""
+        return self._linear(self.attention, self.spec.o)
+
+    @property
+    def down_projection(self) -> nn.Linear:
+        """The output projection of the FFN."""
+        return self._linear(self.ffn, self.spec.down)
+
+    @property
+    def ffn(self) -> nn.Module:
+        """The module that holds the FFN's Linears."""
+        return self.module.get_submodule(self.spec.mlp) if self.spec.mlp else self.module
+
+    @staticmethod
+    def _linear(module: nn.Module, slot: Slot) -> Any:
+        """Return a Linear; a layer that is only run, not read, may have two factors there."""
+        linear = module.get_submodule(slot.path)
+        assert isinstance(linear, nn.Linear | FactoredLinear)
+        return linear
+
+    def attention_input(self, hidden_BTD: Tensor) -> Tensor:
+        """Return what the attention projections read, [B, T, D]."""
+        return self.module.get_submodule(self.spec.attention_norm)(hidden_BTD) if self.norm_first else hidden_BTD
+
+    def add_attention(self, hidden_BTD: Tensor, output_BTD: Tensor) -> Tensor:
+        """Return the hidden states after the attention block, [B, T, D]."""
+        hidden = hidden_BTD + output_BTD
+        return hidden if self.norm_first else self.module.get_submodule(self.spec.attention_norm)(hidden)
+
+    def project(self, attention: PrunedAttention, input_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query [B, H, T, r], key [B, K, T, r] (both after RoPE) and value [B, K, T, p]."""
+        return attention.project(input_BTD, self.arguments.get("position_embeddings"))
+
+    def attend(self, attention: PrunedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return the input of o_proj, [B, T, H * p], for what `project` gave."""
+        context, _ = attention.attend(query, key, value, self.arguments.get("attention_mask"))
+        return context
+
+    def context(self, attention: PrunedAttention, input_BTD: Tensor) -> Tensor:
+        """Return the input of o_proj, [B, T, H * p]."""
+        return self.attend(attention, *self.project(attention, input_BTD))
+
+    def attention_output(self, attention: PrunedAttention, hidden_BTD: Tensor) -> Tensor:
+        """Return what an attention module adds to the hidden states, [B, T, D]."""
+        context = self.context(attention, self.attention_input(hidden_BTD))
+        return self._linear(attention, self.spec.o)(context)
+
+    def attention_step(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the hidden states after the attention block, [B, T, D]."""
+        return self.add_attention(hidden_BTD, self.attention_output(self.attention, hidden_BTD))
+
+    def ffn_input(self, hidden_BTD: Tensor) -> Tensor:
+        """Return what up and gate read, [B, T, D]."""
+        return self.module.get_submodule(self.spec.ffn_norm)(hidden_BTD) if self.norm_first else hidden_BTD
+
+    def preactivations(self, input_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the outputs of up and gate, [B, T, F] each; gate is None when the FFN is not gated."""
+        spec = self.spec
+        up = self._linear(self.ffn, spec.up)(input_BTD)
+        if spec.gate is None:
+            return up, None
+        if spec.gate.path == spec.up.path:
+            parts = up.chunk(len(spec.up.parts), dim=-1)
+            return parts[spec.up.part], parts[spec.gate.part]
+        return up, self._linear(self.ffn, spec.gate)(input_BTD)
+
+    def act(self, input_BTD: Tensor) -> Tensor:
+        """Return the input of down_proj, [B, T, F]."""
+        up, gate = self.preactivations(input_BTD)
+        return self.activation(up) if gate is None else self.activation(gate) * up
+
+    def add_ffn(self, hidden_BTD: Tensor, output_BTD: Tensor) -> Tensor:
+        """Return the hidden states after the FFN block, [B, T, D]."""
+        hidden = hidden_BTD + output_BTD
+        return hidden if self.norm_first else self.module.get_submodule(self.spec.ffn_norm)(hidden)
+
+    def ffn_output(self, hidden_BTD: Tensor) -> Tensor:
+        """Return what the FFN adds to the hidden states, [B, T, D]."""
+        return self.down_projection(self.act(self.ffn_input(hidden_BTD)))
+
+    def ffn_step(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the hidden states after the FFN block, [B, T, D]."""
+        return self.add_ffn(hidden_BTD, self.ffn_output(hidden_BTD))
+
+
+def _activation(name: str) -> nn.Module:
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name]
+
+
+def _rows(linear: nn.Linear, slot: Slot, sizes: dict[str, int]) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias rows of one part of a (fused) Linear, on the CPU in float32 or float64."""
+    dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
+    start = sum(sizes[part] for part in slot.parts[: slot.part])
+    stop = start + sizes[slot.parts[slot.part]] if slot.parts else linear.weight.shape[0]
+    weight = linear.weight.detach()[start:stop].to("cpu", dtype)
+    bias = None if linear.bias is None else linear.bias.detach()[start:stop].to("cpu", dtype)
+    return weight, bias
+
+
+def read_attention(block: DecoderLayer, shape: LayerShape) -> AttentionWeights:
+    """Return the neutral weights of the attention block (CPU, float32 or float64)."""
+    spec, module = block.spec, block.attention
+    qk, v = shape.qk_head_dim, shape.v_head_dim
+    num_heads, num_kv = shape.num_attention_heads, shape.num_key_value_heads
+    sizes = {"q": num_heads * qk, "k": num_kv * qk, "v": num_kv * v}
+
+    def read(slot: Slot, heads: int, width: int) -> tuple[Tensor, Tensor | None]:
+        weight, bias = _rows(block._linear(module, slot), slot, sizes)
+        return weight.reshape(heads, width, -1), None if bias is None else bias.view(heads, width)
+
+    q, q_bias = read(spec.q, num_heads, qk)
+    k, k_bias = read(spec.k, num_kv, qk)
+    value, v_bias = read(spec.v, num_kv, v)
+    o, o_bias = _rows(block.out_projection, spec.o, {})
+    return AttentionWeights(q=q, k=k, v=value, o=o, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=o_bias)
+
+
+def read_ffn(block: DecoderLayer, shape: LayerShape) -> FFNWeights:
+    """Return the neutral weights of the FFN block (CPU, float32 or float64)."""
+    spec = block.spec
+    sizes = {"up": shape.intermediate_size, "gate": shape.intermediate_size}
+    up, up_bias = _rows(block._linear(block.ffn, spec.up), spec.up, sizes)
+    gate, gate_bias = (
+        (None, None) if spec.gate is None else _rows(block._linear(block.ffn, spec.gate), spec.gate, sizes)
+    )
+    down, down_bias = _rows(block.down_projection, spec.down, {})
+    return FFNWeights(up=up, gate=gate, down=down, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)

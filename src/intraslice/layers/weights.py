@@ -1,0 +1,228 @@
+"""Neutral weights of a block, the edits that shrink them, and how an edit is fused into the weights.
+
+Everything here is tensors: no modules, no devices, no files. Weights are [out, in].
+
+Shapes: D hidden_size, H query heads, K kv heads, d head_dim, r pruned query/key width, p pruned value width,
+F intermediate_size; primes (H', K', F') after pruning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from intraslice.algebra.selection import heads_per_kv, kept_kv_heads
+from intraslice.runtime.configuration_intraslice import LayerShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionWeights:
+    """Weights of one attention block.
+
+    Attributes:
+        q: [H, d, D]; k, v: [K, d, D]; o: [D, H * d].
+        q_bias: [H, d] or None; k_bias, v_bias: [K, d] or None; o_bias: [D] or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads of a kv head."""
+        return self.q.shape[0] // self.k.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFNWeights:
+    """Weights of one FFN block.
+
+    Attributes:
+        up, gate: [F, D] (gate is None when the FFN is not gated); down: [D, F].
+        up_bias, gate_bias: [F] or None; down_bias: [D] or None.
+    """
+
+    up: Tensor
+    gate: Tensor | None
+    down: Tensor
+    up_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QKEdit:
+    """The first half of an attention edit: heads, and what replaces query and key.
+
+    Attributes:
+        heads: kept query heads, ascending.
+        width: r, kept dimensions of a query/key head; the second half uses the same for the value, p = r.
+        rope_pairs: int64 [K', r / 2] kept RoPE pairs of each kept kv head; None without RoPE or when r = d.
+        query_basis, key_basis: [K', d, r] dense bases; None with RoPE or when r = d.
+        v_channels: int64 [K', p] kept channels of each value head; None leaves the choice to the second half.
+    """
+
+    heads: tuple[int, ...]
+    width: int
+    rope_pairs: Tensor | None = None
+    query_basis: Tensor | None = None
+    key_basis: Tensor | None = None
+    v_channels: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueEdit:
+    """The second half of an attention edit.
+
+    Attributes:
+        v_basis: Q_2, [K', d, p]; a head's context is multiplied by it.
+        o_weight: new o_proj [D, H' * p], which includes the reconstruction of Eq. 6.
+        o_bias: [D], added to the bias of o_proj; None adds nothing.
+    """
+
+    v_basis: Tensor
+    o_weight: Tensor
+    o_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFNEdit:
+    """What replaces the FFN.
+
+    Attributes:
+        channels: int64 [F'] kept channels, or None when the maps are dense.
+        up_map, gate_map: Q_c, [F, F'] dense maps of the pre-activations (IterPCA), or None.
+        down_weight: new down_proj [D, F'], which includes the reconstruction of Eq. 8.
+        down_bias: [D], added to the bias of down_proj; None adds nothing.
+    """
+
+    channels: Tensor | None
+    up_map: Tensor | None
+    gate_map: Tensor | None
+    down_weight: Tensor
+    down_bias: Tensor | None = None
+
+
+def _sum(bias: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if bias is None or more is None:
+        return bias if more is None else more
+    return (bias.double() + more).to(bias.dtype)
+
+
+def fuse_qk(
+    weights: AttentionWeights, edit: QKEdit, pairs_to_channels: Tensor | None
+) -> tuple[AttentionWeights, tuple[int, ...]]:
+    """Return weights with pruned heads and query/key rows; value and output keep the full width of kept heads.
+
+    Args:
+        weights: the dense block.
+        edit: heads and query/key choice.
+        pairs_to_channels: int64 [d / 2, 2], the two channels of each RoPE pair; None without RoPE.
+
+    Returns:
+        Weights with q [H', r, D], k [K', r, D], v [K', d, D], o [D, H' * d], and heads_per_kv.
+    """
+    group = weights.group
+    heads = list(edit.heads)
+    kv_heads = list(kept_kv_heads(heads, group))
+    kv_position = [kv_heads.index(head // group) for head in heads]
+    per_kv = heads_per_kv(heads, group)
+    head_dim = weights.q.shape[1]
+    q, k = weights.q[heads], weights.k[kv_heads]
+    q_bias = None if weights.q_bias is None else weights.q_bias[heads]
+    k_bias = None if weights.k_bias is None else weights.k_bias[kv_heads]
+    if edit.rope_pairs is not None:
+        if pairs_to_channels is None:
+            raise ValueError("rope_pairs need the channels of each pair")
+        # Rows of a head: first channels of its pairs, then second channels, so that rotate-half still applies.
+        channels_Kr = torch.cat([pairs_to_channels[edit.rope_pairs, 0], pairs_to_channels[edit.rope_pairs, 1]], 1)
+        q = torch.stack([head[channels_Kr[kv]] for head, kv in zip(q, kv_position, strict=True)])
+        k = torch.stack([head[channels] for head, channels in zip(k, channels_Kr, strict=True)])
+        if q_bias is not None:
+            q_bias = torch.stack([head[channels_Kr[kv]] for head, kv in zip(q_bias, kv_position, strict=True)])
+        if k_bias is not None:
+            k_bias = torch.stack([head[channels] for head, channels in zip(k_bias, channels_Kr, strict=True)])
+    elif edit.query_basis is not None and edit.key_basis is not None:
+        query_basis = edit.query_basis[kv_position].to(q.dtype)
+        key_basis = edit.key_basis.to(k.dtype)
+        q = query_basis.transpose(1, 2) @ q
+        k = key_basis.transpose(1, 2) @ k
+        q_bias = None if q_bias is None else torch.einsum("hdr,hd->hr", query_basis, q_bias)
+        k_bias = None if k_bias is None else torch.einsum("kdr,kd->kr", key_basis, k_bias)
+    columns = torch.cat([torch.arange(head * head_dim, (head + 1) * head_dim) for head in heads])
+    fused = AttentionWeights(
+        q=q,
+        k=k,
+        v=weights.v[kv_heads],
+        o=weights.o[:, columns],
+        q_bias=q_bias,
+        k_bias=k_bias,
+        v_bias=None if weights.v_bias is None else weights.v_bias[kv_heads],
+        o_bias=weights.o_bias,
+    )
+    return fused, per_kv
+
+
+def fuse_value(weights: AttentionWeights, edit: ValueEdit) -> AttentionWeights:
+    """Fuse Q_2 into v_proj and the reconstruction into o_proj: W_v' = Q_2^T W_v.
+
+    Args:
+        weights: the output of `fuse_qk`.
+        edit: value basis and new output weight.
+    """
+    basis = edit.v_basis.to(weights.v.dtype)
+    return AttentionWeights(
+        q=weights.q,
+        k=weights.k,
+        v=basis.transpose(1, 2) @ weights.v,
+        o=edit.o_weight.to(weights.o.dtype),
+        q_bias=weights.q_bias,
+        k_bias=weights.k_bias,
+        v_bias=None if weights.v_bias is None else torch.einsum("kdp,kd->kp", basis, weights.v_bias),
+        o_bias=_sum(weights.o_bias, edit.o_bias),
+    )
+
+
+def fuse_ffn(weights: FFNWeights, edit: FFNEdit) -> FFNWeights:
+    """Fuse Q_c into up and gate, and the reconstruction into down: W_up' = Q_c^T W_up."""
+
+    def mapped(matrix: Tensor | None, dense_map: Tensor | None) -> Tensor | None:
+        if matrix is None:
+            return None
+        if edit.channels is not None:
+            return matrix[edit.channels]
+        if dense_map is None:
+            raise ValueError("an FFN edit needs channels or maps")
+        return dense_map.to(matrix.dtype).T @ matrix
+
+    up = mapped(weights.up, edit.up_map)
+    assert up is not None
+    return FFNWeights(
+        up=up,
+        gate=mapped(weights.gate, edit.gate_map),
+        down=edit.down_weight.to(weights.down.dtype),
+        up_bias=mapped(weights.up_bias, edit.up_map),
+        gate_bias=mapped(weights.gate_bias, edit.gate_map),
+        down_bias=_sum(weights.down_bias, edit.down_bias),
+    )
+
+
+def attention_shape(
+    per_kv: tuple[int, ...], weights: AttentionWeights, intermediate_size: int, output_bias: bool = False
+) -> LayerShape:
+    """Return the layer shape that these attention weights have; `output_bias` says whether an edit adds one."""
+    return LayerShape(
+        heads_per_kv=per_kv,
+        qk_head_dim=weights.q.shape[1],
+        v_head_dim=weights.v.shape[1],
+        intermediate_size=intermediate_size,
+        output_bias=output_bias,
+    )

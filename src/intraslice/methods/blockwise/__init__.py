@@ -1,0 +1,1 @@
+"""Methods that make attention heads and FFN channels fewer or narrower, composed of named parts."""

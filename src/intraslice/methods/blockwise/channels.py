@@ -1,0 +1,87 @@
+"""FFN compression: channel selection, and the repair of down_proj; Paper: section 3.2, Eq. 8.
+
+Shapes: N tokens, D hidden_size, F intermediate_size, P kept channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from intraslice.algebra.selection import top_indices
+from intraslice.layers.weights import FFNEdit
+from intraslice.methods.blockwise.options import FFNOptions
+from intraslice.methods.blockwise.repairs import Output, OutputMoments, repair_output
+from intraslice.methods.blockwise.scores import (
+    elimination_ranks,
+    energy_scores,
+    feature_scores,
+    fluctuation_scores,
+    magnitude_scores,
+    norm_scores,
+)
+
+
+def block_target(moments: OutputMoments, down_weight: Tensor) -> OutputMoments:
+    """Return the moments for Y = act W_down^T, the block's own output: they follow from those of `act`."""
+    down = down_weight.double()
+    cross = moments.gram @ down.T
+    return replace(
+        moments, cross=cross, target_sum=moments.input_sum @ down.T, target_energy=float((down.T * cross).sum())
+    )
+
+
+def solve_down(
+    moments: OutputMoments, down_weight: Tensor, channels: Tensor, options: FFNOptions
+) -> tuple[FFNEdit, float]:
+    """Return the edit that keeps `channels`, and the block's relative error; Paper: Eq. 8.
+
+    With A the kept channels, W_down' is the ridge regression of Y on A, or what another repair makes of W_down.
+
+    Args:
+        moments: sums over the block; Z is `act`.
+        down_weight: [D, F].
+        channels: int64 [P], ascending.
+        options: settings.
+    """
+    kept = moments.of_channels(channels)
+    removed = down_weight.double()[:, channels].T  # what removal without repair leaves
+    output = repair_output(kept, removed, options) if len(channels) < down_weight.shape[1] else Output(removed)
+    edit = FFNEdit(
+        channels=channels,
+        up_map=None,
+        gate_map=None,
+        down_weight=output.weight.T.contiguous(),
+        down_bias=output.bias,
+    )
+    return edit, output.relative_error(kept)
+
+
+def channel_scores(moments: OutputMoments, down_weight: Tensor, keep: int, options: FFNOptions) -> Tensor:
+    """Return what each channel is worth by the rule that `options.score` names, [F].
+
+    Args:
+        moments: sums over the block; Z is `act`.
+        down_weight: [D, F].
+        keep: channels that will stay.
+        options: settings.
+    """
+    energy = moments.gram.diagonal()
+    if options.score == "norm":
+        return norm_scores(energy, down_weight)
+    if options.score == "magnitude":
+        return magnitude_scores(energy)
+    if options.score == "fluctuation":
+        return fluctuation_scores(energy, moments.input_sum, moments.num_tokens, down_weight)
+    if options.score == "feature":
+        return feature_scores(moments.gram, moments.input_sum, moments.num_tokens, down_weight)
+    if options.score == "obs":
+        width = len(energy)
+        return elimination_ranks(moments.gram, down_weight, width, width - keep, options.damping)
+    return energy_scores(energy, down_weight)
+
+
+def select_channels(moments: OutputMoments, down_weight: Tensor, keep: int, options: FFNOptions) -> Tensor:
+    """Return the kept channels, int64 [keep], ascending: those with the largest scores."""
+    return top_indices(channel_scores(moments, down_weight, keep, options), keep)

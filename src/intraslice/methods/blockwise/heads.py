@@ -1,0 +1,280 @@
+"""Adaptive head compression; Paper: section 3.1, Algorithm 2.
+
+Two looks at the block: `choose_qk` on the dense context picks heads, widths and RoPE pairs; `solve_value` on the
+context that is left after that computes the value basis Q_2 and the dense reconstruction Q_2*.
+
+Shapes: N tokens, D hidden_size, H query heads, K kv heads, d head_dim, r and p pruned widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from intraslice.algebra.linalg import eigh_descending, low_rank_scores
+from intraslice.algebra.selection import (
+    HeadChoice,
+    HeadPlan,
+    adaptive_heads,
+    kept_kv_heads,
+    planned_heads,
+    reconstruction_score,
+    round_to_multiple,
+    top_indices,
+    whole_heads,
+)
+from intraslice.layers.weights import AttentionWeights, QKEdit, ValueEdit
+from intraslice.methods.blockwise.options import AttentionOptions
+from intraslice.methods.blockwise.repairs import Output, OutputMoments, repair_output
+from intraslice.methods.blockwise.scores import (
+    HeadCorrelation,
+    elimination_ranks,
+    energy_scores,
+    fluctuation_scores,
+    norm_scores,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionStats:
+    """Sums over tokens of the block at its dense shape, float64.
+
+    Attributes:
+        context: second moment of each head's context, [H, d, d].
+        context_sum: sum of the context, [H * d].
+        context_full: second moment over all heads, [H * d, H * d]; None unless `needs_all_heads`.
+        value_energy: sum of the squared values, [K, d].
+        query: second moment of the queries (after RoPE), [H, d, d].
+        key: second moment of the keys (after RoPE), [K, d, d].
+        key_sum: sum of the keys, [K, d].
+        query_abs: sum of |q|, [H, d]; key_abs: sum of |k|, [K, d].
+        num_tokens: N.
+    """
+
+    context: Tensor
+    context_sum: Tensor
+    context_full: Tensor | None
+    value_energy: Tensor
+    query: Tensor
+    key: Tensor
+    key_sum: Tensor
+    query_abs: Tensor
+    key_abs: Tensor
+    num_tokens: int
+
+
+def needs_all_heads(options: AttentionOptions) -> bool:
+    """Return whether the score needs the second moment of the context over all heads."""
+    return options.score in ("pearson", "obs")
+
+
+def _correlation(stats: AttentionStats, o_weight: Tensor) -> HeadCorrelation:
+    assert stats.context_full is not None
+    return HeadCorrelation(stats.context_full, stats.context_sum, stats.num_tokens, o_weight, len(stats.context))
+
+
+def head_scores(stats: AttentionStats, o_weight: Tensor, options: AttentionOptions) -> Tensor:
+    """Return what each head is worth by the rule that `options.score` names, R_h of Eq. 2 unless told otherwise, [H].
+
+    Args:
+        stats: sums over the dense block.
+        o_weight: [D, H * d].
+        options: settings.
+    """
+    num_heads = len(stats.context)
+    if options.score == "pearson":
+        return _correlation(stats, o_weight).scores()
+    if options.score == "obs":
+        assert stats.context_full is not None
+        # Up to the last one: how many go is decided by their weights.
+        return elimination_ranks(stats.context_full, o_weight, num_heads, num_heads - 1, options.damping)
+    energy = stats.context.diagonal(dim1=1, dim2=2).flatten()
+    if options.score == "norm":
+        channels = norm_scores(energy, o_weight)
+    elif options.score == "fluctuation":
+        # Squared, as in the allocation: one channel that fluctuates much keeps its head.
+        channels = fluctuation_scores(energy, stats.context_sum, stats.num_tokens, o_weight).square()
+    else:
+        channels = energy_scores(energy, o_weight)
+    return channels.view(num_heads, -1).sum(1)
+
+
+def rope_pair_scores(query_abs_Hd: Tensor, key_abs_Kd: Tensor, num_tokens: int, pairs_to_channels: Tensor) -> Tensor:
+    """Return the mean |q k| of the two channels of each pair after RoPE, per query head, [H, d / 2].
+
+    Over all pairs of tokens the mean of |q_t k_s| is the product of the means of |q| and |k|.
+
+    Args:
+        query_abs_Hd: sum of |q| over the tokens.
+        key_abs_Kd: sum of |k|.
+        num_tokens: N.
+        pairs_to_channels: int64 [d / 2, 2].
+    """
+    group = query_abs_Hd.shape[0] // key_abs_Kd.shape[0]
+    product_Hd = query_abs_Hd * key_abs_Kd.repeat_interleave(group, 0) / num_tokens**2
+    return product_Hd[:, pairs_to_channels].sum(-1)
+
+
+def choose_qk(
+    weights: AttentionWeights,
+    stats: AttentionStats,
+    budget: float,
+    options: AttentionOptions,
+    pairs_to_channels: Tensor | None,
+    plan: HeadPlan | None = None,
+    shared_pairs: Sequence[int] | None = None,
+) -> QKEdit:
+    """Choose heads, widths and what replaces query and key.
+
+    Args:
+        weights: dense weights of the block.
+        stats: sums over the dense block.
+        budget: linear weights that the block may keep.
+        options: settings.
+        pairs_to_channels: int64 [d / 2, 2] channels of each RoPE pair; None without RoPE.
+        plan: exact shape of the block; None leaves it to the budget.
+        shared_pairs: the pairs to keep, when all heads of the model keep the same.
+    """
+    _, head_dim, hidden_size = weights.q.shape
+    # q and o cost D weights per query head and dimension, k and v per kv head: two matrices of the same width.
+    budget_dims = budget / (2 * hidden_size)
+    scores = head_scores(stats, weights.o, options)
+    spectrum, _ = eigh_descending(stats.context)
+    if plan is not None:
+        choice = planned_heads(
+            reconstruction_score(scores, spectrum, range(len(scores)), plan.width),
+            num_kv_heads=plan.num_key_value_heads,
+            group=plan.group,
+            dense_group=weights.group,
+        )
+        width = plan.width
+    elif options.keep_heads:
+        choice = HeadChoice(tuple(range(len(scores))), budget_dims / (len(scores) + len(weights.k)))
+        width = _rounded_width(choice.width, head_dim, options)
+    elif options.adaptive_heads:
+        choice = adaptive_heads(
+            scores,
+            spectrum,
+            budget_dims=budget_dims,
+            group=weights.group,
+            min_width=options.min_head_fraction * head_dim,
+            groups=options.groups,
+        )
+        width = _rounded_width(choice.width, head_dim, options)
+    else:
+        choice = whole_heads(
+            scores, budget_dims=budget_dims, head_dim=head_dim, group=weights.group, groups=options.groups
+        )
+        width = head_dim
+        if options.score == "pearson":
+            heads = _correlation(stats, weights.o).swap(choice.heads, weights.group, options.groups)
+            choice = replace(choice, heads=heads)
+    edit = QKEdit(heads=choice.heads, width=width)
+    return edit if width == head_dim else _narrowed(edit, weights, stats, options, pairs_to_channels, shared_pairs)
+
+
+def _rounded_width(width: float, head_dim: int, options: AttentionOptions) -> int:
+    # One width for query, key and value: attention kernels are fastest when they agree.
+    low = min(options.head_multiple, head_dim)
+    return round_to_multiple(width, options.head_multiple, low, head_dim)
+
+
+def _narrowed(
+    edit: QKEdit,
+    weights: AttentionWeights,
+    stats: AttentionStats,
+    options: AttentionOptions,
+    pairs_to_channels: Tensor | None,
+    shared_pairs: Sequence[int] | None,
+) -> QKEdit:
+    """Add what the narrower heads of an edit keep of the dense ones."""
+    width, head_dim = edit.width, weights.q.shape[1]
+    kv_heads = kept_kv_heads(edit.heads, weights.group)
+    members = {kv: [head for head in edit.heads if head // weights.group == kv] for kv in kv_heads}
+    if options.basis == "channels":
+        edit = replace(edit, v_channels=torch.stack([top_indices(stats.value_energy[kv], width) for kv in kv_heads]))
+    if shared_pairs is not None:
+        return replace(edit, rope_pairs=torch.tensor(shared_pairs).repeat(len(kv_heads), 1))
+    if pairs_to_channels is not None or options.basis == "channels":
+        # Without RoPE every channel is on its own.
+        single = torch.arange(head_dim)[:, None]
+        units = single if pairs_to_channels is None else pairs_to_channels
+        scores = rope_pair_scores(stats.query_abs, stats.key_abs, stats.num_tokens, units)
+        count = width // units.shape[1]
+        kept = torch.stack([top_indices(scores[members[kv]].sum(0), count) for kv in kv_heads])
+        if pairs_to_channels is not None:
+            return replace(edit, rope_pairs=kept)
+        basis = selection_basis(kept, head_dim)
+        return replace(edit, query_basis=basis, key_basis=basis)
+    bases = []
+    for kv in kv_heads:
+        mean = stats.key_sum[kv] / stats.num_tokens
+        centred_key = stats.key[kv] - stats.num_tokens * torch.outer(mean, mean)
+        bases.append(low_rank_scores(stats.query[members[kv]].sum(0), centred_key, width))
+    return replace(
+        edit,
+        query_basis=torch.stack([query for query, _ in bases]),
+        key_basis=torch.stack([key for _, key in bases]),
+    )
+
+
+def selection_basis(channels_Kp: Tensor, head_dim: int) -> Tensor:
+    """Return the basis of each kv head that keeps these channels, [K, d, p]."""
+    return torch.eye(head_dim, dtype=torch.float64)[channels_Kp].transpose(1, 2).contiguous()
+
+
+def solve_value(
+    o_weight: Tensor,
+    per_kv: tuple[int, ...],
+    v_width: int,
+    moments: OutputMoments,
+    options: AttentionOptions,
+    *,
+    v_channels: Tensor | None = None,
+    whole: bool = False,
+) -> tuple[ValueEdit, float]:
+    """Return Q_2 and the new o_proj, and the block's relative error; Paper: Eq. 6.
+
+    Q_2 of a kv head is made of the top eigenvectors of the second moments of its query heads' contexts, summed.
+    With Z = X' Q_2 the new output weight is the ridge regression of Y on Z, dense over the heads, or what another
+    repair makes of Q_2^T W_o.
+
+    Args:
+        o_weight: output weight of the kept heads at full width, [D, H' * d].
+        per_kv: query heads of each kept kv head.
+        v_width: p.
+        moments: sums over tokens after query/key pruning and head removal; Z is the context.
+        options: settings.
+        v_channels: int64 [K', p], channels that make up Q_2 instead of eigenvectors.
+        whole: nothing was removed from query, key and heads; then at full width the block is left as it is.
+    """
+    num_heads = sum(per_kv)
+    head_dim = moments.gram.shape[0] // num_heads
+    if v_channels is not None:
+        basis = selection_basis(v_channels, head_dim)
+    else:
+        basis = _leading_bases(moments.gram, per_kv, v_width)
+    per_head = basis.repeat_interleave(torch.tensor(per_kv), 0)
+    projection = torch.block_diag(*per_head)  # [H' * d, H' * p]
+    kept = moments.projected(projection)
+    removed = projection.T @ o_weight.double().T  # what removal without repair leaves
+    output = Output(removed) if whole and v_width == head_dim else repair_output(kept, removed, options)
+    edit = ValueEdit(v_basis=basis, o_weight=output.weight.T.contiguous(), o_bias=output.bias)
+    return edit, output.relative_error(kept)
+
+
+def _leading_bases(context_CC: Tensor, per_kv: tuple[int, ...], v_width: int) -> Tensor:
+    """Return the top eigenvectors of each kv head's share of the context, [K', d, p]."""
+    num_heads = sum(per_kv)
+    head_dim = context_CC.shape[0] // num_heads
+    blocks = context_CC.view(num_heads, head_dim, num_heads, head_dim)
+    diagonal = torch.stack([blocks[head, :, head] for head in range(num_heads)])
+    bases, start = [], 0
+    for count in per_kv:
+        _, vectors = eigh_descending(diagonal[start : start + count].sum(0))
+        bases.append(vectors[:, :v_width] if v_width < head_dim else torch.eye(head_dim, dtype=torch.float64))
+        start += count
+    return torch.stack(bases)

@@ -1,0 +1,114 @@
+"""What is done to the output projection of a block after channels were removed: repairs from second moments only.
+
+The output projection maps the kept inputs Z to the target Y; what removal alone leaves is Z W_0.
+
+Shapes: N tokens, P kept inputs, D hidden_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from intraslice.algebra.linalg import residual_energy, ridge_solve
+from intraslice.methods.blockwise.options import AttentionOptions, FFNOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputMoments:
+    """What is known of an output projection with inputs Z that should make Y: sums over tokens, float64.
+
+    Y is taken without the bias of the projection.
+
+    Attributes:
+        gram: Z^T Z, [P, P].
+        cross: Z^T Y, [P, D].
+        input_sum: sum of Z, [P].
+        target_sum: sum of Y, [D].
+        target_energy: ||Y||^2.
+        num_tokens: N.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    input_sum: Tensor
+    target_sum: Tensor
+    target_energy: float
+    num_tokens: int
+
+    def of_channels(self, channels: Tensor) -> OutputMoments:
+        """Return the moments of some of the inputs."""
+        gram, cross, total = self.gram[channels][:, channels], self.cross[channels], self.input_sum[channels]
+        return replace(self, gram=gram, cross=cross, input_sum=total)
+
+    def projected(self, projection_PQ: Tensor) -> OutputMoments:
+        """Return the moments of the inputs Z projection."""
+        gram = projection_PQ.T @ self.gram @ projection_PQ
+        return replace(self, gram=gram, cross=projection_PQ.T @ self.cross, input_sum=self.input_sum @ projection_PQ)
+
+
+@dataclass(frozen=True)
+class Output:
+    """A repaired output projection: Y is approximated by Z weight + bias.
+
+    Attributes:
+        weight: [P, D].
+        bias: [D], or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def relative_error(self, moments: OutputMoments) -> float:
+        """Return ||Y - Z weight - bias||^2 / ||Y||^2."""
+        error = residual_energy(moments.target_energy, moments.gram, moments.cross, self.weight)
+        if self.bias is not None:
+            missing = moments.target_sum - moments.input_sum @ self.weight
+            error += float((self.bias * (moments.num_tokens * self.bias - 2.0 * missing)).sum())
+        return max(error, 0.0) / max(moments.target_energy, 1e-30)
+
+
+def mean_bias(moments: OutputMoments, removed_PD: Tensor) -> Output:
+    """Add the mean of what is missing as a bias, b = mean(Y) - mean(Z) W_0: FLAP."""
+    return Output(removed_PD, (moments.target_sum - moments.input_sum @ removed_PD) / moments.num_tokens)
+
+
+def affine_fit(moments: OutputMoments, removed_PD: Tensor) -> Output:
+    """Fit Y_:,j ~ a_j (Z W_0)_:,j + b_j for each output channel by least squares: SlimLLM.
+
+    a_j = Cov(Z W_0, Y)_j / Var(Z W_0)_j; an output channel that does not vary keeps a_j = 1.
+    """
+    count = moments.num_tokens
+    mean = moments.input_sum @ removed_PD / count
+    target_mean = moments.target_sum / count
+    variance = (removed_PD * (moments.gram @ removed_PD)).sum(0) / count - mean.square()
+    covariance = (removed_PD * moments.cross).sum(0) / count - mean * target_mean
+    varies = variance > 1e-12 * (variance + mean.square()).clamp_min(1e-30)
+    scale = torch.where(varies, covariance / variance.where(varies, torch.ones(())), 1.0)
+    return Output(removed_PD * scale, target_mean - scale * mean)
+
+
+def repair_output(moments: OutputMoments, removed_PD: Tensor, options: AttentionOptions | FFNOptions) -> Output:
+    """Return the output projection after the repair that `options.repair` names.
+
+    The optimal-brain-surgeon update W H_:,S [H_SS]^-1 of SoBP, with H = X^T X + lambda I and the block's own output
+    as the target, is the ridge regression that is shrunk to the weights.
+
+    Args:
+        moments: sums over the tokens.
+        removed_PD: W_0.
+        options: settings.
+
+    Raises:
+        NumericalError: the ridge system cannot be solved.
+    """
+    if options.repair == "none":
+        return Output(removed_PD)
+    if options.repair == "bias":
+        return mean_bias(moments, removed_PD)
+    if options.repair == "affine":
+        return affine_fit(moments, removed_PD)
+    prior = removed_PD if options.shrink_to == "weights" else None
+    return Output(ridge_solve(moments.gram, moments.cross, options.damping, prior))

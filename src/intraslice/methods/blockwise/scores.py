@@ -1,0 +1,170 @@
+"""What a channel or a head is worth; every method's rule is one short function of second moments.
+
+Scores are compared within one block only, so constant factors are left out. Channel scores add up to head scores.
+
+Shapes: N tokens, D hidden_size, C channels of the input of an output projection, H heads, d channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from intraslice.algebra.linalg import eigh_descending, ridge_solve
+from intraslice.algebra.selection import heads_per_kv, kept_kv_heads
+
+
+def weight_energy(weight_DC: Tensor) -> Tensor:
+    """Return ||W_:,i||^2, [C]."""
+    return weight_DC.double().square().sum(0)
+
+
+def energy_scores(energy_C: Tensor, weight_DC: Tensor) -> Tensor:
+    """Return ||X_:,i||^2 ||W_:,i||^2, [C]; Paper: Eq. 2 for channels.
+
+    Args:
+        energy_C: ||X_:,i||^2, the diagonal of the second moment.
+        weight_DC: weight of the output projection.
+    """
+    return energy_C * weight_energy(weight_DC)
+
+
+def norm_scores(energy_C: Tensor, weight_DC: Tensor) -> Tensor:
+    """Return ||X_:,i|| ||W_:,i||, [C]: structured Wanda."""
+    return energy_scores(energy_C, weight_DC).sqrt()
+
+
+def magnitude_scores(energy_C: Tensor) -> Tensor:
+    """Return ||X_:,i||, [C]: TransAct, which looks at activations only."""
+    return energy_C.sqrt()
+
+
+def fluctuation_scores(energy_C: Tensor, sum_C: Tensor, num_tokens: int, weight_DC: Tensor) -> Tensor:
+    """Return Var(X_:,i) ||W_:,i||^2, [C]: FLAP, whose repair by a bias makes up for the mean of a channel.
+
+    Args:
+        energy_C: ||X_:,i||^2.
+        sum_C: sum of X_:,i over the tokens.
+        num_tokens: N.
+        weight_DC: weight of the output projection.
+    """
+    variance = energy_C / num_tokens - (sum_C / num_tokens).square()
+    return variance.clamp_min(0.0) * weight_energy(weight_DC)
+
+
+def feature_scores(moment_CC: Tensor, sum_C: Tensor, num_tokens: int, weight_DC: Tensor) -> Tensor:
+    """Return ||X_:,i|| ||Lambda Q^T W_:,i||, [C]: SlimLLM's score of FFN channels.
+
+    Q and Lambda are eigenvectors and eigenvalues of the covariance of the outputs X W^T: a channel counts by what it
+    adds to the directions in which the output varies most.
+
+    Args:
+        moment_CC: X^T X.
+        sum_C: sum of X over the tokens.
+        num_tokens: N.
+        weight_DC: weight of the output projection.
+    """
+    weight, mean = weight_DC.double(), sum_C / num_tokens
+    covariance = moment_CC / num_tokens - torch.outer(mean, mean)
+    values, vectors = eigh_descending(weight @ covariance @ weight.T)
+    return moment_CC.diagonal().sqrt() * (values[:, None] * (vectors.T @ weight)).norm(dim=0)
+
+
+def head_products(moment_CC: Tensor, weight_DC: Tensor, num_heads: int) -> Tensor:
+    """Return <o_h, o_g> over all tokens and output channels, [H, H], for o_h = X_h W_h^T, the output of one head."""
+    weight = weight_DC.double()
+    gram = moment_CC * (weight.T @ weight)
+    return gram.view(num_heads, -1, num_heads, gram.shape[0] // num_heads).sum((1, 3))
+
+
+class HeadCorrelation:
+    """Pearson correlations of the block's output o with the output of some of its heads, all numbers as one sample.
+
+    Args:
+        moment_CC: second moment of the context.
+        sum_C: its sum over the tokens.
+        num_tokens: N.
+        weight_DC: weight of o_proj.
+        num_heads: H.
+    """
+
+    def __init__(self, moment_CC: Tensor, sum_C: Tensor, num_tokens: int, weight_DC: Tensor, num_heads: int) -> None:
+        count = num_tokens * weight_DC.shape[0]
+        means = (sum_C * weight_DC.double().sum(0)).view(num_heads, -1).sum(1) / count
+        self._covariance = head_products(moment_CC, weight_DC, num_heads) / count - torch.outer(means, means)
+
+    def of(self, heads: Sequence[int]) -> float:
+        """Return the correlation of o with the sum of the outputs of `heads`; 0 when one of them is constant."""
+        kept = list(heads)
+        variance = self._covariance[kept][:, kept].sum() * self._covariance.sum()
+        return float(self._covariance[kept].sum() / variance.sqrt()) if variance > 0 else 0.0
+
+    def scores(self) -> Tensor:
+        """Return -Pearson(o, o without head h), [H]: SlimLLM's score of a head."""
+        heads = range(len(self._covariance))
+        return -torch.tensor([self.of([g for g in heads if g != head]) for head in heads], dtype=torch.float64)
+
+    def swap(self, kept: Sequence[int], group: int, groups: str) -> tuple[int, ...]:
+        """Exchange kept heads for others as long as that raises the correlation; the block costs the same.
+
+        Args:
+            kept: heads to start from.
+            group: query heads a kv head in the dense model.
+            groups: "ragged", or "uniform" for one group size.
+        """
+        best, best_value = tuple(kept), self.of(kept)
+        num_kv = len(kept_kv_heads(kept, group))
+        while True:
+            others = [head for head in range(len(self._covariance)) if head not in best]
+            swaps = [tuple(sorted({*best, new} - {old})) for old in best for new in others]
+            allowed = [
+                heads
+                for heads in swaps
+                if len(kept_kv_heads(heads, group)) == num_kv
+                and (groups == "ragged" or len(set(heads_per_kv(heads, group))) == 1)
+            ]
+            found = max(allowed, key=self.of, default=best)
+            # Rounding must not make two choices of the same correlation alternate.
+            if self.of(found) <= best_value + 1e-12:
+                return best
+            best, best_value = found, self.of(found)
+
+
+def elimination_ranks(moment_CC: Tensor, weight_DC: Tensor, units: int, count: int, damping: float) -> Tensor:
+    """Return when greedy optimal-brain-surgeon elimination removes each unit: 0 first; those that stay share the top.
+
+    With H = X^T X + lambda I, removing the channels Q of a unit costs tr(W_Q ([H^-1]_QQ)^-1 W_Q^T) when all others
+    make up for it; then W <- W - W_Q ([H^-1]_QQ)^-1 [H^-1]_Q,: and H^-1 loses the unit in the same way. SoBP.
+
+    Args:
+        moment_CC: X^T X.
+        weight_DC: weight of the output projection.
+        units: number of units of equally many neighbouring channels: heads, or single channels.
+        count: units to remove.
+        damping: lambda relative to the mean diagonal.
+    """
+    width = moment_CC.shape[0] // units
+    identity = torch.eye(moment_CC.shape[0], dtype=torch.float64)
+    # The floor is for blocks that are dead on the calibration text: there the weights alone decide.
+    inverse = ridge_solve(moment_CC + 1e-30 * identity, identity, damping)
+    weight_CD = weight_DC.double().T.contiguous()
+    ranks = torch.full((units,), float(count), dtype=torch.float64)
+    for rank in range(count):
+        gone = ranks < count
+        blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        # What is gone has zero rows in H^-1; any invertible block does, because its cost is masked.
+        blocks = blocks + torch.eye(width, dtype=torch.float64) * gone[:, None, None]
+        parts = weight_CD.view(units, width, -1)
+        costs = (torch.linalg.inv(blocks) * (parts @ parts.transpose(1, 2))).sum((1, 2))
+        unit = int(costs.masked_fill(gone, torch.inf).argmin())
+        ranks[unit] = rank
+        rows = slice(unit * width, (unit + 1) * width)
+        update = torch.linalg.solve(blocks[unit], inverse[rows])  # [width, C]
+        weight_CD.addmm_(update.T, weight_CD[rows].clone(), alpha=-1.0)
+        inverse.addmm_(inverse[:, rows].clone(), update, alpha=-1.0)
+        weight_CD[rows] = 0.0
+        inverse[rows] = 0.0
+        inverse[:, rows] = 0.0
+    return ranks

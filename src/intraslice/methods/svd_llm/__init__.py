@@ -1,0 +1,1 @@
+"""SVD-LLM: each weight becomes two low-rank factors."""

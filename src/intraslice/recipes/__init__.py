@@ -1,0 +1,1 @@
+"""Strings, files and flags become a checked recipe; nothing here imports torch."""

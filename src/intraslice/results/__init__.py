@@ -1,0 +1,1 @@
+"""What a prune leaves behind to read."""

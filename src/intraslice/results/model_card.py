@@ -1,0 +1,113 @@
+"""The README.md that travels with a pruned checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from intraslice.results.result import PruneResult
+
+
+def render(result: PruneResult) -> str:
+    """Return the model card of a finished run, as Markdown with a YAML head."""
+    base = _hub_id(result.model)
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["intraslice", "pruned", result.family],
+        **({"base_model": base} if base else {}),
+    }
+    sections = (
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {Path(result.output).name}",
+        f"`{_shown_model(result)}` with {100 * result.sparsity:.1f} % of its decoder weights removed by "
+        f"intraslice (method `{result.method}`). The weights are really smaller: {_what_is_gone(result)}, nothing is "
+        "masked or padded.",
+        _numbers(result),
+        _loading(result),
+        _layers(result),
+        _made(result),
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _hub_id(model: str) -> str | None:
+    is_path = model.startswith((".", "/", "~")) or model.endswith(".gguf") or Path(model).exists()
+    return model if model.count("/") == 1 and not is_path else None
+
+
+def _shown_model(result: PruneResult) -> str:
+    # The full path of a local model says more about a machine than about the model.
+    return _hub_id(result.model) or Path(result.model).name
+
+
+def _what_is_gone(result: PruneResult) -> str:
+    shape = result.layers[0].shape
+    if shape.ranks:
+        return "each weight of the decoder layers is stored as two factors (ranks in `result.json`)"
+    if shape.shortcuts:
+        return (
+            "the residual stream is rotated and its last directions are deleted (the matrices that this adds to the "
+            "residual connections are counted; embeddings and output head are narrower too, and stored apart even "
+            "where the dense model ties them)"
+        )
+    return "heads, head dimensions and FFN channels are gone"
+
+
+def _numbers(result: PruneResult) -> str:
+    rows = (
+        ("parameters", f"{result.dense_parameters:,}", f"{result.pruned_parameters:,}"),
+        ("in decoder layers", f"{result.dense_layer_parameters:,}", f"{result.pruned_layer_parameters:,}"),
+        ("weight bytes", f"{result.dense_bytes:,}", f"{result.pruned_bytes:,}"),
+    )
+    lines = [f"| {name} | {dense} | {pruned} |" for name, dense, pruned in rows]
+    return "\n".join(["| | dense | pruned |", "| --- | ---: | ---: |", *lines])
+
+
+def _loading(result: PruneResult) -> str:
+    return f"""## Loading
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{Path(result.output).name}"
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+```
+
+The code that `trust_remote_code=True` runs lies in this folder. With the package installed,
+`import intraslice` before these lines does instead of it."""
+
+
+def _layers(result: PruneResult) -> str:
+    lines = [
+        f"| {record.layer} | {record.shape.num_attention_heads} | {record.shape.num_key_value_heads} "
+        f"| {record.shape.qk_head_dim} | {record.shape.v_head_dim} | {record.shape.intermediate_size} "
+        f"| {record.attention_error:.4f} | {record.ffn_error:.4f} |"
+        for record in result.layers
+    ]
+    return "\n".join(
+        [
+            "## Layers",
+            "",
+            "Errors are relative and squared, of each block's output on the calibration tokens.",
+            "",
+            "| layer | heads | kv heads | qk dim | v dim | FFN | attention error | FFN error |",
+            "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            *lines,
+        ]
+    )
+
+
+def _made(result: PruneResult) -> str:
+    calibration = result.calibration
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    return (
+        "## How it was made\n\n"
+        f"Calibration: {calibration['num_samples']} sequences of {calibration['seqlen']} tokens from "
+        f"{Path(str(calibration['name'])).name}, seed {calibration['seed']}. "
+        f"{result.seconds.get('total', 0.0):.0f} seconds on {result.device}, dtype {result.dtype}. "
+        f"{versions}.\n\n"
+        "`result.json` holds the recipe, a record of each layer and a fingerprint of the calibration tokens."
+    )
