@@ -15,9 +15,10 @@ from intraslice.evaluation.tasks import DEFAULT_BATCH_SIZE, TaskResults, check_r
 from intraslice.exporters import export_checkpoint
 from intraslice.exporters.base import ExportOptions, ExportReport
 from intraslice.loading import load_model
+from intraslice.options import CalibrationOptions
 from intraslice.progress import Progress
 from intraslice.pruning import calibrate, prune_recipe
-from intraslice.recipes.recipe import CalibrationOptions, load_recipe
+from intraslice.recipes.recipe import load_recipe
 from intraslice.results.result import PruneResult
 from intraslice.speed.bench import BenchOptions, BenchResult, bench_models
 from intraslice.speed.layer_bench import LayerBenchResult, bench_layers

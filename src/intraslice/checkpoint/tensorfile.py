@@ -187,3 +187,13 @@ def writing(path: Path) -> Iterator[None]:
                 f"the disk is full while writing {str(path)!r}; free some space or choose another folder"
             ) from error
         raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+
+
+def count_parameters(folder: Path) -> int:
+    """Return how many numbers the weight files of a folder hold, indices not counted."""
+    return sum(
+        torch.Size(slot.shape).numel()
+        for path in sorted(folder.glob("*.safetensors"))
+        for slot in read_slots(path).values()
+        if slot.dtype.is_floating_point
+    )

@@ -140,7 +140,7 @@ class Comparison:
         folder = self.facts[cell.model].folder if cell.recipe is None else str(store.checkpoint(work))
         if PRUNE in missing and not Path(folder).is_dir():
             assert cell.recipe is not None
-            run = cell.recipe.run.__class__(**{**asdict(cell.recipe.run), "scan_folder": str(store.scans)})
+            run = cell.recipe.run.__class__(**{**asdict(cell.recipe.run), "gradient_folder": str(store.scans)})
             recipe = cell.recipe.model_copy(update={"output": folder, "run": run})
             result = run_job({"job": "prune", "recipe": recipe.to_dict(), "command": command}, self._progress)
             self._check_calibration(work, result)

@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from intraslice.data.text import check_source
 from intraslice.errors import RecipeError, nearest
-from intraslice.methods.presets import METHODS
-from intraslice.recipes.recipe import CalibrationOptions, Recipe, load_recipe
+from intraslice.methods.registry import METHODS
+from intraslice.options import CalibrationOptions
+from intraslice.recipes.recipe import Recipe, load_recipe
 
 DENSE = "dense"
 _TEXT_FILES = (".txt", ".jsonl", ".parquet")

@@ -30,9 +30,10 @@ from intraslice.errors import IntraSliceError
 from intraslice.evaluation.perplexity import check_windows, measure_perplexity, tokenize
 from intraslice.inspection import inspect_model
 from intraslice.loading import load_model
+from intraslice.options import CalibrationOptions
 from intraslice.placement import choose_device
 from intraslice.pruning import calibrate, check_seqlen, prune_recipe
-from intraslice.recipes.recipe import CalibrationOptions, Recipe
+from intraslice.recipes.recipe import Recipe
 
 ANALYSIS_TOKENS = 1 << 15
 """Tokens of the evaluation text that spectra and ranks are estimated on."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer, norms_come_first
+from intraslice.layers.sites import ModelSites, layer_sites
 from intraslice.placement import Placement
 from intraslice.runtime.configuration_intraslice import LayerShape, dense_shape, rotary_dim
 from intraslice.runtime.modeling_intraslice import apply_layer_shape, pair_channels
@@ -65,6 +66,7 @@ class StreamedModel:
         self._skeletons = list(layers)
         self._recorders = [_Recorder() for _ in self._skeletons]
         setattr(self._decoder, name, nn.ModuleList(self._recorders))
+        self.sites = ModelSites((layer_sites(self.spec, self.dense_shape, self.config.hidden_size),) * self.num_layers)
         self._materialise()
         self.batch_shape = batch_shape
         self.embed(torch.zeros(batch_shape, dtype=torch.int64))
