@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from intraslice.runtime.configuration_intraslice import LayerShape
+from intraslice.runtime.families_intraslice import LayerShape
 
 RESULT_FILE = "result.json"
 

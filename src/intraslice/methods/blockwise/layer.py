@@ -23,7 +23,7 @@ from intraslice.methods.blockwise.iter_pca import iterate_pca
 from intraslice.methods.blockwise.measure import attention_stats, context_moments, ffn_moments, without_bias
 from intraslice.methods.blockwise.options import AttentionOptions, FFNOptions
 from intraslice.methods.blockwise.repairs import OutputMoments
-from intraslice.runtime.configuration_intraslice import LayerShape
+from intraslice.runtime.families_intraslice import LayerShape
 from intraslice.streaming.hidden import HiddenStates, Streams
 from intraslice.streaming.model import StreamedModel
 
