@@ -14,13 +14,8 @@ from intraslice.loading import count_parameters, load_config
 from intraslice.options import RunOptions
 from intraslice.placement import choose_device, dtype_from_name, peak_resident_bytes
 from intraslice.results.result import RESULT_FILE, PruneResult
-from intraslice.runtime.configuration_intraslice import (
-    FAMILIES,
-    FamilySpec,
-    LayerShape,
-    dense_config,
-    dense_shape,
-)
+from intraslice.runtime.configuration_intraslice import dense_config, dense_shape
+from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec, LayerShape
 
 _PRUNED_PREFIX = "intraslice_"
 

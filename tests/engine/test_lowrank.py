@@ -22,8 +22,9 @@ from intraslice.methods.blockwise.options import MethodOptions
 from intraslice.options import RunOptions
 from intraslice.progress import SilentProgress
 from intraslice.results.result import PruneResult
-from intraslice.runtime.configuration_intraslice import FAMILIES as SPECS
-from intraslice.runtime.configuration_intraslice import LayerShape, dense_config
+from intraslice.runtime.configuration_intraslice import dense_config
+from intraslice.runtime.families_intraslice import FAMILIES as SPECS
+from intraslice.runtime.families_intraslice import LayerShape
 from tiny import FAMILIES, VOCAB_SIZE, make_tiny
 
 ROTATED = ("llama", "mistral", "qwen2", "phi3")

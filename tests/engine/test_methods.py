@@ -17,7 +17,7 @@ from intraslice.engine.run import prune_checkpoint
 from intraslice.progress import Progress, SilentProgress
 from intraslice.recipes.recipe import load_recipe
 from intraslice.results.result import PruneResult
-from intraslice.runtime.configuration_intraslice import FAMILIES
+from intraslice.runtime.families_intraslice import FAMILIES
 
 OTHERS = ("naive", "wanda-sp", "flap", "slimllm", "transact", "sobp")
 MODELS: dict[str, dict[str, Any]] = {

@@ -22,7 +22,8 @@ from intraslice.exporters import gguf as exporter
 from intraslice.exporters.base import ExportOptions, ExportReport, open_pruned
 from intraslice.exporters.gguf import export_gguf
 from intraslice.progress import SilentProgress
-from intraslice.runtime.configuration_intraslice import FAMILIES, LayerShape, pruned_config
+from intraslice.runtime.configuration_intraslice import pruned_config
+from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 from tiny import VOCAB_SIZE, tiny_config, tiny_tokenizer
 

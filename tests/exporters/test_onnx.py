@@ -15,7 +15,8 @@ from intraslice.errors import CheckpointError, MissingExtraError, OutputError, U
 from intraslice.exporters import onnx as exporter
 from intraslice.exporters.base import ExportOptions, ExportReport, open_pruned
 from intraslice.progress import SilentProgress
-from intraslice.runtime.configuration_intraslice import FAMILIES, LayerShape, pruned_config
+from intraslice.runtime.configuration_intraslice import pruned_config
+from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 from tiny import VOCAB_SIZE, tiny_config, tiny_tokenizer
 

@@ -17,7 +17,8 @@ from intraslice.errors import CheckpointError, OutputError, RecipeError, Unsuppo
 from intraslice.exporters import export_checkpoint
 from intraslice.exporters.base import ExportOptions, open_pruned
 from intraslice.progress import SilentProgress
-from intraslice.runtime.configuration_intraslice import FAMILIES, LayerShape, dense_shape, pruned_config
+from intraslice.runtime.configuration_intraslice import dense_shape, pruned_config
+from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 from runtime.tiny_models import CASES, LLAMA3_ROPE, dense_config_of, pruned_model, randomise, tokens
 from tiny import tiny_tokenizer

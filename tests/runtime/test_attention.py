@@ -10,7 +10,8 @@ from tiny_models import CASES, dense_model, pruned_model, tokens
 from torch import nn
 from twin import zero_pad
 
-from intraslice.runtime.configuration_intraslice import FAMILIES, LayerShape, dense_shape
+from intraslice.runtime.configuration_intraslice import dense_shape
+from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention, apply_layer_shape, pair_channels
 
 # Sums of the same float64 terms in another order.

@@ -23,14 +23,8 @@ from tiny_models import (
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from intraslice.runtime import RUNTIME_FILES, register
-from intraslice.runtime.configuration_intraslice import (
-    FAMILIES,
-    MIN_TRANSFORMERS,
-    LayerShape,
-    dense_config,
-    dense_shape,
-    pruned_config,
-)
+from intraslice.runtime.configuration_intraslice import MIN_TRANSFORMERS, dense_config, dense_shape, pruned_config
+from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 
 SOURCE = Path(__file__).parents[2] / "src"

@@ -11,7 +11,8 @@ from test_loading import AUTO, BLOCK_PACKAGE, LOAD_ALL, SOURCE, check_logits, ru
 from tiny_models import dense_config_of, randomise, tokens
 from transformers import AutoModelForCausalLM
 
-from intraslice.runtime.configuration_intraslice import FAMILIES, dense_config, dense_shape, pruned_config
+from intraslice.runtime.configuration_intraslice import dense_config, dense_shape, pruned_config
+from intraslice.runtime.families_intraslice import FAMILIES
 
 FACTORED = ("llama-gqa-biases", "mistral-gqa-window", "qwen2-gqa", "phi3-gqa-partial-rope", "opt", "opt-norm-after")
 SLICED = FACTORED[:4]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from intraslice.checkpoint.writer import INDEX_FILE, WEIGHTS_FILE
 from intraslice.errors import CheckpointError, UnsupportedModelError
-from intraslice.runtime.configuration_intraslice import FAMILIES
+from intraslice.runtime.families_intraslice import FAMILIES
 
 
 @dataclass(frozen=True)

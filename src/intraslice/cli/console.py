@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from intraslice.runtime.configuration_intraslice import LayerShape
+    from intraslice.runtime.families_intraslice import LayerShape
 
 INTERRUPTED_STATUS = 130
 

@@ -28,15 +28,8 @@ from intraslice.checkpoint.writer import check_output, publish
 from intraslice.errors import CheckpointError, RecipeError, UnsupportedModelError, nearest
 from intraslice.layers.weights import AttentionWeights, FFNWeights
 from intraslice.runtime import register
-from intraslice.runtime.configuration_intraslice import (
-    FAMILIES,
-    FamilySpec,
-    LayerShape,
-    Slot,
-    dense_config,
-    dense_shape,
-    rotary_dim,
-)
+from intraslice.runtime.configuration_intraslice import dense_config, dense_shape, rotary_dim
+from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec, LayerShape, Slot
 from intraslice.runtime.modeling_intraslice import pair_channels
 
 

@@ -35,7 +35,7 @@ from intraslice.exporters.base import (
 from intraslice.exporters.gguf_plan import FilePlan, make_plan
 from intraslice.exporters.gguf_vocabulary import add_vocabulary
 from intraslice.progress import Progress
-from intraslice.runtime.configuration_intraslice import LayerShape
+from intraslice.runtime.families_intraslice import LayerShape
 
 ARCHITECTURE = "deci"
 # Allowed difference of logits: absolute, and relative to the largest logit, because llama.cpp rounds the activations

@@ -9,7 +9,7 @@ from intraslice.errors import UnsupportedModelError
 from intraslice.exporters.base import ExportOptions, ExportReport, PrunedCheckpoint, padding_cost
 from intraslice.exporters.stock import stock_config, write_stock
 from intraslice.progress import Progress
-from intraslice.runtime.configuration_intraslice import LayerShape
+from intraslice.runtime.families_intraslice import LayerShape
 
 
 def export_padded(

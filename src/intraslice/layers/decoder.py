@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from intraslice.layers.sites import ATTENTION, FFN
 from intraslice.layers.weights import AttentionWeights, FFNWeights
-from intraslice.runtime.configuration_intraslice import FamilySpec, LayerShape, Slot
+from intraslice.runtime.families_intraslice import FamilySpec, LayerShape, Slot
 from intraslice.runtime.modeling_intraslice import FactoredLinear, PrunedAttention
 
 

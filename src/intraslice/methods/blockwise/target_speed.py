@@ -25,7 +25,8 @@ from intraslice.methods.blockwise.options import BlockwiseOptions
 from intraslice.options import MAX_SPARSITY
 from intraslice.placement import Placement
 from intraslice.progress import Progress, SilentProgress
-from intraslice.runtime.configuration_intraslice import FamilySpec, LayerShape, dense_shape
+from intraslice.runtime.configuration_intraslice import dense_shape
+from intraslice.runtime.families_intraslice import FamilySpec, LayerShape
 from intraslice.runtime.modeling_intraslice import apply_layer_shape
 from intraslice.speed.layer_speed import LayerHost, one_layer_model
 
