@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ONE_PER_FAMILY, dense_config_of, pruned_model, randomise, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from intraslice import vllm_plugin
 from intraslice.runtime.configuration_intraslice import FAMILIES, LayerShape, dense_shape, pruned_config
 from intraslice.runtime.modeling_intraslice import MODELS, PrunedAttention
+from support.tiny_models import ONE_PER_FAMILY, dense_config_of, pruned_model, randomise, tokens
 
 
 class Registry(dict):
