@@ -13,7 +13,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest
 import torch
 
-from tiny import make_tiny, tiny_tokenizer
+from support.tiny import make_tiny, tiny_tokenizer
 
 # Two threads gain nothing on models this small, and one makes every number repeatable.
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from intraslice.data import text as text_module
 from intraslice.data.calibration import Calibration, load_calibration, load_text
 from intraslice.errors import CalibrationError, MissingExtraError, NumericalError
-from tiny import BOS, VOCAB_SIZE, tiny_tokenizer
+from support.tiny import BOS, VOCAB_SIZE, tiny_tokenizer
 
 Folder = Callable[..., Path]
 # 100 lines of 10 characters, no two the same.

@@ -16,7 +16,7 @@ from intraslice.checkpoint.gguf import cache_folder, convert_gguf
 from intraslice.checkpoint.reader import open_folder
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.errors import CheckpointError, MissingExtraError, OutputError, UnsupportedModelError
-from tiny import tiny_model, tiny_tokenizer
+from support.tiny import tiny_model, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")
 

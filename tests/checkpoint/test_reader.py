@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from intraslice.checkpoint.reader import open_folder
 from intraslice.errors import CheckpointError, NumericalError, UnsupportedModelError
-from tiny import FAMILIES, make_tiny
+from support.tiny import FAMILIES, make_tiny
 
 Folder = Callable[..., Path]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from intraslice.cli.app import main
-from task_rows import ROWS, write_tasks
+from support.task_rows import ROWS, write_tasks
 
 
 @pytest.fixture

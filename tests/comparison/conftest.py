@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_comparison import run_here, write_yaml
 
 from intraslice.cli.app import main
+from support.small_comparison import run_here, write_yaml
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_comparison import SMALL, document_of
 
 from intraslice.cli.app import main
+from support.small_comparison import SMALL, document_of
 
 Jobs = list[dict[str, Any]]
 Small = Callable[..., Path]

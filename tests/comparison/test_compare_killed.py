@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from small_comparison import document_of, write_yaml
+from support.small_comparison import document_of, write_yaml
 
 
 def test_kill_and_go_on(make_folder, tmp_path: Path):

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_comparison import document_of
 
 from intraslice import api
 from intraslice.cli.app import main
 from intraslice.comparison.merge import merge_results
+from support.small_comparison import document_of
 
 
 @pytest.fixture

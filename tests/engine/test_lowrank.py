@@ -4,65 +4,34 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
-import intraslice  # noqa: F401 - registers the pruned classes
 from intraslice.checkpoint.source import open_checkpoint
-from intraslice.data.calibration import Calibration
-from intraslice.engine.run import prune_checkpoint
 from intraslice.errors import BudgetError, NumericalError, UnsupportedModelError
 from intraslice.exporters import export_checkpoint
 from intraslice.inspection import inspect_model
-from intraslice.methods.blockwise.options import MethodOptions
-from intraslice.options import RunOptions
-from intraslice.progress import SilentProgress
 from intraslice.results.result import PruneResult
 from intraslice.runtime.configuration_intraslice import dense_config
 from intraslice.runtime.families_intraslice import FAMILIES as SPECS
 from intraslice.runtime.families_intraslice import LayerShape
-from tiny import FAMILIES, VOCAB_SIZE, make_tiny
+from support.progress import Notes, StopAt
+from support.prune import calibration, logits, prune
+from support.tiny import FAMILIES, VOCAB_SIZE, make_tiny
 
 ROTATED = ("llama", "mistral", "qwen2", "phi3")
-CASES = [("factors", family) for family in FAMILIES] + [("residual", family) for family in ROTATED]
+CASES = [("svd-llm", family) for family in FAMILIES] + [("slicegpt", family) for family in ROTATED]
 # A channel of the residual stream is then less than one percent of the weights.
 WIDE = {"hidden_size": 96, "num_hidden_layers": 2}
 
 
-def calibration(num: int = 8, seqlen: int = 32) -> Calibration:
-    tokens = torch.randint(0, VOCAB_SIZE, (num, seqlen), generator=torch.Generator().manual_seed(0))
-    return Calibration(tokens=tokens, source="random", seed=0, fingerprint="random")
-
-
-def run(folder: Path, output: Path, architecture: str, sparsity: float = 0.3, **changes) -> PruneResult:
-    return prune_checkpoint(
-        open_checkpoint(str(folder)),
-        calibration(),
-        method=MethodOptions(sparsity=sparsity, architecture=architecture),  # type: ignore[arg-type]
-        run=RunOptions(batch_tokens=64),
-        output=output,
-        overwrite=changes.pop("overwrite", False),
-        resume=changes.pop("resume", False),
-        method_name={"factors": "svd-llm", "residual": "slicegpt"}[architecture],
-        recipe={},
-        command="test",
-        progress=changes.pop("progress", SilentProgress()),
-    )
-
-
-def logits(folder: Path, tokens: torch.Tensor, **kwargs) -> torch.Tensor:
-    with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()(tokens).logits
-
-
-@pytest.mark.parametrize("architecture,family", CASES)
-def test_the_budget_counts_stored_tensors_and_the_model_runs(architecture, family, tiny_folder, tmp_path):
+@pytest.mark.parametrize("method,family", CASES)
+def test_the_budget_counts_stored_tensors_and_the_model_runs(method, family, tiny_folder, tmp_path):
     folder, out = tiny_folder(family, **WIDE), tmp_path / "out"
-    result = run(folder, out, architecture)
+    result = prune(folder, out, method)
     assert abs(result.sparsity - 0.3) <= 0.005
     stored = load_file(out / "model.safetensors")
     in_layers = sum(tensor.numel() for name, tensor in stored.items() if "layers." in name and tensor.dim() == 2)
@@ -85,10 +54,10 @@ def test_the_budget_counts_stored_tensors_and_the_model_runs(architecture, famil
     assert len(states) == 3 and states[1].shape[-1] == model.config.hidden_size
 
 
-@pytest.mark.parametrize("architecture,family", CASES)
-def test_sparsity_zero_is_the_identity(architecture, family, tiny_folder, tmp_path):
+@pytest.mark.parametrize("method,family", CASES)
+def test_sparsity_zero_is_the_identity(method, family, tiny_folder, tmp_path):
     folder, out = tiny_folder(family), tmp_path / "out"
-    assert run(folder, out, architecture, sparsity=0.0).sparsity == 0.0
+    assert prune(folder, out, method, sparsity=0.0).sparsity == 0.0
     tokens = calibration().tokens[:2]
     # The stock OPT scales queries before the product, our attention after it.
     assert torch.allclose(logits(out, tokens), logits(folder, tokens), atol=1e-5)
@@ -102,7 +71,7 @@ def test_a_rotated_model_of_which_nothing_is_deleted_is_the_dense_model(family, 
     monkeypatch.setattr(
         "intraslice.methods.slicegpt.method.slice_width", lambda per_channel, hidden_size, sparsity: hidden_size
     )
-    run(folder, tmp_path / "out", "residual")
+    prune(folder, tmp_path / "out", "slicegpt")
     stored = load_file(tmp_path / "out/model.safetensors")
     assert not torch.allclose(stored["model.layers.0.attn_shortcut.weight"], torch.eye(32, dtype=torch.float64))
     tokens = calibration().tokens[:2]
@@ -111,8 +80,8 @@ def test_a_rotated_model_of_which_nothing_is_deleted_is_the_dense_model(family, 
     assert torch.allclose(logits(tmp_path / "out", tokens, dtype=torch.float64), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["factors", "residual"])
-def test_the_saved_model_is_what_the_layers_were_measured_on(architecture, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["svd-llm", "slicegpt"])
+def test_the_saved_model_is_what_the_layers_were_measured_on(method, tmp_path, monkeypatch):
     """The states that the engine has after the last layer are those of the reloaded model (rotated back)."""
     from intraslice.engine import run as engine
 
@@ -122,14 +91,14 @@ def test_the_saved_model_is_what_the_layers_were_measured_on(architecture, tmp_p
     rest = engine.rotate_rest
     monkeypatch.setattr(engine, "rotate_rest", lambda *args: rest(*args[:2], kept.setdefault("bases", args[2])))
     folder = make_tiny("llama", tmp_path / "m", dtype=torch.float64, **WIDE)
-    run(folder, tmp_path / "out", architecture)
+    prune(folder, tmp_path / "out", method)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64).eval()
     seen = []
     model.model.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
         model(calibration().tokens[:2])
     states = kept["hidden"].read(slice(0, 2))
-    if architecture == "residual":
+    if method == "slicegpt":
         states = states @ kept["bases"][1]
     # The norms of transformers compute in float32.
     assert torch.allclose(seen[0], states, atol=1e-4)
@@ -137,7 +106,7 @@ def test_the_saved_model_is_what_the_layers_were_measured_on(architecture, tmp_p
 
 def test_tied_embeddings_become_untied_and_are_counted(tmp_path):
     folder = make_tiny("llama", tmp_path / "m", tie_word_embeddings=True, **WIDE)
-    result = run(folder, tmp_path / "out", "residual")
+    result = prune(folder, tmp_path / "out", "slicegpt")
     config = json.loads((tmp_path / "out/config.json").read_text())
     width = config["hidden_size"]
     norms = (2 * len(result.layers) + 1) * width
@@ -170,49 +139,24 @@ def test_the_command_line_prunes_inspects_and_plans(method, tiny_folder, tmp_pat
     assert "no other runtime knows" in capsys.readouterr().err
 
 
-class _StopAfter(SilentProgress):
-    """Interrupts the run like Ctrl-C when so many layers are done; keeps the notes."""
-
-    def __init__(self, layers: int = -1) -> None:
-        self.left = layers
-        self.notes: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    def step(self, description: str, total: int):
-        from contextlib import contextmanager
-
-        @contextmanager
-        def stepping():
-            def advance(units: int) -> None:
-                self.left -= units
-                if self.left == 0:
-                    raise KeyboardInterrupt
-
-            yield advance
-
-        return stepping()
-
-
-@pytest.mark.parametrize("architecture", ["factors", "residual"])
-def test_an_interrupted_run_resumes_with_the_same_bytes(architecture, tmp_path):
+@pytest.mark.parametrize("method", ["svd-llm", "slicegpt"])
+def test_an_interrupted_run_resumes_with_the_same_bytes(method, tmp_path):
     folder = make_tiny("llama", tmp_path / "m", dtype=torch.bfloat16, **WIDE)
-    run(folder, tmp_path / "whole", architecture)
+    prune(folder, tmp_path / "whole", method)
     with pytest.raises(KeyboardInterrupt):
-        run(folder, tmp_path / "out", architecture, progress=_StopAfter(1))
+        prune(folder, tmp_path / "out", method, progress=StopAt("layers", 0))
     assert not (tmp_path / "out").exists()
-    progress = _StopAfter()
-    run(folder, tmp_path / "out", architecture, resume=True, progress=progress)
-    assert any("made again" in note for note in progress.notes) is (architecture == "residual")
+    progress = Notes()
+    prune(folder, tmp_path / "out", method, resume=True, progress=progress)
+    assert any("made again" in note for note in progress.notes) is (method == "slicegpt")
     first, second = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
     assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.parametrize("architecture", ["factors", "residual"])
-def test_such_a_checkpoint_is_neither_exported_nor_pruned_again(architecture, tiny_folder, tmp_path):
+@pytest.mark.parametrize("method", ["svd-llm", "slicegpt"])
+def test_such_a_checkpoint_is_neither_exported_nor_pruned_again(method, tiny_folder, tmp_path):
     out = tmp_path / "out"
-    run(tiny_folder("llama", **WIDE), out, architecture)
+    prune(tiny_folder("llama", **WIDE), out, method)
     with pytest.raises(UnsupportedModelError, match="no other runtime knows"):
         export_checkpoint(str(out), "stock", tmp_path / "stock")
     with pytest.raises(UnsupportedModelError, match="already pruned"):
@@ -221,8 +165,8 @@ def test_such_a_checkpoint_is_neither_exported_nor_pruned_again(architecture, ti
         AutoModelForCausalLM.from_pretrained(out).config.check_vllm(1)
 
 
-@pytest.mark.parametrize("architecture", ["factors", "residual"])
-def test_nan_activations_name_the_layer(architecture, tmp_path):
+@pytest.mark.parametrize("method", ["svd-llm", "slicegpt"])
+def test_nan_activations_name_the_layer(method, tmp_path):
     from safetensors.torch import save_file
 
     folder = make_tiny("llama", tmp_path / "m", **WIDE)
@@ -232,7 +176,7 @@ def test_nan_activations_name_the_layer(architecture, tmp_path):
     weights["model.layers.1.mlp.gate_proj.weight"] *= 1e38
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NumericalError, match="layer 1"):
-        run(folder, tmp_path / "out", architecture)
+        prune(folder, tmp_path / "out", method)
     assert not (tmp_path / "out").exists()
     # A finished layer is work worth keeping, also where no allocation came before it.
     assert (tmp_path / "out.partial/layers/00000.safetensors").exists()
@@ -240,7 +184,7 @@ def test_nan_activations_name_the_layer(architecture, tmp_path):
 
 def test_a_stream_too_narrow_for_the_budget_is_refused(tiny_folder, tmp_path):
     with pytest.raises(BudgetError, match=r"32 channels can be sliced only to 0\.\d+; choose a sparsity near that"):
-        run(tiny_folder("llama", num_hidden_layers=1), tmp_path / "out", "residual", sparsity=0.31)
+        prune(tiny_folder("llama", num_hidden_layers=1), tmp_path / "out", "slicegpt", sparsity=0.31)
     assert not (tmp_path / "out").exists()
 
 
@@ -256,7 +200,7 @@ def test_shapes_without_the_new_fields_still_load():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counted_parameters_are_those_of_the_modules(family):
     from intraslice.runtime.configuration_intraslice import dense_shape
-    from tiny import tiny_model
+    from support.tiny import tiny_model
 
     model, spec = tiny_model(family), SPECS[family]
     layer = model.get_submodule(spec.layers)[0]

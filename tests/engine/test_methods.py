@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-import intraslice  # noqa: F401 - registers the pruned classes
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.data.calibration import Calibration
-from intraslice.engine.run import prune_checkpoint
-from intraslice.progress import Progress, SilentProgress
-from intraslice.recipes.recipe import load_recipe
+from intraslice.progress import SilentProgress
 from intraslice.results.result import PruneResult
 from intraslice.runtime.families_intraslice import FAMILIES
+from support import prune as support
+from support.progress import StopAt
 
 OTHERS = ("naive", "wanda-sp", "flap", "slimllm", "transact", "sobp")
 MODELS: dict[str, dict[str, Any]] = {
@@ -33,43 +30,16 @@ CALIBRATION = Calibration(
 )
 
 
-def prune(
-    folder: Path,
-    output: Path,
-    method: str,
-    sparsity: float = 0.3,
-    *,
-    resume: bool = False,
-    progress: Progress | None = None,
-    **options: Any,
-) -> PruneResult:
-    flags = {"model": str(folder), "sparsity": sparsity, "method": method}
-    sets = ["attention.head_multiple=2", "ffn.ffn_multiple=1", "run.batch_tokens=96"]
-    recipe = load_recipe(
-        None, flags, [*sets, *(f"{name.replace('__', '.')}={value}" for name, value in options.items())]
-    )
-    return prune_checkpoint(
-        open_checkpoint(str(folder)),
-        CALIBRATION,
-        method=recipe.method_options(),
-        run=recipe.run,
-        output=output,
-        overwrite=False,
-        resume=resume,
-        method_name=method,
-        recipe=recipe.to_dict(),
-        command="test",
-        progress=progress or SilentProgress(),
-    )
+def prune(folder: Path, output: Path, method: str, sparsity: float = 0.3, **options: Any) -> PruneResult:
+    return support.prune(folder, output, method, sparsity, on=CALIBRATION, **options)
 
 
 def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return support.load(folder, dtype=torch.float32)
 
 
-@torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    return model(TOKENS).logits
+    return support.logits(model, TOKENS)
 
 
 def projections(model: Any, spec: Any, index: int) -> dict[str, Any]:
@@ -169,26 +139,12 @@ def test_transact_keeps_rows_of_every_head(tiny_folder, tmp_path):
         assert torch.equal(small["o"].bias, full["o"].bias)
 
 
-class _StopAfterOneLayer(SilentProgress):
-    @contextmanager
-    def step(self, description: str, total: int):  # type: ignore[override]
-        done = 0
-
-        def advance(units: int) -> None:
-            nonlocal done
-            done += units
-            if description == "layers" and done > 1:
-                raise KeyboardInterrupt
-
-        yield advance
-
-
 @pytest.mark.parametrize("method", ["flap", "sobp"])
 def test_an_interrupted_run_resumes_with_the_same_result(method, tiny_folder, tmp_path):
     folder = tiny_folder("llama", **MODELS["llama"])
     prune(folder, tmp_path / "whole", method, run__hidden_states="disk")
     with pytest.raises(KeyboardInterrupt):
-        prune(folder, tmp_path / "out", method, progress=_StopAfterOneLayer(), run__hidden_states="disk")
+        prune(folder, tmp_path / "out", method, progress=StopAt("layers", 1), run__hidden_states="disk")
     prune(folder, tmp_path / "out", method, resume=True, run__hidden_states="disk")
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 

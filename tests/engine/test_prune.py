@@ -3,83 +3,29 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import intraslice  # noqa: F401 - registers the pruned classes
 from intraslice.checkpoint.source import open_checkpoint
-from intraslice.data.calibration import Calibration
-from intraslice.engine.run import prune_checkpoint
 from intraslice.errors import NumericalError, OutputError, ResumeMismatchError
 from intraslice.methods.blockwise.gradient_pass import scan_seconds
-from intraslice.methods.blockwise.options import AllocationOptions, AttentionOptions, FFNOptions, MethodOptions
-from intraslice.options import RunOptions
+from intraslice.methods.blockwise.options import FFNOptions
 from intraslice.progress import SilentProgress
 from intraslice.results.result import PruneResult
-from tiny import FAMILIES, VOCAB_SIZE, make_tiny
+from support.progress import StopAt
+from support.prune import calibration, logits, prune, weights_of
+from support.tiny import FAMILIES, make_tiny
 
-SMALL = AttentionOptions(head_multiple=2), FFNOptions(ffn_multiple=1)
-
-
-TO_MODEL = {
-    "attention": AttentionOptions(head_multiple=2, target="model"),
-    "ffn": FFNOptions(ffn_multiple=1, target="model"),
-}
-
-
-def calibration(num: int = 8, seqlen: int = 32, seed: int = 0) -> Calibration:
-    generator = torch.Generator().manual_seed(seed)
-    # A walk over the vocabulary: neighbouring tokens are related, so the gradients mean something.
-    steps = torch.randint(0, 5, (num, seqlen), generator=generator)
-    tokens = (steps.cumsum(1) + torch.randint(0, VOCAB_SIZE, (num, 1), generator=generator)) % VOCAB_SIZE
-    return Calibration(tokens=tokens, source="walk", seed=seed, fingerprint=f"walk-{num}-{seqlen}-{seed}")
-
-
-def run(folder: Path, output: Path, sparsity: float = 0.3, **changes) -> PruneResult:
-    method = changes.pop("method", None) or MethodOptions(
-        sparsity=sparsity,
-        allocation=changes.pop("allocation", AllocationOptions()),
-        attention=changes.pop("attention", SMALL[0]),
-        ffn=changes.pop("ffn", SMALL[1]),
-    )
-    return prune_checkpoint(
-        open_checkpoint(str(folder)),
-        changes.pop("calibration", None) or calibration(),
-        method=method,
-        run=changes.pop("run", RunOptions(batch_tokens=64)),
-        output=output,
-        overwrite=changes.pop("overwrite", False),
-        resume=changes.pop("resume", False),
-        method_name="intraslice",
-        recipe={},
-        command="test",
-        progress=changes.pop("progress", SilentProgress()),
-    )
-
-
-def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    with torch.no_grad():
-        return model(tokens).logits
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found.update(load_file(path))
-    return found
+TO_BLOCK = {"attention__target": "block", "ffn__target": "block"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prune_meets_the_budget_and_loads(family, tiny_folder, tmp_path):
     folder, out = tiny_folder(family), tmp_path / "out"
-    result = run(folder, out)
+    result = prune(folder, out)
     assert abs(result.sparsity - 0.3) <= 0.005
     stored = weights_of(out)
     in_layers = sum(
@@ -98,7 +44,7 @@ def test_prune_meets_the_budget_and_loads(family, tiny_folder, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sparsity_zero_is_the_identity(family, tiny_folder, tmp_path):
     folder, out = tiny_folder(family), tmp_path / "out"
-    result = run(folder, out, sparsity=0.0)
+    result = prune(folder, out, sparsity=0.0)
     assert result.sparsity == 0.0
     tokens = calibration().tokens[:2]
     assert torch.allclose(logits(out, tokens), logits(folder, tokens), atol=1e-5)
@@ -108,14 +54,13 @@ def test_sparsity_zero_is_the_identity(family, tiny_folder, tmp_path):
 def test_pruned_model_beats_removal_without_repair(family, tiny_folder, tmp_path):
     """Reconstruction must lower the error of every block against plain removal (same shapes, same order)."""
     folder = tiny_folder(family)
-    uniform = AllocationOptions(name="uniform")
-    repaired = run(folder, tmp_path / "a", allocation=uniform)
-    plain = run(
+    repaired = prune(folder, tmp_path / "a", allocation__name="uniform")
+    plain = prune(
         folder,
         tmp_path / "b",
-        allocation=uniform,
-        attention=AttentionOptions(head_multiple=2, repair="none"),
-        ffn=FFNOptions(ffn_multiple=1, repair="none"),
+        allocation__name="uniform",
+        attention__repair="none",
+        ffn__repair="none",
     )
     first, bare = repaired.layers[0], plain.layers[0]
     assert first.shape.heads_per_kv == bare.shape.heads_per_kv
@@ -163,8 +108,8 @@ def test_streaming_gives_the_gradients_of_the_whole_model(tiny_folder, tmp_path)
 
 def test_chunks_and_disk_change_nothing(tiny_folder, tmp_path):
     folder = tiny_folder("llama")
-    run(folder, tmp_path / "a")
-    run(folder, tmp_path / "b", run=RunOptions(batch_tokens=64, boundary_bytes=1, hidden_states="disk"))
+    prune(folder, tmp_path / "a")
+    prune(folder, tmp_path / "b", run__boundary_bytes=1, run__hidden_states="disk")
     first, second = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -174,44 +119,21 @@ def test_chunks_and_disk_change_nothing(tiny_folder, tmp_path):
 def test_same_seed_gives_the_same_bytes(tiny_folder, tmp_path):
     folder = tiny_folder("qwen2")
     for name in ("a", "b"):
-        run(folder, tmp_path / name, ffn=FFNOptions(ffn_multiple=1, iter_pca=True))
+        prune(folder, tmp_path / name, ffn__iter_pca=True)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
-
-
-class _StopAt(SilentProgress):
-    """Interrupts the run like Ctrl-C when a step has advanced so far."""
-
-    def __init__(self, description: str, units: int) -> None:
-        self.description, self.left = description, units
-
-    def step(self, description: str, total: int):
-        from contextlib import contextmanager
-
-        @contextmanager
-        def stepping():
-            def advance(units: int) -> None:
-                if description == self.description:
-                    self.left -= units
-                    if self.left < 0:
-                        raise KeyboardInterrupt
-
-            yield advance
-
-        return stepping()
 
 
 @pytest.mark.parametrize("step,units", [("layers", 0), ("layers", 1), ("mask gradients", 20), ("mask gradients", 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_interrupted_run_resumes_with_the_same_result(step, units, dtype, tmp_path):
     folder = make_tiny("llama", tmp_path / "m", dtype=dtype)
-    options = RunOptions(batch_tokens=64, boundary_bytes=1)
-    run(folder, tmp_path / "whole", run=options)
+    prune(folder, tmp_path / "whole", run__boundary_bytes=1)
     with pytest.raises(KeyboardInterrupt):
-        run(folder, tmp_path / "out", run=options, progress=_StopAt(step, units))
+        prune(folder, tmp_path / "out", run__boundary_bytes=1, progress=StopAt(step, units))
     assert not (tmp_path / "out").exists()
     with pytest.raises(OutputError, match="--resume"):
-        run(folder, tmp_path / "out", run=options)
-    run(folder, tmp_path / "out", run=options, resume=True)
+        prune(folder, tmp_path / "out", run__boundary_bytes=1)
+    prune(folder, tmp_path / "out", run__boundary_bytes=1, resume=True)
     whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "out")
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
@@ -221,45 +143,45 @@ def test_an_interrupted_run_resumes_with_the_same_result(step, units, dtype, tmp
     "changes,field",
     [
         ({"sparsity": 0.4}, "method.sparsity"),
-        ({"attention": AttentionOptions(head_multiple=2, damping=0.5)}, "method.attention.damping"),
-        ({"calibration": calibration(seed=1)}, "calibration.seed"),
-        ({"calibration": calibration(num=4)}, "calibration.num_samples"),
+        ({"attention__damping": 0.5}, "method.attention.damping"),
+        ({"on": calibration(seed=1)}, "calibration.seed"),
+        ({"on": calibration(num_samples=4)}, "calibration.num_samples"),
     ],
 )
 def test_resume_with_something_else_says_which_field(changes, field, tiny_folder, tmp_path):
     folder, out = tiny_folder("llama"), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run(folder, out, progress=_StopAt("layers", 0))
+        prune(folder, out, progress=StopAt("layers", 0))
     with pytest.raises(ResumeMismatchError, match=field):
-        run(folder, out, resume=True, **changes)
-    run(folder, out, overwrite=True, **changes)  # starting again is always possible
+        prune(folder, out, resume=True, **changes)
+    prune(folder, out, overwrite=True, **changes)  # starting again is always possible
 
 
 def test_resume_with_another_model_is_refused(tiny_folder, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run(tiny_folder("llama"), out, progress=_StopAt("layers", 0))
+        prune(tiny_folder("llama"), out, progress=StopAt("layers", 0))
     with pytest.raises(ResumeMismatchError, match="model"):
-        run(tiny_folder("llama", seed=5), out, resume=True)
+        prune(tiny_folder("llama", seed=5), out, resume=True)
 
 
 @pytest.mark.parametrize(
-    "name,method",
+    "name,options",
     [
-        ("naive", {"attention": AttentionOptions(adaptive_heads=False)}),
-        ("uniform groups", {"attention": AttentionOptions(head_multiple=2, groups="uniform")}),
-        ("uniform", {"allocation": AllocationOptions(name="uniform")}),
-        ("no pca", {"allocation": AllocationOptions(pca_attention=False, pca_ffn=False)}),
-        ("bias", {"allocation": AllocationOptions(ffn_bias=0.9)}),
-        ("iter", {"ffn": FFNOptions(ffn_multiple=1, iter_pca=True, iter_pca_fraction=0.5)}),
-        ("model", TO_MODEL),
-        ("model iter", {**TO_MODEL, "ffn": FFNOptions(ffn_multiple=1, target="model", iter_pca=True)}),
+        ("naive", {"method": "naive"}),
+        ("uniform groups", {"attention__groups": "uniform"}),
+        ("uniform", {"allocation__name": "uniform"}),
+        ("no pca", {"allocation__pca_attention": False, "allocation__pca_ffn": False}),
+        ("bias", {"allocation__ffn_bias": 0.9}),
+        ("iter", {"ffn__iter_pca": True, "ffn__iter_pca_fraction": 0.5}),
+        ("block", TO_BLOCK),
+        ("block iter", {**TO_BLOCK, "ffn__iter_pca": True}),
     ],
 )
-def test_every_setting_meets_the_budget(name, method, tiny_folder, tmp_path):
+def test_every_setting_meets_the_budget(name, options, tiny_folder, tmp_path):
     # Sixteen heads: whole heads are then fine enough to land on the budget.
     folder = tiny_folder("llama", num_attention_heads=16, num_key_value_heads=8, head_dim=4, hidden_size=64)
-    result = run(folder, tmp_path / "out", **method)
+    result = prune(folder, tmp_path / "out", **options)
     assert abs(result.sparsity - 0.3) <= 0.005
     if name == "uniform groups":
         assert all(len(set(record.shape.heads_per_kv)) == 1 for record in result.layers)
@@ -271,7 +193,7 @@ def test_every_setting_meets_the_budget(name, method, tiny_folder, tmp_path):
 
 def test_half_precision_checkpoint_stays_half_and_statistics_do_not(tmp_path):
     folder = make_tiny("llama", tmp_path / "m", dtype=torch.bfloat16)
-    result = run(folder, tmp_path / "out")
+    result = prune(folder, tmp_path / "out")
     assert result.dtype == "bfloat16"
     assert {tensor.dtype for tensor in weights_of(tmp_path / "out").values()} <= {torch.bfloat16, torch.int64}
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
@@ -287,18 +209,18 @@ def test_nan_activations_name_the_layer(tmp_path):
     weights["model.layers.1.mlp.gate_proj.weight"] *= 1e38
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NumericalError, match="layer 1"):
-        run(folder, tmp_path / "out", allocation=AllocationOptions(name="uniform"))
+        prune(folder, tmp_path / "out", allocation__name="uniform")
     assert not (tmp_path / "out").exists()
 
 
 def test_existing_output_is_kept_unless_overwrite(tiny_folder, tmp_path):
     folder, out = tiny_folder("llama"), tmp_path / "out"
-    run(folder, out)
+    prune(folder, out)
     before = (out / "model.safetensors").read_bytes()
     with pytest.raises(OutputError, match="overwrite"):
-        run(folder, out, sparsity=0.5)
+        prune(folder, out, sparsity=0.5)
     assert (out / "model.safetensors").read_bytes() == before
-    run(folder, out, sparsity=0.5, overwrite=True)
+    prune(folder, out, sparsity=0.5, overwrite=True)
     assert (out / "model.safetensors").read_bytes() != before
 
 
@@ -345,14 +267,14 @@ def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, t
 
 
 def test_a_kept_gradient_pass_costs_what_it_cost_the_run_that_made_it(tiny_folder, tmp_path):
-    folder, options = tiny_folder("llama"), RunOptions(batch_tokens=64, scan_folder=str(tmp_path / "scans"))
-    first = run(folder, tmp_path / "first", run=options)
+    folder, options = tiny_folder("llama"), {"run__scan_folder": str(tmp_path / "scans")}
+    first = prune(folder, tmp_path / "first", **options)
     (scan,) = (tmp_path / "scans").iterdir()
     spent = scan_seconds(scan)
     assert 0.0 < spent <= first.seconds["allocation"]
     save_file({**load_file(scan), "seconds": torch.tensor(1000.0, dtype=torch.float64)}, scan)
-    second = run(folder, tmp_path / "second", 0.2, run=options)
+    second = prune(folder, tmp_path / "second", sparsity=0.2, **options)
     assert 1000.0 < second.seconds["allocation"] < 2000.0 and second.seconds["total"] > 1000.0
-    uniform = run(folder, tmp_path / "third", run=options, allocation=AllocationOptions(name="uniform"))
+    uniform = prune(folder, tmp_path / "third", **options, allocation__name="uniform")
     assert uniform.seconds["total"] < 1000.0
     assert scan_seconds(tmp_path / "none") == 0.0

@@ -10,6 +10,7 @@ import torch
 import intraslice
 from intraslice.errors import RecipeError
 from intraslice.exporters.base import open_pruned
+from support.progress import Notes, StopAt
 
 FINE = {"attention.head_multiple": 2, "attention.context_multiple": 1, "ffn.ffn_multiple": 1}
 SMALL = {"calibration.num_samples": 4, "calibration.seqlen": 32, **FINE}
@@ -53,43 +54,29 @@ def test_narrow_heads_share_their_rotary_pairs(tiny_folder, tmp_path: Path):
     assert pairs is not None and len(pairs) == checkpoint.shapes[0].qk_head_dim // 2
 
 
-def test_an_interrupted_run_keeps_its_plan(tiny_folder, tmp_path: Path, monkeypatch):
+def test_an_interrupted_run_keeps_its_plan(tiny_folder, tmp_path: Path):
     folder = tiny_folder("llama")
     whole = _prune(folder, tmp_path / "whole", "llama.cpp")
-    from intraslice.engine import run
-
-    prune_layer, calls = run.prune_layer, []
-
-    def stop_at_the_second(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return prune_layer(*args)
-
-    monkeypatch.setattr(run, "prune_layer", stop_at_the_second)
+    options, asked = {**SMALL}, {"output": tmp_path / "again", "sparsity": 0.3, "target": "llama.cpp"}
     with pytest.raises(KeyboardInterrupt):
-        _prune(folder, tmp_path / "again", "llama.cpp")
-    monkeypatch.setattr(run, "prune_layer", prune_layer)
-    options = {**SMALL}
-    again = intraslice.prune(
-        str(folder), output=tmp_path / "again", sparsity=0.3, target="llama.cpp", options=options, resume=True
-    )
+        intraslice.prune(str(folder), options=options, progress=StopAt("layers", 0), **asked)
+    again = intraslice.prune(str(folder), options=options, resume=True, **asked)
     assert [record.shape for record in again.layers] == [record.shape for record in whole.layers]
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "again"))
     assert first == second
 
 
 def test_the_plan_says_what_the_constraint_costs(tiny_folder, tmp_path: Path):
-    notes: list[str] = []
-
-    class Notes(intraslice.progress.SilentProgress):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
+    progress = Notes()
     intraslice.prune(
-        str(tiny_folder("llama")), output=tmp_path / "out", sparsity=0.3, target="vllm", options=SMALL, progress=Notes()
+        str(tiny_folder("llama")),
+        output=tmp_path / "out",
+        sparsity=0.3,
+        target="vllm",
+        options=SMALL,
+        progress=progress,
     )
-    assert any("keeps" in note and "free shapes would keep" in note for note in notes)
+    assert any("keeps" in note and "free shapes would keep" in note for note in progress.notes)
 
 
 def test_shapes_need_mask_gradients(tiny_folder, tmp_path: Path):

@@ -21,7 +21,7 @@ from intraslice.streaming.analysis import (
     pair_masks,
     sample_spectrum,
 )
-from tiny import VOCAB_SIZE, make_tiny, tiny_config
+from support.tiny import VOCAB_SIZE, make_tiny, tiny_config
 
 HALF_ROPE = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
 CASES = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from intraslice.inspection import family_of
@@ -13,7 +12,8 @@ from intraslice.placement import Placement
 from intraslice.speed.bench import BenchOptions
 from intraslice.speed.layer_bench import bench_layers
 from intraslice.speed.layer_speed import LayerHost
-from tiny import FAMILIES
+from support.clock import count_operations
+from support.tiny import FAMILIES
 
 CPU = Placement(torch.device("cpu"), torch.float32, torch.float32, torch.float32)
 SMALL = BenchOptions(prompt_tokens=16, decode_tokens=3, batch_size=2, repetitions=2)
@@ -22,13 +22,7 @@ SMALL = BenchOptions(prompt_tokens=16, decode_tokens=3, batch_size=2, repetition
 @pytest.fixture
 def clock_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """One second is one multiply-add of a matrix product."""
-
-    def timed(self: Placement, work):
-        with FlopCounterMode(display=False) as counter:
-            result = work()
-        return counter.get_total_flops() / 2, result
-
-    monkeypatch.setattr(Placement, "timed", timed)
+    count_operations(monkeypatch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from intraslice.evaluation.likelihood import can_pack, score_continuations
-from runtime.tiny_models import CASES, ONE_PER_FAMILY, VOCAB, dense_model, pruned_model
+from support.tiny_models import CASES, ONE_PER_FAMILY, VOCAB, dense_model, pruned_model
 
 UNLIMITED = tuple(case for case in CASES if "window" not in case and case != "phi3-gqa-partial-rope")
 

@@ -9,7 +9,7 @@ import torch
 from intraslice.errors import CalibrationError, NumericalError, RecipeError
 from intraslice.evaluation import perplexity
 from intraslice.evaluation.perplexity import measure_perplexity, tokenize
-from tiny import FAMILIES, VOCAB_SIZE, tiny_model
+from support.tiny import FAMILIES, VOCAB_SIZE, tiny_model
 
 
 def stream(length: int) -> torch.Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from intraslice import api
 from intraslice.cli.app import main
@@ -20,7 +19,8 @@ from intraslice.placement import Placement
 from intraslice.recipes.recipe import load_recipe
 from intraslice.results.result import PruneResult
 from intraslice.runtime.configuration_intraslice import dense_shape
-from tiny import FAMILIES, tiny_config
+from support.clock import count_operations
+from support.tiny import FAMILIES, tiny_config
 
 CPU = Placement(torch.device("cpu"), torch.float32, torch.float32, torch.float32)
 FINE = MethodOptions(sparsity=0, attention=AttentionOptions(head_multiple=2), ffn=FFNOptions(ffn_multiple=1))
@@ -30,13 +30,7 @@ SMALL = ["--num-samples", "4", "--seqlen", "32", "--set", "attention.head_multip
 @pytest.fixture
 def clock_of_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """One second is one multiply-add of a matrix product."""
-
-    def timed(self: Placement, work):
-        with FlopCounterMode(display=False) as counter:
-            result = work()
-        return counter.get_total_flops() / 2, result
-
-    monkeypatch.setattr(Placement, "timed", timed)
+    count_operations(monkeypatch)
     # This clock is always right the first time.
     monkeypatch.setattr(target_speed, "_REPETITIONS", 1)
     monkeypatch.setattr(target_speed, "_STEPS", 1)

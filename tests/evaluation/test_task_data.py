@@ -10,7 +10,7 @@ import pytest
 from intraslice.errors import TaskError
 from intraslice.evaluation.task_data import FIELDS
 from intraslice.evaluation.tasks import open_tasks
-from task_rows import write_tasks
+from support.task_rows import write_tasks
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tasks"
 

@@ -13,9 +13,9 @@ from intraslice import api
 from intraslice.errors import CalibrationError, MissingExtraError, NumericalError, RecipeError, TaskError
 from intraslice.evaluation import harness
 from intraslice.evaluation.tasks import evaluate_tasks, open_tasks
-from runtime.tiny_models import pruned_model
-from task_rows import ROWS, write_tasks
-from tiny import VOCAB_SIZE, tiny_model
+from support.task_rows import ROWS, write_tasks
+from support.tiny import VOCAB_SIZE, tiny_model
+from support.tiny_models import pruned_model
 
 NAMES = tuple(ROWS)
 HUB_FILES = {

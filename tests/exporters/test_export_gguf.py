@@ -22,10 +22,9 @@ from intraslice.exporters import gguf as exporter
 from intraslice.exporters.base import ExportOptions, ExportReport, open_pruned
 from intraslice.exporters.gguf import export_gguf
 from intraslice.progress import SilentProgress
-from intraslice.runtime.configuration_intraslice import pruned_config
-from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
-from intraslice.runtime.modeling_intraslice import PrunedAttention
-from tiny import VOCAB_SIZE, tiny_config, tiny_tokenizer
+from intraslice.runtime.families_intraslice import LayerShape
+from support.pruned import FREE, save_pruned
+from support.tiny import VOCAB_SIZE, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
@@ -37,7 +36,6 @@ def shape(heads_per_kv: tuple[int, ...], qk: int, v: int, ffn: int) -> LayerShap
     return LayerShape(heads_per_kv=heads_per_kv, qk_head_dim=qk, v_head_dim=v, intermediate_size=ffn)
 
 
-FREE = [shape((2, 2), 8, 8, 40), shape((1, 1), 8, 8, 64), shape((3,), 8, 8, 9)]
 SHARED = [shape((2, 2), 4, 4, 40), shape((1,), 4, 4, 64), shape((2,), 4, 4, 9)]
 RAGGED = [shape((2, 1), 6, 5, 40), shape((1, 2), 4, 7, 9), shape((1,), 8, 4, 64)]
 LLAMA3 = {
@@ -51,39 +49,6 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
 PARTIAL = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
-
-
-def save_pruned(
-    folder: Path,
-    family: str = "llama",
-    shapes: list[LayerShape] | None = None,
-    *,
-    pairs: list[int] | None = None,
-    dtype: torch.dtype = torch.float32,
-    tokenizer: Any = None,
-    **overrides: Any,
-) -> Path:
-    """Save a random pruned model; every head keeps `pairs`, or pairs of its own."""
-    shapes = shapes or FREE
-    dense = tiny_config(family, num_hidden_layers=len(shapes), **overrides)
-    config = pruned_config(dense, FAMILIES[family], shapes, method="random", recipe={})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 2:
-                    parameter.normal_(std=1.5 * max(parameter.shape[1], 1) ** -0.5)
-                else:
-                    parameter.add_(torch.randn_like(parameter) * 0.2)
-        for module in model.modules():
-            if isinstance(module, PrunedAttention) and module.rope_index is not None:
-                kept, heads = module.rope_index.shape[1], module.num_kv_heads
-                own = torch.stack([torch.randperm(WIDTH // 2)[:kept] for _ in range(heads)])
-                module.set_rope_pairs(own if pairs is None else torch.tensor(pairs).repeat(heads, 1))
-    model.to(dtype).save_pretrained(folder)
-    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
-    return folder
 
 
 def export(source: Path, output: Path, **options: Any) -> ExportReport:

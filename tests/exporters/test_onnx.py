@@ -15,10 +15,9 @@ from intraslice.errors import CheckpointError, MissingExtraError, OutputError, U
 from intraslice.exporters import onnx as exporter
 from intraslice.exporters.base import ExportOptions, ExportReport, open_pruned
 from intraslice.progress import SilentProgress
-from intraslice.runtime.configuration_intraslice import pruned_config
-from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
-from intraslice.runtime.modeling_intraslice import PrunedAttention
-from tiny import VOCAB_SIZE, tiny_config, tiny_tokenizer
+from intraslice.runtime.families_intraslice import LayerShape
+from support.pruned import save_pruned
+from support.tiny import VOCAB_SIZE
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -37,27 +36,8 @@ SHAPES = {
 WINDOW = 6
 
 
-def save_pruned(folder: Path, family: str, **overrides: Any) -> Path:
-    """Save a random pruned model of two layers whose kv heads keep pairs of their own."""
-    dense = tiny_config(family, num_hidden_layers=2, **overrides)
-    shapes = SHAPES["one-to-one" if family == "opt" else "grouped"]
-    config = pruned_config(dense, FAMILIES[family], shapes, method="random", recipe={})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 2:
-                    parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
-                else:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
-        for module in model.modules():
-            if isinstance(module, PrunedAttention) and module.rope_index is not None:
-                rows = [torch.randperm(4)[: module.qk_head_dim // 2] for _ in range(module.num_kv_heads)]
-                module.set_rope_pairs(torch.stack(rows))
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+def shapes_of(family: str) -> list[LayerShape]:
+    return SHAPES["one-to-one" if family == "opt" else "grouped"]
 
 
 def export(source: Path, output: Path, **options: Any) -> ExportReport:
@@ -68,7 +48,7 @@ class Exported:
     """A pruned model and its two graphs."""
 
     def __init__(self, root: Path, family: str, export_options: dict[str, Any] | None = None, **overrides: Any) -> None:
-        self.source = save_pruned(root / "pruned", family, **overrides)
+        self.source = save_pruned(root / "pruned", family, shapes_of(family), **overrides)
         self.folder = root / "onnx"
         self.report = export(self.source, self.folder, **(export_options or {}))
         self.model = AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32).eval()
@@ -264,6 +244,6 @@ def test_bfloat16_is_refused(windowed, tmp_path):
 
 def test_rope_that_depends_on_the_length_is_refused(tmp_path):
     rope = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}
-    source = save_pruned(tmp_path / "pruned", "llama", rope_parameters=rope)
+    source = save_pruned(tmp_path / "pruned", "llama", shapes_of("llama"), rope_parameters=rope)
     with pytest.raises(UnsupportedModelError, match="RoPE of type 'dynamic'"):
         export(source, tmp_path / "onnx")

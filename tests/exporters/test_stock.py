@@ -18,39 +18,9 @@ from intraslice.exporters import export_checkpoint
 from intraslice.exporters.base import ExportOptions, open_pruned
 from intraslice.progress import SilentProgress
 from intraslice.runtime.configuration_intraslice import dense_shape, pruned_config
-from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
-from intraslice.runtime.modeling_intraslice import PrunedAttention
-from runtime.tiny_models import CASES, LLAMA3_ROPE, dense_config_of, pruned_model, randomise, tokens
-from tiny import tiny_tokenizer
-
-
-def _save(model, folder: Path) -> Path:
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def _uniform(
-    case: str, folder: Path, *, width: int, heads: int = 2, kv: int = 1, ffn: int = 40, biases=False, **overrides
-) -> Path:
-    """A pruned model with one shape, whose heads share a random choice of rotary pairs."""
-    dense = dense_config_of(case, **overrides)
-    spec = FAMILIES[dense.model_type]
-    shape = LayerShape(
-        heads_per_kv=(heads // kv,) * kv,
-        qk_head_dim=width,
-        v_head_dim=width,
-        intermediate_size=ffn,
-        output_bias=biases,
-    )
-    config = pruned_config(dense, spec, [shape] * dense.num_hidden_layers, method="random", recipe={})
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    randomise(model)
-    pairs = torch.randperm(dense_shape(dense, spec).qk_head_dim // 2, generator=torch.Generator().manual_seed(3))
-    for module in model.modules():
-        if isinstance(module, PrunedAttention) and module.rope_index is not None:
-            module.set_rope_pairs(pairs[: width // 2].sort().values.repeat(kv, 1))
-    return _save(model, folder)
+from intraslice.runtime.families_intraslice import FAMILIES
+from support.pruned import save, save_uniform
+from support.tiny_models import CASES, LLAMA3_ROPE, dense_config_of, pruned_model, randomise, tokens
 
 
 def _logits(folder: Path) -> torch.Tensor:
@@ -67,7 +37,7 @@ WHOLE = [(case, 8) for case in ("llama-mha", "llama-llama3-rope", "mistral-mha",
 
 @pytest.mark.parametrize(("case", "width"), SUBSETS + WHOLE)
 def test_a_stock_export_is_the_same_model(tmp_path: Path, case: str, width: int):
-    source = _uniform(case, tmp_path / "pruned", width=width)
+    source = save_uniform(case, tmp_path / "pruned", width=width)
     report = _export(source, "stock", tmp_path / "stock")
     assert report.max_logit_difference is not None and report.max_logit_difference < 1e-4
     config = json.loads((tmp_path / "stock" / "config.json").read_text())
@@ -82,7 +52,7 @@ def test_a_stock_export_is_the_same_model(tmp_path: Path, case: str, width: int)
 
 @pytest.mark.parametrize(("case", "width"), [("llama-mha", 6), ("llama-mha", 8), ("llama-gqa-biases", 8)])
 def test_output_biases_become_those_of_the_stock_class(tmp_path: Path, case: str, width: int):
-    source = _uniform(case, tmp_path / "pruned", width=width, biases=True)
+    source = save_uniform(case, tmp_path / "pruned", width=width, biases=True)
     _export(source, "stock", tmp_path / "stock")
     config = AutoConfig.from_pretrained(tmp_path / "stock")
     assert (config.model_type, config.attention_bias, config.mlp_bias) == ("llama", True, True)
@@ -91,7 +61,7 @@ def test_output_biases_become_those_of_the_stock_class(tmp_path: Path, case: str
 
 @pytest.mark.parametrize(("to", "case"), [("stock", "mistral-mha"), ("padded", "qwen2-gqa"), ("padded", "phi3-mha")])
 def test_output_biases_that_a_class_has_no_place_for_are_refused(tmp_path: Path, to: str, case: str):
-    source = _uniform(case, tmp_path / "pruned", width=8, biases=True)
+    source = save_uniform(case, tmp_path / "pruned", width=8, biases=True)
     with pytest.raises(UnsupportedModelError, match="biases on o_proj and down_proj.*no place") as caught:
         _export(source, to, tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
@@ -106,33 +76,33 @@ def test_padding_keeps_output_biases_of_single_layers(tmp_path: Path, case: str)
     shapes = [small, full, replace(full, intermediate_size=9)]
     model = AutoModelForCausalLM.from_config(pruned_config(dense, spec, shapes, method="random", recipe={}))
     randomise(model.float().eval())
-    source = _save(model, tmp_path / "pruned")
+    source = save(model, tmp_path / "pruned")
     _export(source, "padded", tmp_path / "padded")
     torch.testing.assert_close(_logits(tmp_path / "padded"), _logits(source), atol=1e-4, rtol=1e-4)
 
 
 def test_odd_head_counts_become_a_mistral(tmp_path: Path):
-    source = _uniform("llama-mha", tmp_path / "pruned", width=6, heads=3, kv=3)
+    source = save_uniform("llama-mha", tmp_path / "pruned", width=6, heads=3, kv=3)
     _export(source, "stock", tmp_path / "stock")
     assert AutoConfig.from_pretrained(tmp_path / "stock").model_type == "mistral"
     torch.testing.assert_close(_logits(tmp_path / "stock"), _logits(source), atol=1e-4, rtol=1e-4)
 
 
 def test_odd_head_counts_with_biases_have_no_stock_class(tmp_path: Path):
-    source = _uniform("llama-gqa-biases", tmp_path / "pruned", width=6, heads=3, kv=1)
+    source = save_uniform("llama-gqa-biases", tmp_path / "pruned", width=6, heads=3, kv=1)
     with pytest.raises(UnsupportedModelError, match="3 heads.*do not divide hidden_size 32"):
         _export(source, "stock", tmp_path / "stock")
     assert not (tmp_path / "stock").exists()
 
 
 def test_phi3_takes_no_subset_of_pairs(tmp_path: Path):
-    source = _uniform("phi3-mha", tmp_path / "pruned", width=6)
+    source = save_uniform("phi3-mha", tmp_path / "pruned", width=6)
     with pytest.raises(UnsupportedModelError, match="Phi3Config refuses heads of 6 channels.*--to padded"):
         _export(source, "stock", tmp_path / "stock")
 
 
 def test_it_loads_where_this_package_is_not_installed(tmp_path: Path):
-    source = _uniform("llama-mha", tmp_path / "pruned", width=6)
+    source = save_uniform("llama-mha", tmp_path / "pruned", width=6)
     _export(source, "stock", tmp_path / "stock")
     code = (
         "import sys; sys.modules['intraslice'] = None\n"
@@ -152,14 +122,14 @@ def test_it_loads_where_this_package_is_not_installed(tmp_path: Path):
     [("llama-mha", "3 different shapes"), ("opt", "3 different shapes")],
 )
 def test_shapes_that_differ_are_refused_with_numbers(tmp_path: Path, case: str, reason: str):
-    source = _save(pruned_model(case, torch.float32), tmp_path / "pruned")
+    source = save(pruned_model(case, torch.float32), tmp_path / "pruned")
     with pytest.raises(UnsupportedModelError, match=f"{reason}.*--target stock.*% decoder weights"):
         _export(source, "stock", tmp_path / "stock")
     assert not (tmp_path / "stock").exists()
 
 
 def test_pairs_that_differ_are_refused(tmp_path: Path):
-    source = _uniform("llama-mha", tmp_path / "pruned", width=6, kv=2)
+    source = save_uniform("llama-mha", tmp_path / "pruned", width=6, kv=2)
     model = AutoModelForCausalLM.from_pretrained(source)
     model.model.layers[1].self_attn.set_rope_pairs(torch.tensor([[0, 1, 2], [1, 2, 3]]))
     model.save_pretrained(source)
@@ -168,7 +138,7 @@ def test_pairs_that_differ_are_refused(tmp_path: Path):
 
 
 def test_frequencies_that_change_with_the_length_are_refused(tmp_path: Path):
-    source = _uniform("llama-dynamic-rope", tmp_path / "pruned", width=6, kv=2)
+    source = save_uniform("llama-dynamic-rope", tmp_path / "pruned", width=6, kv=2)
     with pytest.raises(UnsupportedModelError, match="'dynamic' change with the length"):
         _export(source, "stock", tmp_path / "stock")
     # All pairs in their dense places need no constants.
@@ -179,7 +149,7 @@ def test_frequencies_that_change_with_the_length_are_refused(tmp_path: Path):
 @pytest.mark.parametrize("pad_to", ["dense", "max"])
 @pytest.mark.parametrize("case", list(CASES))
 def test_padding_is_exact(tmp_path: Path, case: str, pad_to: str):
-    source = _save(pruned_model(case, torch.float32), tmp_path / "pruned")
+    source = save(pruned_model(case, torch.float32), tmp_path / "pruned")
     report = _export(source, "padded", tmp_path / "padded", pad_to=pad_to)
     assert report.max_logit_difference is not None and report.max_logit_difference < 1e-4
     assert "weights" in report.notes[0]
@@ -191,14 +161,14 @@ def test_padding_is_exact(tmp_path: Path, case: str, pad_to: str):
 
 
 def test_padding_to_the_maximum_keeps_a_part_of_the_gain(tmp_path: Path):
-    source = _uniform("llama-llama3-rope", tmp_path / "pruned", width=6, rope_parameters=LLAMA3_ROPE)
+    source = save_uniform("llama-llama3-rope", tmp_path / "pruned", width=6, rope_parameters=LLAMA3_ROPE)
     report = _export(source, "padded", tmp_path / "padded", pad_to="max")
     assert "+0.0%" in report.notes[0]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision(tmp_path: Path, dtype: str):
-    source = _uniform("llama-mha", tmp_path / "pruned", width=6)
+    source = save_uniform("llama-mha", tmp_path / "pruned", width=6)
     report = _export(source, "stock", tmp_path / "stock", dtype=dtype)
     assert report.max_logit_difference is not None
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype="auto").dtype == getattr(torch, dtype)
@@ -213,7 +183,7 @@ def test_what_is_not_ours_is_refused(tiny_folder, tmp_path: Path):
 
 
 def test_an_existing_output_stays(tmp_path: Path):
-    source = _uniform("llama-mha", tmp_path / "pruned", width=6)
+    source = save_uniform("llama-mha", tmp_path / "pruned", width=6)
     _export(source, "stock", tmp_path / "out")
     with pytest.raises(OutputError, match="already exists"):
         _export(source, "stock", tmp_path / "out")
@@ -223,7 +193,7 @@ def test_an_existing_output_stays(tmp_path: Path):
 
 
 def test_nothing_is_left_of_an_export_that_fails(tmp_path: Path, monkeypatch):
-    source = _uniform("llama-mha", tmp_path / "pruned", width=6)
+    source = save_uniform("llama-mha", tmp_path / "pruned", width=6)
     monkeypatch.setattr("intraslice.exporters.stock.scale_queries", lambda layer, factor: layer)
     with pytest.raises(CheckpointError, match="other logits than the checkpoint"):
         _export(source, "stock", tmp_path / "out")

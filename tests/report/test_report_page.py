@@ -11,11 +11,11 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
-from sample_comparison import METHODS, SPARSITIES, sample
 
 from intraslice.errors import RecipeError
 from intraslice.report import render_report
 from intraslice.report.figures import pareto_front
+from support.sample_comparison import METHODS, SPARSITIES, sample
 
 VOID = {"meta", "br", "input", "link", "img", "hr", "line", "rect", "circle", "path"}
 SECTIONS = (

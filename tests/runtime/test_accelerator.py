@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import ONE_PER_FAMILY, pruned_model, tokens
 from transformers import AutoModelForCausalLM
+
+from support.tiny_models import ONE_PER_FAMILY, pruned_model, tokens
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from tiny_models import CASES, dense_model, pruned_model, tokens
 from torch import nn
-from twin import zero_pad
 
 from intraslice.runtime.configuration_intraslice import dense_shape
 from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention, apply_layer_shape, pair_channels
+from support.tiny_models import CASES, dense_model, pruned_model, tokens
+from support.twin import zero_pad
 
 # Sums of the same float64 terms in another order.
 FLOAT64 = {"atol": 1e-10, "rtol": 0.0}

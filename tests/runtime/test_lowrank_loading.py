@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_loading import AUTO, BLOCK_PACKAGE, LOAD_ALL, SOURCE, check_logits, run_python
-from tiny_models import dense_config_of, randomise, tokens
 from transformers import AutoModelForCausalLM
 
 from intraslice.runtime.configuration_intraslice import dense_config, dense_shape, pruned_config
 from intraslice.runtime.families_intraslice import FAMILIES
+from support.processes import AUTO, BLOCK_PACKAGE, LOAD_ALL, SOURCE, check_logits, run_python
+from support.tiny_models import dense_config_of, randomise, tokens
 
 FACTORED = ("llama-gqa-biases", "mistral-gqa-window", "qwen2-gqa", "phi3-gqa-partial-rope", "opt", "opt-norm-after")
 SLICED = FACTORED[:4]

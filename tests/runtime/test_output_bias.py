@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ONE_PER_FAMILY, dense_config_of, pruned_model, ragged_shapes, randomise, tokens
 from transformers import AutoModelForCausalLM
 
 from intraslice.runtime.configuration_intraslice import pruned_config
 from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.runtime.modeling_intraslice import apply_layer_shape
+from support.tiny_models import ONE_PER_FAMILY, dense_config_of, pruned_model, ragged_shapes, randomise, tokens
 
 
 def output_projections(model: Any, index: int) -> tuple[Any, Any]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import ONE_PER_FAMILY, pruned_model, tokens
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+from support.tiny_models import ONE_PER_FAMILY, pruned_model, tokens
 
 FLOAT64 = {"atol": 1e-10, "rtol": 0.0}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from output_moments import moments_of
 
 from intraslice.algebra.linalg import ridge_solve
 from intraslice.layers.weights import AttentionWeights, fuse_qk, fuse_value
@@ -20,6 +19,7 @@ from intraslice.methods.blockwise.iter_pca import iterate_pca, pseudo_inverse
 from intraslice.methods.blockwise.options import AttentionOptions, FFNOptions
 from intraslice.methods.blockwise.repairs import OutputMoments
 from intraslice.runtime.modeling_intraslice import pair_channels
+from support.output_moments import moments_of
 
 D, H, K, d, N = 24, 4, 2, 8, 200
 

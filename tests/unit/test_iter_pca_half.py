@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from output_moments import moments_of
 
 from intraslice.methods.blockwise.channels import select_channels, solve_down
 from intraslice.methods.blockwise.iter_pca import iterate_pca
 from intraslice.methods.blockwise.options import FFNOptions
+from support.output_moments import moments_of
 
 
 class Replay:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from output_moments import moments_of
 
 from intraslice.methods.blockwise.options import FFNOptions
 from intraslice.methods.blockwise.repairs import Output, repair_output
+from support.output_moments import moments_of
 
 N, P, D = 80, 6, 5
 
