@@ -52,37 +52,77 @@ def prune_recipe(
         trust_remote_code=recipe.trust_remote_code,
         progress=progress,
     )
-    recipe = _fitted(recipe, checkpoint.config, checkpoint.spec)
+    recipe = fitted_recipe(recipe, checkpoint.config, checkpoint.spec)
     for note in recipe.notes:
         progress.note(note)
     check_seqlen(checkpoint.config, recipe.calibration.seqlen)
     begun_with = interrupted_sparsity(output) if resume else None
     recipe = _with_sparsity(recipe, checkpoint.config, checkpoint.dtype, begun_with, progress)
-    assert recipe.sparsity is not None
     calibration = calibrate(checkpoint, recipe.calibration, device=recipe.run.device, progress=progress)
+    job = make_job(
+        recipe,
+        checkpoint,
+        calibration,
+        output=output,
+        overwrite=overwrite,
+        resume=resume,
+        command=command,
+        progress=progress,
+    )
+    return prune_checkpoint(job)
+
+
+def make_job(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    *,
+    output: Path,
+    overwrite: bool = False,
+    resume: bool = False,
+    command: str = "",
+    progress: Progress,
+) -> Job:
+    """Return what the engine is asked to do.
+
+    Args:
+        recipe: fitted to the model, with a sparsity.
+        checkpoint: the opened dense model.
+        calibration: its calibration tokens.
+        output: folder to write.
+        overwrite: replace an existing output, and drop an interrupted run.
+        resume: go on with an interrupted run.
+        command: the command line, for the record.
+        progress: shows the work.
+    """
+    assert recipe.sparsity is not None, "a sparsity has to be chosen first"
     measured = f"{recipe.speedup_of} {recipe.target_speedup:g}" if recipe.target_speedup is not None else None
-    return prune_checkpoint(
-        Job(
-            checkpoint=checkpoint,
-            calibration=calibration,
-            method=recipe.entry.build(recipe.options),
-            method_name=recipe.method,
-            options=recipe.method_options(),
-            sparsity=recipe.sparsity,
-            budget_from=measured,
-            run=recipe.run,
-            output=output,
-            overwrite=overwrite,
-            resume=resume,
-            recipe=recipe.to_dict(),
-            command=command,
-            progress=progress,
-        )
+    return Job(
+        checkpoint=checkpoint,
+        calibration=calibration,
+        method=recipe.entry.build(recipe.options),
+        method_name=recipe.method,
+        options=recipe.method_options(),
+        sparsity=recipe.sparsity,
+        budget_from=measured,
+        run=recipe.run,
+        output=output,
+        overwrite=overwrite,
+        resume=resume,
+        recipe=recipe.to_dict(),
+        command=command,
+        progress=progress,
     )
 
 
-def _fitted(recipe: Recipe, config: Any, spec: FamilySpec) -> Recipe:
-    """Return the recipe with options as this model can have them."""
+def fitted_recipe(recipe: Recipe, config: Any, spec: FamilySpec) -> Recipe:
+    """Return the recipe with options as this model can have them; `fit_to_model` says what may be refused.
+
+    Args:
+        recipe: as it was given.
+        config: stock config of the dense model.
+        spec: its family.
+    """
     return fit_to_model(recipe, spec, hidden_size=config.hidden_size, norms_first=norms_come_first(spec, config))
 
 
@@ -189,7 +229,7 @@ def dry_run(recipe: Recipe, *, progress: Progress | None = None) -> DryRun:
     info = inspect_model(recipe.model, **opened)
     config, _ = load_config(recipe.model, **opened)
     progress = progress or SilentProgress()
-    recipe = _fitted(recipe, config, family_of(config))
+    recipe = fitted_recipe(recipe, config, family_of(config))
     for note in recipe.notes:
         progress.note(note)
     recipe = _with_sparsity(recipe, config, config.dtype or torch.float32, None, progress)
