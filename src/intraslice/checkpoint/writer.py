@@ -13,17 +13,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from intraslice.checkpoint.tensorfile import (
-    TensorFile,
-    TensorSlot,
-    read_slots,
-    write_tensors,
-    write_text,
-    writing,
-)
+from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot, read_slots
 from intraslice.errors import OutputError
-
-__all__ = ["assemble", "check_output", "publish", "save_side_files", "write_tensors", "write_text"]
+from intraslice.files import write_text, writing
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

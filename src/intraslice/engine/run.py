@@ -14,10 +14,11 @@ import transformers
 
 from intraslice import __version__
 from intraslice.checkpoint.reader import Checkpoint
-from intraslice.checkpoint.writer import assemble, check_output, publish, save_side_files, write_text
+from intraslice.checkpoint.writer import assemble, check_output, publish, save_side_files
 from intraslice.data.calibration import Calibration
 from intraslice.engine.rundir import RunDir
 from intraslice.errors import BudgetError
+from intraslice.files import write_text
 from intraslice.methods.blockwise.allocators import BlockSizes
 from intraslice.methods.blockwise.gradient_pass import scan_seconds
 from intraslice.methods.blockwise.layer import LayerBudget, propagate_layer, prune_layer
@@ -331,7 +332,7 @@ def _replay(model: StreamedModel, index: int, work: RunDir, streams: Streams) ->
 
 
 def _count_parameters(folder: Path) -> int:
-    from intraslice.checkpoint.writer import read_slots
+    from intraslice.checkpoint.tensorfile import read_slots
 
     total = 0
     for path in sorted(folder.glob("*.safetensors")):

@@ -22,10 +22,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor
 
-from intraslice.checkpoint.folder import StoredTensor, one_line, read_headers
+from intraslice.checkpoint.folder import StoredTensor, read_headers
 from intraslice.checkpoint.tensorfile import writing
 from intraslice.checkpoint.writer import check_output, publish
-from intraslice.errors import CheckpointError, RecipeError, UnsupportedModelError, nearest
+from intraslice.errors import CheckpointError, RecipeError, UnsupportedModelError, nearest, one_line
 from intraslice.layers.weights import AttentionWeights, FFNWeights
 from intraslice.runtime import register
 from intraslice.runtime.configuration_intraslice import (

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intraslice.checkpoint.tensorfile import writing
 from intraslice.checkpoint.writer import check_output
 from intraslice.errors import CheckpointError, MissingExtraError, OutputError
 from intraslice.exporters.base import (
@@ -34,6 +33,7 @@ from intraslice.exporters.base import (
 )
 from intraslice.exporters.gguf_plan import FilePlan, make_plan
 from intraslice.exporters.gguf_vocabulary import add_vocabulary
+from intraslice.files import writing
 from intraslice.progress import Progress
 from intraslice.runtime.configuration_intraslice import LayerShape
 

@@ -10,23 +10,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
-import logging
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.utils import logging as transformers_logging
 
-from intraslice.checkpoint.folder import one_line
-from intraslice.checkpoint.tensorfile import writing
 from intraslice.checkpoint.writer import save_side_files
-from intraslice.errors import CheckpointError, MissingExtraError, UnsupportedModelError
+from intraslice.errors import CheckpointError, MissingExtraError, UnsupportedModelError, one_line
 from intraslice.exporters.base import (
     ExportOptions,
     ExportReport,
@@ -35,8 +29,10 @@ from intraslice.exporters.base import (
     reference_logits,
     staged_folder,
 )
+from intraslice.files import writing
 from intraslice.loading import load_model
 from intraslice.progress import Progress
+from intraslice.quiet import quiet
 
 PREFILL_FILE = "prefill.onnx"
 DECODE_FILE = "decode.onnx"
@@ -190,7 +186,8 @@ def _trace(model: Any, checkpoint: PrunedCheckpoint, decode: bool) -> Any:
     else:
         arguments = (torch.zeros(batch, length, dtype=torch.int64),)
         dynamic = {"input_ids": {0: sizes["batch"], 1: sizes["sequence"]}}
-    with _quiet():
+    # The exporter and its libraries talk about their own code.
+    with quiet(everything=True):
         try:
             program: Any = torch.onnx.export(
                 _Step(model),
@@ -208,22 +205,6 @@ def _trace(model: Any, checkpoint: PrunedCheckpoint, decode: bool) -> Any:
                 "another release of torch or onnxscript may."
             ) from error
     return program.model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep back warnings and bars: the exporter and its libraries talk about their own code. Errors come through."""
-    disabled, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
-    logging.disable(logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 class _SharedWeights:
@@ -278,7 +259,7 @@ def _verify(checkpoint: PrunedCheckpoint, folder: Path, dtype: torch.dtype) -> f
         return onnxruntime.InferenceSession(folder / name, wanted, providers=["CPUExecutionProvider"])
 
     tokens = prompt_tokens(checkpoint.config.vocab_size)  # [1, T]
-    with _quiet():
+    with quiet(everything=True):
         expected = reference_logits(checkpoint, tokens)  # [1, T, vocabulary]
     split = tokens.shape[1] - _DECODE_STEPS
     logits, *cache = session(PREFILL_FILE).run(None, {"input_ids": tokens[:, :split].numpy()})

@@ -18,8 +18,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from intraslice.checkpoint.writer import assemble, save_side_files, write_tensors, write_text
-from intraslice.errors import CheckpointError, UnsupportedModelError
+from intraslice.checkpoint.tensorfile import write_tensors
+from intraslice.checkpoint.writer import assemble, save_side_files
+from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
 from intraslice.exporters.base import (
     ExportOptions,
     ExportReport,
@@ -37,6 +38,7 @@ from intraslice.exporters.base import (
     staged_folder,
     with_all_biases,
 )
+from intraslice.files import write_text
 from intraslice.placement import dtype_from_name
 from intraslice.progress import Progress
 from intraslice.runtime.configuration_intraslice import LayerShape, rotary_dim
@@ -209,7 +211,7 @@ def stock_config(checkpoint: PrunedCheckpoint, shape: LayerShape, pairs: Sequenc
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UnsupportedModelError(
             f"{kind.__name__} refuses heads of {width} channels with a subset of the rotary pairs "
-            f"({' '.join(str(error).split())}); use --to padded."
+            f"({one_line(error)}); use --to padded."
         ) from error
 
 
@@ -261,5 +263,5 @@ def _verify(checkpoint: PrunedCheckpoint, folder: Path, options: ExportOptions) 
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        raise CheckpointError(f"transformers cannot load the export: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"transformers cannot load the export: {one_line(error)}") from error
     return check_logits(model(tokens).logits, reference_logits(checkpoint, tokens), options.dtype)

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from intraslice.errors import RecipeError, nearest
+from intraslice.errors import RecipeError, nearest, one_line
 from intraslice.methods.blockwise.options import AllocationOptions, AttentionOptions, FFNOptions, MethodOptions
 from intraslice.methods.presets import METHODS, TARGETS
 from intraslice.options import RunOptions
@@ -278,7 +278,7 @@ def _read_file(path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"the recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"the recipe {str(path)!r} is not YAML: {one_line(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
