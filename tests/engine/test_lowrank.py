@@ -16,7 +16,7 @@ from intraslice.checkpoint.source import open_checkpoint
 from intraslice.data.calibration import Calibration
 from intraslice.engine.run import prune_checkpoint
 from intraslice.errors import BudgetError, NumericalError, UnsupportedModelError
-from intraslice.exporters import export_checkpoint
+from intraslice.exporters.export import export_checkpoint
 from intraslice.inspection import inspect_model
 from intraslice.methods.blockwise.options import MethodOptions
 from intraslice.options import RunOptions
