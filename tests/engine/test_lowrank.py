@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.errors import BudgetError, NumericalError, UnsupportedModelError
-from intraslice.exporters import export_checkpoint
+from intraslice.exporters.export import export_checkpoint
 from intraslice.inspection import inspect_model
 from intraslice.results.result import PruneResult
 from intraslice.runtime.configuration_intraslice import dense_config

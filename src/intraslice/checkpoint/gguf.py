@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from intraslice.checkpoint.folder import one_line
 from intraslice.checkpoint.reader import OUTPUT_EMBEDDING, build_skeleton
-from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot, writing
+from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot
 from intraslice.checkpoint.writer import plan_shards, shard_names, write_index
-from intraslice.errors import CheckpointError, MissingExtraError, UnsupportedModelError
+from intraslice.errors import CheckpointError, MissingExtraError, UnsupportedModelError, one_line
+from intraslice.files import writing
 from intraslice.progress import Progress, SilentProgress
 from intraslice.runtime.families_intraslice import FAMILIES
 

@@ -13,7 +13,7 @@ from intraslice.comparison.cells import digest, short_names
 from intraslice.comparison.document import FORMAT, pruned_fields
 from intraslice.comparison.spec import DENSE
 from intraslice.comparison.tables import DOCUMENT_FILE
-from intraslice.errors import CheckpointError, ComparisonError
+from intraslice.errors import CheckpointError, ComparisonError, one_line
 from intraslice.methods.registry import METHODS
 from intraslice.results.result import RESULT_FILE
 
@@ -69,7 +69,7 @@ def _load(path: str) -> _Result:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{str(file)!r} cannot be read: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"{str(file)!r} cannot be read: {one_line(error)}") from None
     if isinstance(content, dict) and content.get("format") == FORMAT and "cells" in content:
         return _Result(path, content)
     if isinstance(content, dict) and "requested_sparsity" in content:

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from intraslice.checkpoint.writer import write_tensors, write_text
+from intraslice.checkpoint.tensorfile import write_tensors
 from intraslice.errors import CheckpointError, IntraSliceError, OutputError, ResumeMismatchError
+from intraslice.files import write_text
 from intraslice.results.result import LayerRecord, layer_record_from_dict
 
 _MANIFEST = "manifest.json"

@@ -13,7 +13,8 @@ import transformers
 from safetensors.torch import load_file
 
 from intraslice.checkpoint.tensorfile import count_parameters
-from intraslice.checkpoint.writer import assemble, save_side_files, write_text
+from intraslice.checkpoint.writer import assemble, save_side_files
+from intraslice.files import write_text
 from intraslice.methods.base import Context, Outside
 from intraslice.placement import dtype_name, matmul_precision
 from intraslice.results.model_card import render

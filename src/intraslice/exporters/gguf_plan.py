@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from intraslice.checkpoint.pruned import PrunedCheckpoint
 from intraslice.errors import UnsupportedModelError
-from intraslice.exporters.base import ExportOptions, PrunedCheckpoint, dense_frequencies, padding_cost, rope_type
+from intraslice.exporters.options import ExportOptions
+from intraslice.exporters.padding import padding_cost
+from intraslice.exporters.rope import dense_frequencies, rope_type
 from intraslice.runtime.configuration_intraslice import rotary_dim
 from intraslice.runtime.families_intraslice import LayerShape
 

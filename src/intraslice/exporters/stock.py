@@ -18,25 +18,16 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from intraslice.checkpoint.writer import assemble, save_side_files, write_tensors, write_text
-from intraslice.errors import CheckpointError, UnsupportedModelError
-from intraslice.exporters.base import (
-    ExportOptions,
-    ExportReport,
-    NeutralLayer,
-    PrunedCheckpoint,
-    check_logits,
-    dense_frequencies,
-    join_layer,
-    pad_layer,
-    padding_cost,
-    prompt_tokens,
-    reference_logits,
-    rope_type,
-    scale_queries,
-    staged_folder,
-    with_all_biases,
-)
+from intraslice.checkpoint.pruned import PrunedCheckpoint
+from intraslice.checkpoint.tensorfile import write_tensors
+from intraslice.checkpoint.writer import assemble, save_side_files, staged_folder
+from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
+from intraslice.exporters.options import ExportOptions, ExportReport
+from intraslice.exporters.padding import pad_layer, padding_cost, scale_queries, with_all_biases
+from intraslice.exporters.rope import dense_frequencies, rope_type
+from intraslice.exporters.state_dict import NeutralLayer, join_layer
+from intraslice.exporters.verify import verify
+from intraslice.files import write_text
 from intraslice.placement import dtype_from_name
 from intraslice.progress import Progress
 from intraslice.runtime.configuration_intraslice import rotary_dim, stock_config_class
@@ -139,7 +130,7 @@ def write_stock(
         del rest
         save_side_files(staging, config, checkpoint.folder, runtime_files=False)
         _write_both_rope_forms(staging / "config.json")
-        difference = _verify(checkpoint, staging, options) if options.verify else None
+        difference = _verified(checkpoint, staging, options.dtype) if options.verify else None
     return ExportReport(
         to=to,
         output=str(output),
@@ -209,7 +200,7 @@ def stock_config(checkpoint: PrunedCheckpoint, shape: LayerShape, pairs: Sequenc
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UnsupportedModelError(
             f"{kind.__name__} refuses heads of {width} channels with a subset of the rotary pairs "
-            f"({' '.join(str(error).split())}); use --to padded."
+            f"({one_line(error)}); use --to padded."
         ) from error
 
 
@@ -253,13 +244,14 @@ def _write_both_rope_forms(path: Path) -> None:
         write_text(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
 
 
-@torch.no_grad()
-def _verify(checkpoint: PrunedCheckpoint, folder: Path, options: ExportOptions) -> float:
+def _verified(checkpoint: PrunedCheckpoint, folder: Path, dtype: str) -> float:
     from transformers import AutoModelForCausalLM
 
-    tokens = prompt_tokens(checkpoint.config.vocab_size)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        raise CheckpointError(f"transformers cannot load the export: {' '.join(str(error).split())}") from error
-    return check_logits(model(tokens).logits, reference_logits(checkpoint, tokens), options.dtype)
+    def run(tokens_1T: Tensor) -> Tensor:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+            raise CheckpointError(f"transformers cannot load the export: {one_line(error)}") from error
+        return model(tokens_1T).logits
+
+    return verify(checkpoint, run, runtime="transformers", dtype=dtype)

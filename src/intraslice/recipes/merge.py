@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from intraslice.errors import RecipeError
+from intraslice.errors import RecipeError, one_line
 from intraslice.recipes import words
 
 
@@ -58,7 +58,7 @@ def read_file(path: str | Path, sections: Sequence[str]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"the recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"the recipe {str(path)!r} is not YAML: {one_line(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

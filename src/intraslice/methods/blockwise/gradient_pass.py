@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from intraslice.algebra.statistics import Statistics
-from intraslice.checkpoint.writer import write_tensors
+from intraslice.checkpoint.tensorfile import write_tensors
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer
 from intraslice.layers.sites import ATTENTION, FFN
