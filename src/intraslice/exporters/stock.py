@@ -23,11 +23,9 @@ from intraslice.errors import CheckpointError, UnsupportedModelError
 from intraslice.exporters.base import (
     ExportOptions,
     ExportReport,
-    NeutralLayer,
     PrunedCheckpoint,
     check_logits,
     dense_frequencies,
-    join_layer,
     pad_layer,
     padding_cost,
     prompt_tokens,
@@ -37,6 +35,7 @@ from intraslice.exporters.base import (
     staged_folder,
     with_all_biases,
 )
+from intraslice.layers.state_dict import NeutralLayer, join_layer
 from intraslice.placement import dtype_from_name
 from intraslice.progress import Progress
 from intraslice.runtime.configuration_intraslice import rotary_dim, stock_config_class
