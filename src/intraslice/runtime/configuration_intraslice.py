@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .families_intraslice import FAMILIES, FamilySpec, LayerShape

@@ -540,7 +540,8 @@ class _HoldsHead(_ModelBase):
         self.model = _model_class(config.family, "Model")(config)
         self.vocab_size = config.vocab_size
         # As wide as the embeddings, which may be another width than that of the layers.
-        self.lm_head = nn.Linear(self.get_input_embeddings().embedding_dim, config.vocab_size, bias=False)
+        embeddings: Any = self.get_input_embeddings()
+        self.lm_head = nn.Linear(embeddings.embedding_dim, config.vocab_size, bias=False)
         self.post_init()
 
 

@@ -118,9 +118,11 @@ class StreamedModel:
             if not lost:
                 continue
             for name, buffer in lost.items():
-                # A factor that was rounded with the weights on disk would stay so in a wider computation.
-                wide = torch.promote_types(buffer.dtype, torch.float32) if buffer.is_floating_point() else buffer.dtype
-                setattr(module, name, torch.empty_like(buffer, dtype=wide, device=self.placement.device))
+                # A factor that was rounded like the weights on disk would stay so in a wider computation.
+                dtype = buffer.dtype
+                if buffer.is_floating_point():
+                    dtype = torch.promote_types(dtype, self.placement.compute_dtype)
+                setattr(module, name, torch.empty_like(buffer, dtype=dtype, device=self.placement.device))
             for parameter in module.parameters(recurse=False):
                 # What was loaded must stay; this is the mark that transformers itself sets.
                 setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - no attribute of the class
