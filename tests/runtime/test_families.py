@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from intraslice.placement import Placement
 from intraslice.runtime import configuration_intraslice
 from intraslice.runtime.configuration_intraslice import dense_shape, family_of_class
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
-from intraslice.runtime.modeling_intraslice import PrunedAttention, apply_layer_shape
+from intraslice.runtime.modeling_intraslice import PrunedAttention, apply_layer_shape, model_classes
 from intraslice.streaming.model import StreamedModel
-from runtime.family_cases import CASES, doubles, family_model
+from runtime.family_cases import doubles, family_model
 from tiny import tiny_tokenizer
 
 # Sums of the same float64 terms in another order.
@@ -153,5 +154,24 @@ def test_rope_parameters_of_each_layer_type_are_written_as_they_are():
     assert saved["rope_parameters"] == nested and "rope_theta" not in saved
 
 
-def test_every_family_has_a_case():
-    assert CASES.keys() == FAMILIES.keys()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_zero_padding_gives_the_stock_class(family, folders, tmp_path):
+    """The exporter compares the logits itself before it publishes."""
+    api.prune(str(folders(family)), output=tmp_path / "out", sparsity=0.3, options=FAST)
+    report = api.export(tmp_path / "out", to="padded", output=tmp_path / "padded")
+    assert report.max_logit_difference is not None and report.max_logit_difference < 1e-3
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "stock" not in FAMILIES[name].without_targets])
+def test_one_shape_for_all_layers_is_a_stock_model(family, folders, tmp_path):
+    api.prune(str(folders(family)), output=tmp_path / "out", sparsity=0.25, target="stock", options=FAST)
+    report = api.export(tmp_path / "out", to="stock", output=tmp_path / "stock")
+    assert report.max_logit_difference is not None and report.max_logit_difference < 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_classes_are_found_again_by_name(family):
+    for kind in model_classes(family):
+        assert pickle.loads(pickle.dumps(kind)) is kind and copy.deepcopy(kind) is kind
+    config = AutoConfig.for_model(f"intraslice_{family}")
+    assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()

@@ -114,7 +114,7 @@ def write_stock(
     if pairs is not None and len(pairs) == dense_width // 2:
         pairs = None
     config = stock_config(checkpoint, shape, pairs)
-    factor = (shape.qk_head_dim / dense_width) ** 0.5
+    factor = 1.0 if checkpoint.spec.fixed_scale else (shape.qk_head_dim / dense_width) ** 0.5
     with staged_folder(output, options.overwrite, source=checkpoint.folder) as staging:
         layers = staging.parent / "layers"
         files: list[Path] = []

@@ -106,6 +106,7 @@ class FamilySpec:
         head_dim_field: whether the stock config has a head_dim, so that the stock class can have other heads than
             hidden_size / num_attention_heads.
         rope_subset: whether the stock config can say which of the rotary pairs of a wider head its heads have.
+        fixed_scale: whether the stock class takes its softmax scale from another config attribute than the head width.
         heads_divide_hidden: whether the stock config refuses head counts that do not divide hidden_size.
         stand_in: another family that computes the same without that check, and without biases; None if there is none.
         gguf: name of the architecture in GGUF files that transformers reads as this family; None when there is none.
@@ -139,6 +140,7 @@ class FamilySpec:
     bias_fields: tuple[str, ...] = ()
     head_dim_field: bool = True
     rope_subset: bool = True
+    fixed_scale: bool = False
     heads_divide_hidden: bool = False
     stand_in: str | None = None
     gguf: str | None = None
@@ -352,6 +354,7 @@ FAMILIES: dict[str, FamilySpec] = {
             activation="hidden_activation",
             ffn_norm="pre_feedforward_layernorm",
             norm="rms_plus_one",
+            fixed_scale=True,
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             heads_divide_hidden=True,
