@@ -16,7 +16,7 @@ import intraslice
 from intraslice.errors import CheckpointError, ComparisonError
 from intraslice.process import Worker
 
-CHILD = '''
+CHILD = """
 import os, signal, subprocess, sys
 from intraslice.errors import RecipeError
 
@@ -50,7 +50,7 @@ def serve(requests, parent):
                 os.kill(os.getpid(), signal.SIGKILL)
             case "path":
                 parent.done([sys.path, sys.modules["intraslice"].__file__])
-'''
+"""
 
 
 class _Seen:
@@ -149,7 +149,9 @@ def test_files_in_the_folder_of_a_model_are_not_imported(make_folder, tmp_path: 
     folder = make_folder("llama")
     names = ("torch", "json", "queue", "transformers", "intraslice", "sitecustomize", "numpy", "multiprocessing")
     for name in names:
-        (folder / f"{name}.py").write_text(f"open({str(tmp_path / name)!r} + '-was-imported', 'w')\nraise SystemExit(3)\n")
+        (folder / f"{name}.py").write_text(
+            f"open({str(tmp_path / name)!r} + '-was-imported', 'w')\nraise SystemExit(3)\n"
+        )
     # Started like the installed command: the folder of the script comes first, and not the current one.
     script = tmp_path / "bin" / "command.py"
     script.parent.mkdir()

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.data.text import check_source, load_text
 from intraslice.evaluation.perplexity import Perplexity, measure_perplexity, tokenize
-from intraslice.evaluation.tasks import DEFAULT_BATCH_SIZE, TaskResults, check_range, open_tasks, score_tasks
+from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
+from intraslice.evaluation.tasks import TaskResults, check_range, open_tasks, score_tasks
 from intraslice.exporters import export_checkpoint
 from intraslice.exporters.base import ExportOptions, ExportReport
 from intraslice.loading import load_model

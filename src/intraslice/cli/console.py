@@ -25,6 +25,9 @@ from rich.progress import Progress as RichBars
 from rich.table import Table
 from rich.text import Text
 
+from intraslice.numbers import percent
+from intraslice.results.sites import short_site_title
+
 if TYPE_CHECKING:
     from intraslice.runtime.configuration_intraslice import LayerShape
 
@@ -122,28 +125,18 @@ def _output() -> Console:
     return console if console.is_terminal else Console(width=120)
 
 
-LAYER_COLUMNS = (
-    "layer",
-    "heads",
-    "kv",
-    "qk dim",
-    "v dim",
-    "FFN",
-    "parameters",
-    "kept",
-    "attn err",
-    "FFN err",
-)
+_LAYER_COLUMNS = ("layer", "heads", "kv", "qk dim", "v dim", "FFN", "parameters", "kept")
+
+
+def layer_columns(sites: Sequence[str]) -> list[str]:
+    """Return the heads of a table of layers, with one column for the error at each site."""
+    return [*_LAYER_COLUMNS, *(f"{short_site_title(site)} err" for site in sites)]
 
 
 def layer_row(
-    layer: int,
-    shape: LayerShape,
-    num_parameters: int,
-    kept: float,
-    errors: tuple[float | None, float | None],
+    layer: int, shape: LayerShape, num_parameters: int, kept: float, errors: Mapping[str, float], sites: Sequence[str]
 ) -> list[str]:
-    """Return the cells of a layer under `LAYER_COLUMNS`."""
+    """Return the cells of a layer under `layer_columns(sites)`."""
     return [
         str(layer),
         str(shape.num_attention_heads),
@@ -153,24 +146,5 @@ def layer_row(
         str(shape.intermediate_size),
         f"{num_parameters:,}",
         percent(kept),
-        *("" if error is None else f"{error:.4f}" for error in errors),
+        *(f"{errors[site]:.4f}" if site in errors else "" for site in sites),
     ]
-
-
-def percent(fraction: float) -> str:
-    """Return 0.314 as "31.4 %"."""
-    return f"{100 * fraction:.1f} %"
-
-
-def size(num_bytes: float) -> str:
-    """Return a number of bytes in the unit that suits it (1 MB = 10^6 bytes)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.2f} TB"
-
-
-def count(number: int) -> str:
-    """Return 134515008 as "134,515,008"."""
-    return f"{number:,}"

@@ -11,17 +11,16 @@ import typer
 
 from intraslice.cli.console import (
     INTERRUPTED_STATUS,
-    LAYER_COLUMNS,
     ConsoleProgress,
     complain,
-    count,
+    layer_columns,
     layer_row,
-    percent,
     print_line,
     print_table,
-    size,
     write_json,
 )
+from intraslice.numbers import count, percent, size
+from intraslice.results.sites import list_sites, site_errors
 
 if TYPE_CHECKING:
     from intraslice.pruning import DryRun
@@ -169,17 +168,19 @@ def _run(recipe: Recipe, overwrite: bool, resume: bool, arguments: Sequence[str]
 def print_result(result: PruneResult) -> None:
     """Print the table of layers and the totals of a finished run."""
     dense_layer = result.dense_layer_parameters / len(result.layers)
+    sites = list_sites(result.layers)
     rows = [
         layer_row(
             record.layer,
             record.shape,
             record.num_parameters,
             record.num_parameters / dense_layer,
-            (record.attention_error, record.ffn_error),
+            site_errors(record),
+            sites,
         )
         for record in result.layers
     ]
-    print_table("Layers (error: relative, squared, on the calibration tokens)", LAYER_COLUMNS, rows)
+    print_table("Layers (error: relative, squared, on the calibration tokens)", layer_columns(sites), rows)
     change = [
         ("parameters", count(result.dense_parameters), count(result.pruned_parameters)),
         ("in decoder layers", count(result.dense_layer_parameters), count(result.pruned_layer_parameters)),

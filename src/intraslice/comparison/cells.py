@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from intraslice import __version__
-from intraslice.comparison.spec import DENSE, ComparisonSpec, Variant
+from intraslice.comparison.spec import ComparisonSpec, Variant
 from intraslice.recipes.recipe import CalibrationOptions, Recipe
+from intraslice.report.document import DENSE
 
 PRUNE, PERPLEXITY, SPEED, RANK, TASK = "prune", "perplexity", "speed", "rank", "task-"
 ANALYSIS = "analysis"

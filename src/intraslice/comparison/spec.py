@@ -12,10 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from intraslice.data.text import check_source
 from intraslice.errors import RecipeError, nearest
+from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
 from intraslice.methods.presets import METHODS
 from intraslice.recipes.recipe import CalibrationOptions, Recipe, load_recipe
+from intraslice.report.document import DENSE
 
-DENSE = "dense"
 _TEXT_FILES = (".txt", ".jsonl", ".parquet")
 _OWN_FIELDS = ("model", "revision", "output", "method", "sparsity")
 
@@ -69,7 +70,7 @@ class Tasks(_Section):
     names: list[str] = Field(min_length=1)
     task_data: str | None = None
     limit: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=DEFAULT_BATCH_SIZE, ge=1)
 
 
 class Sweep(_Section):

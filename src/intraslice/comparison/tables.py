@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from intraslice.checkpoint.writer import write_text
-from intraslice.comparison.document import task_score
-from intraslice.comparison.spec import DENSE
 from intraslice.errors import OutputError
+from intraslice.evaluation.task_data import task_score
+from intraslice.report.document import DENSE
 
 DOCUMENT_FILE = "comparison.json"
 TABLE_FORMS = (".md", ".csv", ".json")
@@ -74,7 +74,10 @@ def _row(cell: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
         "parameters": cell["parameters"],
         "weight_bytes": cell["weight_bytes"],
         "perplexity": cell["perplexity"],
-        **{name: task_score(scores[name]) if name in scores else None for name in tasks},
+        **{
+            name: task_score(scores[name]["acc"], scores[name]["acc_norm"]) if name in scores else None
+            for name in tasks
+        },
         "average": cell["average"],
         "prune_seconds": prune.get("seconds", {}).get("total"),
         "peak_memory_bytes": prune.get("peak_memory_bytes"),
@@ -84,6 +87,10 @@ def _row(cell: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
         "decode_speedup": speed.get("decode_speedup"),
         "error": cell.get("error"),
     }
+
+
+def _score(task: Mapping[str, Any] | None) -> float | None:
+    return None if task is None else task_score(task["acc"], task["acc_norm"])
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

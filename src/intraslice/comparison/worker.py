@@ -30,6 +30,7 @@ from intraslice.recipes.recipe import CalibrationOptions, Recipe
 ANALYSIS_TOKENS = 1 << 15
 """Tokens of the evaluation text that spectra and ranks are estimated on."""
 
+
 def serve(requests: Iterator[dict[str, Any]], parent: Parent) -> None:
     """Do each job that is asked for.
 
@@ -176,9 +177,7 @@ def _measure(
         parent.part(part, measured)
 
 
-def _analyse(
-    parent: Parent, folder: str, device: str, evaluation: dict[str, Any]
-) -> dict[str, Any]:
+def _analyse(parent: Parent, folder: str, device: str, evaluation: dict[str, Any]) -> dict[str, Any]:
     """Measure the spectra of a dense model."""
     from intraslice.streaming.analysis import analyse_model
 

@@ -11,10 +11,16 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from intraslice.errors import MissingExtraError, RecipeError, TaskError, nearest
-from intraslice.evaluation.task_data import FIELDS, check_files, fingerprint, read_rows
+from intraslice.evaluation.task_data import (
+    DEFAULT_BATCH_SIZE,
+    FIELDS,
+    check_files,
+    fingerprint,
+    read_rows,
+    task_score,
+)
 from intraslice.progress import Progress, SilentProgress
 
-DEFAULT_BATCH_SIZE = 16
 HUB = "hub"
 
 
@@ -40,7 +46,7 @@ class TaskScore:
     @property
     def reported(self) -> float:
         """The metric that the paper reports (its tables 5, 9 and 10): acc_norm where the task has it, else acc."""
-        return self.acc if self.acc_norm is None else self.acc_norm
+        return task_score(self.acc, self.acc_norm)
 
 
 @dataclass(frozen=True, kw_only=True)
