@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from intraslice.recipes.recipe import CalibrationOptions, load_recipe
 from intraslice.results.result import PruneResult
 from intraslice.speed.bench import BenchOptions, BenchResult, bench_models
 from intraslice.speed.layer_bench import LayerBenchResult, bench_layers
-from intraslice.streaming.analysis import analyse_model
+from intraslice.streaming.analysis import analyze_model
 
 
 def prune(
@@ -177,7 +178,7 @@ def evaluate_tasks(
     return score_tasks(loaded, tokenizer, opened, limit=limit, batch_size=batch_size, progress=progress)
 
 
-def analyse(
+def analyze(
     model: str | Path,
     *,
     text: str = "builtin",
@@ -195,29 +196,32 @@ def analyse(
     Args:
         model: hub id, folder, .gguf file or built-in name.
         text: as the calibration text of `prune`; the same text gives the same tokens.
-        num_samples: token blocks.
-        seqlen: tokens in a block.
-        seed: of the choice of blocks.
+        num_samples: how many sequences of tokens.
+        seqlen: tokens in a sequence.
+        seed: decides which sequences are taken.
         device: "auto", "cpu" or a torch device.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: whether code that comes with the model may be executed.
         text_field: the column of a .jsonl or .parquet file that holds the text.
         progress: shows the layers.
 
-    Returns what `evaluation.analysis.analyse_model` says.
+    Returns:
+        What `streaming.analysis.analyze_model` says, in JSON types.
+
+    Raises:
+        IntraSliceError: see errors.py.
     """
     check_source(text)
     checkpoint = open_checkpoint(str(model), revision=revision, trust_remote_code=trust_remote_code, progress=progress)
     wanted = CalibrationOptions(source=text, num_samples=num_samples, seqlen=seqlen, seed=seed, text_field=text_field)
     calibration = calibrate(checkpoint, wanted, device=device, progress=progress)
-    return analyse_model(
-        str(model),
-        calibration.tokens,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
+    return analyze_model(checkpoint, calibration.tokens, device=device, progress=progress)
+
+
+def analyse(model: str | Path, **options: Any) -> dict[str, Any]:
+    """Call `analyze`; the name goes away with the next release."""
+    warnings.warn("analyse is now called analyze.", DeprecationWarning, stacklevel=2)
+    return analyze(model, **options)
 
 
 def benchmark(

@@ -147,7 +147,7 @@ class Comparison:
                     left = _time_left(time.monotonic() - started, len(unfinished) - remaining, remaining)
                     self._progress.note(f"{number} {work.cell.title}: {outcome}{left}")
             if self.spec.analysis:
-                document = self._analyse(document, failures)
+                document = self._analyze(document, failures)
         return document
 
     def _run_cell(self, work: Work, command: str) -> str:
@@ -190,7 +190,7 @@ class Comparison:
         against = None if work.cell.recipe is None else dense
         return bench_models(folder, against, options=self._bench_options, progress=self._progress).to_dict()
 
-    def _analyse(self, document: dict[str, Any], failures: dict[str, str]) -> dict[str, Any]:
+    def _analyze(self, document: dict[str, Any], failures: dict[str, str]) -> dict[str, Any]:
         for model, identity in self._analyses():
             if self.store.part(ANALYSIS, identity) is None:
                 job = {"job": ANALYSIS, "folder": self.facts[model].folder, "device": self._device}

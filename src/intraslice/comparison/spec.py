@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from intraslice.data.text import check_source
 from intraslice.errors import RecipeError, nearest
 from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
 from intraslice.methods.presets import METHODS
+from intraslice.names import NameKind, kind_of
 from intraslice.recipes.recipe import CalibrationOptions, Recipe, load_recipe
 from intraslice.report.document import DENSE
 
@@ -210,17 +212,14 @@ def _fields(place: tuple[int | str, ...]) -> list[str]:
 
 
 def _with_absolute_paths(spec: ComparisonSpec, base: Path) -> ComparisonSpec:
-    from dataclasses import replace
-
     def text(source: str) -> str:
         # A bare word is the name of a data set, so that a misspelt one gets the nearest name.
         is_file = Path(source).suffix.lower() in _TEXT_FILES or "/" in source
         return str(base / Path(source).expanduser()) if is_file else source
 
     def model(name: str) -> str:
-        path = base / Path(name).expanduser()
-        # What is not there may be a hub id, unless it is written like a path.
-        return str(path) if path.exists() or name.startswith((".", "~")) or name.endswith(".gguf") else name
+        is_name = kind_of(name, base) in (NameKind.BUILT_IN, NameKind.HUB)
+        return name if is_name else str(base / Path(name).expanduser())
 
     tasks = spec.tasks
     if tasks is not None and tasks.task_data is not None:

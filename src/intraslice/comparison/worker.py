@@ -177,12 +177,13 @@ def _measure(
         parent.part(part, measured)
 
 
-def _analyse(parent: Parent, folder: str, device: str, evaluation: dict[str, Any]) -> dict[str, Any]:
+def _analyze(parent: Parent, folder: str, device: str, evaluation: dict[str, Any]) -> dict[str, Any]:
     """Measure the spectra of a dense model."""
-    from intraslice.streaming.analysis import analyse_model
+    from intraslice.streaming.analysis import analyze_model
 
-    tokenizer = open_checkpoint(folder).load_tokenizer()
-    return analyse_model(folder, _analysis_tokens(evaluation, tokenizer), device=device, progress=parent)
+    checkpoint = open_checkpoint(folder)
+    tokens = _analysis_tokens(evaluation, checkpoint.load_tokenizer())
+    return analyze_model(checkpoint, tokens, device=device, progress=parent)
 
 
 def _evaluation_tokens(evaluation: dict[str, Any], tokenizer: Any) -> torch.Tensor:
@@ -202,5 +203,5 @@ _JOBS: dict[str, Callable[..., Any]] = {
     "identify": _identify,
     "prune": _prune,
     "measure": _measure,
-    ANALYSIS: _analyse,
+    ANALYSIS: _analyze,
 }
