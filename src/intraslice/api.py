@@ -115,7 +115,7 @@ def evaluate(
         model: folder, hub id, .gguf file or built-in name.
         text: "builtin", a data set name (its test split) or a text file.
         seqlen: tokens in a window; windows do not overlap.
-        windows: measure at most so many windows, from the start.
+        windows: measure at most this many windows, from the start.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: "auto", "cpu" or a torch device.
         revision: branch, tag or commit of a hub model.
@@ -156,7 +156,7 @@ def evaluate_tasks(
         model: folder, hub id, .gguf file or built-in name.
         tasks: names of lm-eval, for example ["arc_easy", "piqa"].
         task_data: folder of <task>.jsonl files with the field names of the hub's data sets; None loads those.
-        limit: use at most so many examples of each task, from the start; None uses all.
+        limit: use at most this many examples of each task, from the start; None uses all.
         batch_size: examples at a time.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: "auto", "cpu" or a torch device.

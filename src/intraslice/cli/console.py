@@ -51,7 +51,7 @@ class _Rate(ProgressColumn):
 
 
 class ConsoleProgress:
-    """Progress on standard error: bars with rate and time left on a terminal, else a line a step."""
+    """Progress on standard error: bars with rate and time left on a terminal, else one line per step."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -94,7 +94,7 @@ class ConsoleProgress:
         finally:
             self._depth -= 1
             self._bars.remove_task(task)
-        # Inner steps come once a layer; only the outer ones stay on the screen.
+        # Inner steps come once per layer; only the outer ones stay on the screen.
         if self._depth == 0:
             self.note(f"{description}: {done} of {total} in {time.perf_counter() - start:.1f} s")
 

@@ -26,7 +26,7 @@ def evaluate(
     ] = "builtin",
     seqlen: Annotated[int, typer.Option(help="Tokens in a window; windows do not overlap.")] = 2048,
     windows: Annotated[
-        int | None, typer.Option(help="Measure at most so many windows, from the start (default: all).")
+        int | None, typer.Option(help="Measure at most this many windows, from the start (default: all).")
     ] = None,
     text_field: Annotated[
         str | None, typer.Option(help="Column of a .jsonl or .parquet file that holds the text.")
@@ -44,7 +44,7 @@ def evaluate(
         typer.Option(metavar="DIR", help="Read <task>.jsonl files, with the field names of the hub, from here."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Use at most so many examples of each task, from the start (default: all).")
+        int | None, typer.Option(help="Use at most this many examples of each task, from the start (default: all).")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Examples of a task at a time.")] = DEFAULT_BATCH_SIZE,
     device: Annotated[str, typer.Option(help="auto, cpu, or a torch device.")] = "auto",

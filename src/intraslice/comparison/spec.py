@@ -47,7 +47,7 @@ class Evaluation(_Section):
     Attributes:
         text: "builtin", a data set name (its test split) or a text file.
         seqlen: tokens in a window.
-        windows: measure at most so many windows, from the start; None measures all.
+        windows: measure at most this many windows, from the start; None measures all.
         text_field: the column of a .jsonl or .parquet file that holds the text.
         dtype: to compute in: "auto" (as stored), "float32", "bfloat16" or "float16".
     """
@@ -64,9 +64,9 @@ class Tasks(_Section):
 
     Attributes:
         names: names of lm-eval tasks.
-        task_data: folder with a .jsonl file a task; None takes the hub's data.
-        limit: measure at most so many samples of a task.
-        batch_size: requests at a time.
+        task_data: folder with one .jsonl file per task; None takes the hub's data.
+        limit: measure at most this many samples of a task.
+        batch_size: examples at a time.
     """
 
     names: list[str] = Field(min_length=1)

@@ -1,4 +1,4 @@
-"""Finished work on disk: one file a part, one file a finished cell, each written whole or not at all."""
+"""Finished work on disk: one file per part and one per finished cell, each written whole or not at all."""
 
 from __future__ import annotations
 

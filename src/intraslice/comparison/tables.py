@@ -143,7 +143,7 @@ def to_markdown(document: Mapping[str, Any]) -> str:
         parts.append("\n".join(["Failed:", "", *lines]))
     if any(cell["prune"] for cell in document["cells"]):
         parts.append(
-            "Variants that rank by mask gradients share one gradient pass a model; its seconds count in each of them."
+            "Variants that rank by mask gradients share one gradient pass per model; its seconds count in each of them."
         )
     parts.extend(_sweep_tables(document))
     return "\n\n".join(parts) + "\n"

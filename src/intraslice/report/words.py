@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from functools import partial
 
-from intraslice import numbers
+from intraslice.numbers import DASH
+from intraslice.numbers import percent as percent_with
 
 # A line must not end between a number and its sign.
 SPACE = "\u00a0"
 
-percent = partial(numbers.percent, space=SPACE)
+percent = partial(percent_with, space=SPACE)
 
 
 def asked(value: float | None) -> str:
     """Return a requested sparsity as it would be said: 30 %, 12.5 %."""
-    return numbers.DASH if value is None else f"{100 * value:.4g}{SPACE}%"
+    return DASH if value is None else f"{100 * value:.4g}{SPACE}%"
 
 
 def key(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Speed and memory of saved models: a process for each, interleaved repetitions, medians, ratios."""
+"""Speed and memory of saved models: one process per model, repetitions in turns, medians and ratios."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class PointSpeed:
     Attributes:
         batch_size: sequences at a time.
         kv_length: tokens of the prompt, and of the KV cache when decoding begins.
-        prefill: prompt tokens a second.
-        decode: decoded tokens a second, all sequences of the batch counted.
+        prefill: prompt tokens per second.
+        decode: decoded tokens per second, all sequences of the batch counted.
         kv_cache_bytes: of the cache after the prompt.
     """
 

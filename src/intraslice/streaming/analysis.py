@@ -80,8 +80,8 @@ def analyze_model(
 ) -> dict[str, Any]:
     """Measure spectra, effective ranks and RoPE-pair sensitivity of every layer of a dense model.
 
-    Spectra are the eigenvalues of uncentred second moments over their sum, sampled at 64 ranks: of `context` for each
-    head alone (mean over the heads), of `act`, and of the residual stream behind each layer. Effective ranks are
+    Spectra are the eigenvalues of uncentered second moments over their sum, sampled at 64 ranks: of `context` for each
+    head alone (mean over the heads), of `act`, and of the residual stream after each layer. Effective ranks are
     those of `effective_rank`, of `context` again the mean over heads.
 
     The error of a kept fraction of RoPE pairs is ||c - c'|| / ||c|| of a head's context c, mean over the heads
