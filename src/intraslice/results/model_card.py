@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from intraslice.results.result import PruneResult
+
+# Order of the fields in the card.
+_HEAD = ["library_name", "pipeline_tag", "tags", "base_model"]
 
 
 def render(result: PruneResult) -> str:
     """Return the model card of a finished run, as Markdown with a YAML head."""
     base = _hub_id(result.model)
-    head = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["intraslice", "pruned", result.family],
-        **({"base_model": base} if base else {}),
-    }
+    head = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["intraslice", "pruned", result.family],
+        base_model=base,
+    )
     sections = (
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"---\n{head.to_yaml(original_order=_HEAD)}\n---",
         f"# {Path(result.output).name}",
         f"`{_shown_model(result)}` with {100 * result.sparsity:.1f} % of its decoder weights removed by "
         f"intraslice (method `{result.method}`). The weights are really smaller: {_what_is_gone(result)}, nothing is "
