@@ -18,12 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from intraslice.algebra.scores import rope_pair_scores
 from intraslice.algebra.statistics import BlockSecondMoment, Sum
 from intraslice.checkpoint.writer import write_tensors
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer
 from intraslice.methods.blockwise.allocators import MaskScores
-from intraslice.methods.blockwise.heads import rope_pair_scores
 from intraslice.progress import Progress
 from intraslice.streaming.model import StreamedModel
 
