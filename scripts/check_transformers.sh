@@ -7,15 +7,12 @@
 #   TESTS   what to run                 (tests/runtime)
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 venvs=${VENVS:-$root/.venv-transformers}
-python=${PYTHON:-python3}
 cd "$root"
 
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-    echo "error: $python is older than Python 3.10; set PYTHON to a newer one" >&2
-    exit 2
-}
+require_python 10
 floor=$(sed -n 's/^ *"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 [ -n "$floor" ] || {
     echo "error: pyproject.toml names no oldest release of transformers" >&2
@@ -33,12 +30,11 @@ for release in "$@"; do
     *) wanted="transformers==$release" ;;
     esac
     venv=$venvs/$release
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    make_venv
     # Upgraded in one go, so that the other packages fit the release.
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy only-if-needed \
-        -c constraints.txt "$wanted" -e ".[dev]"
+    pip install --quiet --upgrade --upgrade-strategy only-if-needed -c constraints.txt "$wanted" -e ".[dev]"
     version=$("$venv/bin/python" -c 'import transformers; print(transformers.__version__)')
-    printf '\n== transformers %s (%s)\n' "$version" "$release"
+    step "transformers $version ($release)"
     # Word splitting is meant: TESTS may name several paths.
     # shellcheck disable=SC2086
     "$venv/bin/python" -m pytest -n 2 ${TESTS:-tests/runtime} || failed+=("$version")

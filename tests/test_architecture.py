@@ -12,7 +12,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "intraslice"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 # Prefix of the files -> prefixes of intraslice modules that they may import.
-SHAPES = "runtime.configuration_intraslice"
+SHAPES = "runtime.families_intraslice"
 PURE = {"errors", "options", "stats", "linalg", "selection", "edits", SHAPES}
 RULES: dict[str, set[str]] = {
     "runtime": {"runtime"},

@@ -4,7 +4,7 @@ import yaml
 
 from intraslice.results.model_card import render
 from intraslice.results.result import LayerRecord, PruneResult
-from intraslice.runtime.configuration_intraslice import LayerShape
+from intraslice.runtime.families_intraslice import LayerShape
 
 
 def result(model: str) -> PruneResult:

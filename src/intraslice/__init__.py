@@ -39,14 +39,14 @@ class _RegisterAfterImport(MetaPathFinder):
 
         def execute_and_register(module: Any) -> None:
             execute(module)
-            importlib.import_module("intraslice.runtime")
+            importlib.import_module("intraslice.runtime").register()
 
         setattr(spec.loader, "exec_module", execute_and_register)  # noqa: B010 - a method, on this instance only
         return spec
 
 
 if "transformers" in sys.modules:
-    importlib.import_module("intraslice.runtime")
+    importlib.import_module("intraslice.runtime").register()
 else:
     sys.meta_path.insert(0, _RegisterAfterImport())
 

@@ -12,12 +12,13 @@ from intraslice.checkpoint.source import open_checkpoint
 from intraslice.data.text import check_source, load_text
 from intraslice.evaluation.perplexity import Perplexity, measure_perplexity, tokenize
 from intraslice.evaluation.tasks import DEFAULT_BATCH_SIZE, TaskResults, check_range, open_tasks, score_tasks
-from intraslice.exporters import export_checkpoint
-from intraslice.exporters.base import ExportOptions, ExportReport
+from intraslice.exporters.export import export_checkpoint
+from intraslice.exporters.options import ExportOptions, ExportReport
 from intraslice.loading import load_model
+from intraslice.options import CalibrationOptions
 from intraslice.progress import Progress
 from intraslice.pruning import calibrate, prune_recipe
-from intraslice.recipes.recipe import CalibrationOptions, load_recipe
+from intraslice.recipes.recipe import load_recipe
 from intraslice.results.result import PruneResult
 from intraslice.speed.bench import BenchOptions, BenchResult, bench_models
 from intraslice.speed.layer_bench import LayerBenchResult, bench_layers
@@ -273,7 +274,7 @@ def export(
 
     Args:
         checkpoint: folder that `prune` has written.
-        to: "stock", "padded", "gguf" or "onnx".
+        to: name of an exporter: "stock", "padded", "gguf", "onnx", or another row of `exporters.registry.EXPORTERS`.
         output: folder to write; for gguf, the file.
         dtype: of the written weights: "auto" (as stored), "float32", "bfloat16" or "float16".
         pad_to: for padded: "dense", or "max" for the largest of each size that occurs.
@@ -281,6 +282,8 @@ def export(
         verify: reload the result in its runtime, where that is installed, and compare the logits of a prompt.
         overwrite: replace an existing output.
         progress: shows the layers.
+
+    An option that the exporter does not read is refused.
 
     Raises:
         IntraSliceError: see errors.py; nothing is left under `output` then.

@@ -58,3 +58,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return " did you mean 'x'?" for the known name nearest to `name`, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def one_line(message: object) -> str:
+    """Return a message, or that of an error, without line breaks: those of libraries run over many lines."""
+    return " ".join(str(message).split())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,8 @@ from intraslice.loading import count_parameters, load_config
 from intraslice.options import RunOptions
 from intraslice.placement import choose_device, dtype_from_name, peak_resident_bytes
 from intraslice.results.result import RESULT_FILE, PruneResult
-from intraslice.runtime.configuration_intraslice import (
-    FAMILIES,
-    FamilySpec,
-    LayerShape,
-    dense_config,
-    dense_shape,
-)
+from intraslice.runtime.configuration_intraslice import dense_config, dense_shape
+from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec, LayerShape
 
 _PRUNED_PREFIX = "intraslice_"
 
@@ -34,16 +29,14 @@ class LayerInfo:
         shape: its heads, widths and channels.
         num_parameters: its linear weights.
         kept: num_parameters over those of the dense layer.
-        attention_error: relative error of the attention block when it was pruned, if known.
-        ffn_error: the same for the FFN.
+        errors: by the name of the site, the relative error of its output when it was pruned, as far as known.
     """
 
     layer: int
     shape: LayerShape
     num_parameters: int
     kept: float
-    attention_error: float | None = None
-    ffn_error: float | None = None
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +106,7 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
             shape=shape,
             num_parameters=size,
             kept=size / per_dense_layer,
-            attention_error=errors.get(layer, (None, None))[0],
-            ffn_error=errors.get(layer, (None, None))[1],
+            errors=errors.get(layer, {}),
         )
         for layer, (shape, size) in enumerate(zip(shapes, sizes, strict=True))
     )
@@ -148,10 +140,10 @@ def family_of(config: Any) -> FamilySpec:
     return FAMILIES[name]
 
 
-def _errors(folder: Path) -> dict[int, tuple[float, float]]:
+def _errors(folder: Path) -> dict[int, dict[str, float]]:
     if not (folder / RESULT_FILE).is_file():
         return {}
-    return {record.layer: (record.attention_error, record.ffn_error) for record in PruneResult.load(folder).layers}
+    return {record.layer: record.errors for record in PruneResult.load(folder).layers}
 
 
 def compute_width(run: RunOptions) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,13 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from intraslice.checkpoint.folder import read_headers, weight_files
 from intraslice.checkpoint.source import BUILT_IN, find_built_in, resolve_model
 from intraslice.errors import CheckpointError
 from intraslice.placement import choose_device, dtype_from_name
 from intraslice.progress import Progress
+from intraslice.quiet import quiet
 from intraslice.runtime import register
 
 # What transformers raises for a config, tokenizer or weights that are missing, corrupt or not understood.
@@ -57,7 +55,7 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise CheckpointError(f"there is no folder or file {name!r}")
     try:
-        with _quiet_transformers():
+        with quiet("transformers"):
             return AutoConfig.from_pretrained(source, **extra), files
     except _LOADING_ERRORS as error:
         raise CheckpointError(_reason(name, error)) from error
@@ -95,7 +93,7 @@ def load_model(
     # The stubs know nothing of output_loading_info, with which a pair is returned.
     auto: Any = AutoModelForCausalLM
     try:
-        with _quiet_transformers():
+        with quiet("transformers"):
             model, info = auto.from_pretrained(
                 folder,
                 dtype=chosen_dtype,
@@ -111,20 +109,6 @@ def load_model(
         # transformers fills these with random numbers and goes on; a perplexity of that means nothing.
         raise CheckpointError(f"{name!r} lacks {len(missing)} weights, the first is {missing[0]!r}")
     return model.to(chosen_device).eval(), tokenizer
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    # Whatever matters in the warnings of transformers is raised as an error here.
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _reason(name: str, error: Exception) -> str:

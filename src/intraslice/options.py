@@ -1,14 +1,43 @@
-"""How and where a run does its work; the options of a method are in its own folder."""
+"""Options that every method has: the calibration text, and where and how the work is done. No torch.
+
+The options of a method are in its own folder.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+MAX_SPARSITY = 0.95
+"""Sparsities are below this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """Which text the statistics are collected on.
+
+    Attributes:
+        source: a data set name, a file, "self" or "builtin".
+        num_samples: number of token sequences.
+        seqlen: tokens in a sequence.
+        seed: of the choice of sequences, and of the sampling for "self".
+        text_field: the column of a .jsonl or .parquet file that holds the text.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    source: str = "builtin"
+    num_samples: Annotated[int, Ge(1)] = 128
+    seqlen: Annotated[int, Ge(2)] = 2048
+    seed: Annotated[int, Ge(0)] = 0
+    text_field: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where and how the work is done; never changes what is asked for.
+    """Execution settings. They change neither method nor budget; some change the weights by rounding.
 
     Attributes:
         device: "auto", "cpu" or a torch device string.
@@ -19,7 +48,7 @@ class RunOptions:
         boundary_bytes: memory for the layer-boundary states of the gradient pass; smaller means more passes.
         hidden_states: "memory" or "disk" for the hidden states between layers.
         max_shard_bytes: largest weight file of the checkpoint.
-        scan_folder: keeps gradient passes, so that another sparsity or ablation of the same model, calibration and
+        gradient_folder: keeps gradient passes, so that another sparsity or ablation of the same model, calibration and
             batch size does not repeat them; "" keeps none.
     """
 
@@ -28,8 +57,8 @@ class RunOptions:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     matmul: Literal["exact", "fast", "exact-gradients"] = "exact"
-    batch_tokens: int = 2048
-    boundary_bytes: int = 1 << 29
+    batch_tokens: Annotated[int, Ge(1)] = 2048
+    boundary_bytes: Annotated[int, Ge(1)] = 1 << 29
     hidden_states: Literal["memory", "disk"] = "memory"
-    max_shard_bytes: int = 1 << 30
-    scan_folder: str = ""
+    max_shard_bytes: Annotated[int, Ge(1 << 20)] = 1 << 30
+    gradient_folder: str = ""

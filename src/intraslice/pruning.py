@@ -13,19 +13,20 @@ from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.writer import check_output
 from intraslice.data.calibration import Calibration, load_calibration
 from intraslice.data.text import check_source
-from intraslice.engine.run import batch_size, prune_checkpoint
+from intraslice.engine.run import Job, batch_size, prune_checkpoint
 from intraslice.engine.rundir import interrupted_sparsity
 from intraslice.errors import OutputError, RecipeError
 from intraslice.inspection import ModelInfo, compute_width, estimate_peak_bytes, family_of, inspect_model
+from intraslice.layers.decoder import norms_come_first
 from intraslice.loading import load_config
-from intraslice.methods.blockwise.gradient_pass import boundary_states_bytes, chunk_size
-from intraslice.methods.blockwise.plan import reads_gradients
-from intraslice.methods.blockwise.target_speed import choose_sparsity
-from intraslice.methods.slicegpt.algebra import slice_width
+from intraslice.methods.choices import load
+from intraslice.options import CalibrationOptions
 from intraslice.placement import Placement, choose_device, dtype_from_name
 from intraslice.progress import Progress, SilentProgress
-from intraslice.recipes.recipe import CalibrationOptions, Recipe, fit_to_model
+from intraslice.recipes.recipe import Recipe, fit_to_model
 from intraslice.results.result import PruneResult
+from intraslice.runtime.families_intraslice import FamilySpec
+from intraslice.streaming.boundaries import boundary_states_bytes, chunk_size
 
 
 def prune_recipe(
@@ -51,24 +52,78 @@ def prune_recipe(
         trust_remote_code=recipe.trust_remote_code,
         progress=progress,
     )
-    recipe = fit_to_model(recipe, checkpoint.spec.name, checkpoint.config.hidden_size)
+    recipe = fitted_recipe(recipe, checkpoint.config, checkpoint.spec)
+    for note in recipe.notes:
+        progress.note(note)
     check_seqlen(checkpoint.config, recipe.calibration.seqlen)
     begun_with = interrupted_sparsity(output) if resume else None
     recipe = _with_sparsity(recipe, checkpoint.config, checkpoint.dtype, begun_with, progress)
     calibration = calibrate(checkpoint, recipe.calibration, device=recipe.run.device, progress=progress)
-    return prune_checkpoint(
+    job = make_job(
+        recipe,
         checkpoint,
         calibration,
-        method=recipe.method_options(),
+        output=output,
+        overwrite=overwrite,
+        resume=resume,
+        command=command,
+        progress=progress,
+    )
+    return prune_checkpoint(job)
+
+
+def make_job(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    *,
+    output: Path,
+    overwrite: bool = False,
+    resume: bool = False,
+    command: str = "",
+    progress: Progress,
+) -> Job:
+    """Return what the engine is asked to do.
+
+    Args:
+        recipe: fitted to the model, with a sparsity.
+        checkpoint: the opened dense model.
+        calibration: its calibration tokens.
+        output: folder to write.
+        overwrite: replace an existing output, and drop an interrupted run.
+        resume: go on with an interrupted run.
+        command: the command line, for the record.
+        progress: shows the work.
+    """
+    assert recipe.sparsity is not None, "a sparsity has to be chosen first"
+    measured = f"{recipe.speedup_of} {recipe.target_speedup:g}" if recipe.target_speedup is not None else None
+    return Job(
+        checkpoint=checkpoint,
+        calibration=calibration,
+        method=recipe.entry.build(recipe.options),
+        method_name=recipe.method,
+        options=recipe.method_options(),
+        sparsity=recipe.sparsity,
+        budget_from=measured,
         run=recipe.run,
         output=output,
         overwrite=overwrite,
         resume=resume,
-        method_name=recipe.method,
         recipe=recipe.to_dict(),
         command=command,
         progress=progress,
     )
+
+
+def fitted_recipe(recipe: Recipe, config: Any, spec: FamilySpec) -> Recipe:
+    """Return the recipe with options as this model can have them; `fit_to_model` says what may be refused.
+
+    Args:
+        recipe: as it was given.
+        config: stock config of the dense model.
+        spec: its family.
+    """
+    return fit_to_model(recipe, spec, hidden_size=config.hidden_size, norms_first=norms_come_first(spec, config))
 
 
 def _with_sparsity(
@@ -80,7 +135,7 @@ def _with_sparsity(
         recipe: with a sparsity, or with a target_speedup.
         config: stock config of the dense model.
         stored: dtype of its weights.
-        begun_with: what the run that is resumed has chosen; measured again it might be another one.
+        begun_with: sparsity recorded by the interrupted run; a new measurement could give another value.
         progress: shows the measurement.
     """
     if recipe.target_speedup is None:
@@ -89,10 +144,10 @@ def _with_sparsity(
         progress.note(f"sparsity {begun_with:g}, as the interrupted run has chosen")
         return recipe.model_copy(update={"sparsity": begun_with})
     dtype = stored if recipe.run.dtype == "auto" else dtype_from_name(recipe.run.dtype)
-    sparsity = choose_sparsity(
+    sparsity = load(recipe.entry.form.speed_target)(
         config,
         family_of(config),
-        recipe.model_copy(update={"sparsity": 0.0}).method_options(),
+        recipe.options,
         speedup=recipe.target_speedup,
         speedup_of=recipe.speedup_of,
         placement=Placement(choose_device(recipe.run.device), dtype, dtype, torch.float32),
@@ -170,19 +225,20 @@ class DryRun:
 
 def dry_run(recipe: Recipe, *, progress: Progress | None = None) -> DryRun:
     """Say what a recipe would do; writes nothing and loads no weights."""
-    info = inspect_model(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    recipe = fit_to_model(recipe, info.family, info.hidden_size)
-    if recipe.target_speedup is not None:
-        config, _ = load_config(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-        recipe = _with_sparsity(recipe, config, config.dtype or torch.float32, None, progress or SilentProgress())
-    sparsity = recipe.method_options().sparsity
-    kept = round((1 - sparsity) * info.dense_layer_parameters)
-    outside = info.num_parameters - info.dense_layer_parameters
-    if recipe.architecture == "residual" and sparsity > 0:
-        layers = len(info.layers)
-        width = slice_width(info.dense_layer_parameters // layers // info.hidden_size, info.hidden_size, sparsity)
-        # Embeddings and an output head of its own, and the norms.
-        outside = (2 * info.vocab_size + 2 * layers + 1) * width
+    opened = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
+    info = inspect_model(recipe.model, **opened)
+    config, _ = load_config(recipe.model, **opened)
+    progress = progress or SilentProgress()
+    recipe = fitted_recipe(recipe, config, family_of(config))
+    for note in recipe.notes:
+        progress.note(note)
+    recipe = _with_sparsity(recipe, config, config.dtype or torch.float32, None, progress)
+    assert recipe.sparsity is not None
+    preview = recipe.entry.build(recipe.options).preview(info, recipe.sparsity)
+    kept = round((1 - recipe.sparsity) * info.dense_layer_parameters)
+    outside = preview.outside_parameters
+    if outside is None:
+        outside = info.num_parameters - info.dense_layer_parameters
     calibration, run = recipe.calibration, recipe.run
     width = compute_width(run)
     batch = batch_size(calibration.num_samples, calibration.seqlen, run.batch_tokens)
@@ -193,7 +249,7 @@ def dry_run(recipe: Recipe, *, progress: Progress | None = None) -> DryRun:
         target_layer_parameters=kept,
         target_parameters=outside + kept,
         estimated_peak_bytes=estimate_peak_bytes(info, calibration.num_samples, calibration.seqlen, run),
-        gradient_chunks=chunks if reads_gradients(recipe.method_options()) else 0,
+        gradient_chunks=chunks if preview.reads_gradients else 0,
         one_chunk_bytes=states * calibration.num_samples,
         recipe=recipe,
     )

@@ -14,16 +14,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from intraslice.checkpoint.reader import open_folder
-from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot, read_slots
+from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot, read_slots, write_tensors
 from intraslice.checkpoint.writer import (
     assemble,
     check_output,
     publish,
     save_side_files,
-    write_tensors,
-    write_text,
 )
 from intraslice.errors import OutputError
+from intraslice.files import write_text
 from intraslice.runtime import RUNTIME_FILES
 
 Folder = Callable[..., Path]

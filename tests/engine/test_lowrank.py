@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.errors import BudgetError, NumericalError, UnsupportedModelError
-from intraslice.exporters import export_checkpoint
+from intraslice.exporters.export import export_checkpoint
 from intraslice.inspection import inspect_model
 from intraslice.results.result import PruneResult
-from intraslice.runtime.configuration_intraslice import FAMILIES as SPECS
-from intraslice.runtime.configuration_intraslice import LayerShape, dense_config
+from intraslice.runtime.configuration_intraslice import dense_config
+from intraslice.runtime.families_intraslice import FAMILIES as SPECS
+from intraslice.runtime.families_intraslice import LayerShape
 from support.progress import Notes, StopAt
 from support.prune import calibration, logits, prune
 from support.tiny import FAMILIES, VOCAB_SIZE, make_tiny

@@ -12,7 +12,7 @@ from intraslice.checkpoint.source import open_checkpoint
 from intraslice.data.calibration import Calibration
 from intraslice.progress import SilentProgress
 from intraslice.results.result import PruneResult
-from intraslice.runtime.configuration_intraslice import FAMILIES
+from intraslice.runtime.families_intraslice import FAMILIES
 from support import prune as support
 from support.progress import StopAt
 from support.tolerances import READ_BACK

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import intraslice
+from intraslice.checkpoint.pruned import open_pruned
 from intraslice.errors import RecipeError
-from intraslice.exporters.base import open_pruned
 from support.progress import Notes, StopAt
 
 FINE = {"attention.head_multiple": 2, "attention.context_multiple": 1, "ffn.ffn_multiple": 1}

@@ -12,7 +12,8 @@ from transformers.models.llama import modeling_llama
 
 from intraslice.api import analyse
 from intraslice.errors import NumericalError, RecipeError
-from intraslice.runtime.configuration_intraslice import FAMILIES, LayerShape, pruned_config
+from intraslice.runtime.configuration_intraslice import pruned_config
+from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.streaming.analysis import (
     analyse_model,
     effective_rank,

@@ -17,12 +17,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from intraslice.checkpoint.pruned import open_pruned
 from intraslice.errors import CheckpointError, MissingExtraError, OutputError, UnsupportedModelError
 from intraslice.exporters import gguf as exporter
-from intraslice.exporters.base import ExportOptions, ExportReport, open_pruned
 from intraslice.exporters.gguf import export_gguf
+from intraslice.exporters.options import ExportOptions, ExportReport
 from intraslice.progress import SilentProgress
-from intraslice.runtime.configuration_intraslice import LayerShape
+from intraslice.runtime.families_intraslice import LayerShape
 from support.pruned import FREE, save_pruned
 from support.tiny import VOCAB_SIZE, tiny_tokenizer
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from intraslice.checkpoint.pruned import open_pruned
 from intraslice.errors import CheckpointError, MissingExtraError, OutputError, UnsupportedModelError
 from intraslice.exporters import onnx as exporter
-from intraslice.exporters.base import ExportOptions, ExportReport, open_pruned
+from intraslice.exporters import verify as verification
+from intraslice.exporters.options import ExportOptions, ExportReport
 from intraslice.progress import SilentProgress
-from intraslice.runtime.configuration_intraslice import LayerShape
+from intraslice.runtime.families_intraslice import LayerShape
 from support.pruned import save_pruned
 from support.tiny import VOCAB_SIZE
 
@@ -212,9 +214,9 @@ def test_missing_runtime_is_said(windowed, traced, tmp_path, monkeypatch):
 
 
 def test_wrong_logits_publish_nothing(windowed, traced, tmp_path, monkeypatch):
-    right = exporter.reference_logits
+    right = verification.reference_logits
     for wrong in (1e-2, float("nan")):
-        monkeypatch.setattr(exporter, "reference_logits", lambda *given, wrong=wrong: right(*given) + wrong)
+        monkeypatch.setattr(verification, "reference_logits", lambda *given, wrong=wrong: right(*given) + wrong)
         with pytest.raises(CheckpointError, match="other logits than the checkpoint"):
             export(windowed.source, tmp_path / "onnx")
     assert not list(tmp_path.iterdir())

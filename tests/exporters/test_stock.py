@@ -13,11 +13,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import intraslice
+from intraslice.checkpoint.pruned import open_pruned
 from intraslice.errors import CheckpointError, OutputError, RecipeError, UnsupportedModelError
-from intraslice.exporters import export_checkpoint
-from intraslice.exporters.base import ExportOptions, open_pruned
+from intraslice.exporters.export import export_checkpoint
+from intraslice.exporters.options import ExportOptions
 from intraslice.progress import SilentProgress
-from intraslice.runtime.configuration_intraslice import FAMILIES, dense_shape, pruned_config
+from intraslice.runtime.configuration_intraslice import dense_shape, pruned_config
+from intraslice.runtime.families_intraslice import FAMILIES
 from support.pruned import save, save_uniform
 from support.tiny_models import CASES, LLAMA3_ROPE, dense_config_of, pruned_model, randomise, tokens
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from intraslice.runtime.configuration_intraslice import FAMILIES, LayerShape, dense_shape
+from intraslice.runtime.configuration_intraslice import dense_shape
+from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention, apply_layer_shape, pair_channels
 from support.tiny_models import CASES, dense_model, pruned_model, tokens
 from support.tolerances import EAGER, FLOAT32, FLOAT64

@@ -11,14 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from intraslice.runtime import RUNTIME_FILES, register
-from intraslice.runtime.configuration_intraslice import (
-    FAMILIES,
-    MIN_TRANSFORMERS,
-    LayerShape,
-    dense_config,
-    dense_shape,
-    pruned_config,
-)
+from intraslice.runtime.configuration_intraslice import MIN_TRANSFORMERS, dense_config, dense_shape, pruned_config
+from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 from support.processes import AUTO, BLOCK_PACKAGE, LOAD_ALL, SOURCE, check_logits, run_python
 from support.tiny_models import (

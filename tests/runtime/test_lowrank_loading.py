@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from intraslice.runtime.configuration_intraslice import FAMILIES, dense_config, dense_shape, pruned_config
+from intraslice.runtime.configuration_intraslice import dense_config, dense_shape, pruned_config
+from intraslice.runtime.families_intraslice import FAMILIES
 from support.processes import AUTO, BLOCK_PACKAGE, LOAD_ALL, SOURCE, check_logits, run_python
 from support.tiny_models import dense_config_of, randomise, tokens
 from support.tolerances import READ_BACK

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from intraslice.runtime.configuration_intraslice import FAMILIES, LayerShape, pruned_config
+from intraslice.runtime.configuration_intraslice import pruned_config
+from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.runtime.modeling_intraslice import apply_layer_shape
 from support.tiny_models import ONE_PER_FAMILY, dense_config_of, pruned_model, ragged_shapes, randomise, tokens
 from support.tolerances import FLOAT64

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from intraslice import vllm_plugin
-from intraslice.runtime.configuration_intraslice import FAMILIES, LayerShape, dense_shape, pruned_config
+from intraslice.runtime.configuration_intraslice import dense_shape, pruned_config
+from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.runtime.modeling_intraslice import MODELS, PrunedAttention
 from support.tiny_models import ONE_PER_FAMILY, dense_config_of, pruned_model, randomise, tokens
 

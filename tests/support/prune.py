@@ -17,7 +17,8 @@ from intraslice.checkpoint.source import open_checkpoint
 from intraslice.data.calibration import Calibration
 from intraslice.engine.run import prune_checkpoint
 from intraslice.progress import Progress, SilentProgress
-from intraslice.recipes.recipe import fit_to_model, load_recipe
+from intraslice.pruning import fitted_recipe, make_job
+from intraslice.recipes.recipe import load_recipe
 from intraslice.results.result import PruneResult
 from support.tiny import VOCAB_SIZE
 
@@ -74,20 +75,17 @@ def prune(
     # Two sequences of 32 or 48 tokens a batch.
     recipe = load_recipe(None, {**flags, "run.batch_tokens": 96, **fine_steps(method), **named})
     checkpoint = open_checkpoint(str(folder))
-    recipe = fit_to_model(recipe, checkpoint.spec.name, checkpoint.config.hidden_size)
-    return prune_checkpoint(
+    job = make_job(
+        fitted_recipe(recipe, checkpoint.config, checkpoint.spec),
         checkpoint,
         on or calibration(),
-        method=recipe.method_options(),
-        run=recipe.run,
         output=output,
         overwrite=overwrite,
         resume=resume,
-        method_name=recipe.method,
-        recipe=recipe.to_dict(),
         command="test",
         progress=progress or SilentProgress(),
     )
+    return prune_checkpoint(job)
 
 
 def load(folder: Path, **kwargs: Any) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from intraslice.runtime.configuration_intraslice import FAMILIES, LayerShape, dense_shape, pruned_config
+from intraslice.runtime.configuration_intraslice import dense_shape, pruned_config
+from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 from support.tiny import tiny_config, tiny_tokenizer
 from support.tiny_models import dense_config_of, randomise

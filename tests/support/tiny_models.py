@@ -15,12 +15,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from intraslice.runtime.configuration_intraslice import (
-    FAMILIES,
-    LayerShape,
-    dense_shape,
-    pruned_config,
-)
+from intraslice.runtime.configuration_intraslice import dense_shape, pruned_config
+from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 
 VOCAB = 97

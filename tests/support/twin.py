@@ -7,14 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from intraslice.runtime.configuration_intraslice import (
-    FAMILIES,
-    FamilySpec,
-    LayerShape,
-    dense_config,
-    dense_shape,
-    rotary_dim,
-)
+from intraslice.runtime.configuration_intraslice import dense_config, dense_shape, rotary_dim
+from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec, LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention, pair_channels
 
 

@@ -12,8 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from intraslice.checkpoint.writer import INDEX_FILE, WEIGHTS_FILE
-from intraslice.errors import CheckpointError, UnsupportedModelError
-from intraslice.runtime.configuration_intraslice import FAMILIES
+from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
+from intraslice.runtime.families_intraslice import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,3 @@ def data_offsets(path: Path) -> dict[str, tuple[int, int]]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an error without line breaks."""
-    return " ".join(str(error).split())

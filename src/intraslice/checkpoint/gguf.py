@@ -19,16 +19,18 @@ from typing import Any
 
 import torch
 
-from intraslice.checkpoint.folder import one_line
 from intraslice.checkpoint.reader import OUTPUT_EMBEDDING, build_skeleton
-from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot, writing
+from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot
 from intraslice.checkpoint.writer import plan_shards, shard_names, write_index
-from intraslice.errors import CheckpointError, MissingExtraError, UnsupportedModelError
+from intraslice.errors import CheckpointError, MissingExtraError, UnsupportedModelError, one_line
+from intraslice.files import writing
 from intraslice.progress import Progress, SilentProgress
+from intraslice.runtime.families_intraslice import FAMILIES
 
 # Part of the cache key: raise it when the conversion changes.
 CONVERSION_VERSION = 1
-ARCHITECTURES = ("llama", "qwen2", "phi3")
+_FAMILY_OF = {spec.gguf: spec for spec in FAMILIES.values() if spec.gguf is not None}
+ARCHITECTURES = tuple(_FAMILY_OF)
 _CHUNK_ELEMENTS = 1 << 22
 _SHARD_BYTES = 1 << 30
 _STALE_SECONDS = 24 * 3600
@@ -168,8 +170,9 @@ def _complete_config(config: Any, reader: Any, name: str) -> None:
             "conversion would lose; use the safetensors version of the model"
         )
     window = _field(reader, "attention.sliding_window")
-    if config.model_type == "phi3" and window:
-        config.sliding_window = int(window)
+    field = FAMILIES[config.model_type].sliding_window
+    if field is not None and window:
+        setattr(config, field, int(window))
     config.dtype = torch.float32
     config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
     # The weights are plain floats from here on.
@@ -227,12 +230,12 @@ def _dequantize(file: Any, source: Any, shape: tuple[int, ...], name: str) -> to
 
 
 def _restore_rows(weight: torch.Tensor, gguf_name: str, architecture: str, config: Any) -> torch.Tensor:
-    """Undo the row order that llama.cpp gives the query and key matrices of the llama architecture.
+    """Undo the row order that llama.cpp gives the query and key matrices of some architectures.
 
     It stores the two channels of a rotary pair side by side; Hugging Face has all first channels of a head,
     then all second ones.
     """
-    if architecture != "llama" or not any(part in gguf_name for part in (".attn_q.", ".attn_k.")):
+    if not _FAMILY_OF[architecture].gguf_interleaved or not any(part in gguf_name for part in (".attn_q.", ".attn_k.")):
         return weight
     heads = config.num_attention_heads if ".attn_q." in gguf_name else config.num_key_value_heads
     pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, -1)

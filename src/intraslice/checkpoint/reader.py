@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from intraslice.checkpoint.folder import StoredTensor, data_offsets, one_line, read_config, read_headers
+from intraslice.checkpoint.folder import StoredTensor, data_offsets, read_config, read_headers
 from intraslice.checkpoint.tensorfile import DTYPES
-from intraslice.errors import CheckpointError, NumericalError, UnsupportedModelError
-from intraslice.runtime.configuration_intraslice import FAMILIES, FamilySpec
+from intraslice.errors import CheckpointError, NumericalError, UnsupportedModelError, one_line
+from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
 
 OUTPUT_EMBEDDING = "lm_head.weight"
 _FLOATS = ("F64", "F32", "F16", "BF16")

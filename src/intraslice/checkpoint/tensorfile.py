@@ -1,4 +1,4 @@
-"""Files that are whole under their final name or not there at all; safetensors files written as a stream.
+"""Safetensors files, written as a stream; whole under their final name or not there at all.
 
 `safetensors.torch.save_file` wants every tensor of a file in memory at once, so the format is written here
 tensor by tensor: 8 bytes with the length of a JSON header, the header, the raw tensors.
@@ -6,7 +6,6 @@ tensor by tensor: 8 bytes with the length of a JSON header, the header, the raw 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from intraslice.errors import OutputError
+from intraslice.files import writing
 
 DTYPES = {
     "F64": torch.float64,
@@ -153,22 +153,6 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
     return file.nbytes
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in the same all-or-nothing way as `write_tensors`."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except OutputError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def read_slots(path: Path) -> dict[str, TensorSlot]:
     """Return what a safetensors file holds, from its header alone."""
     with safe_open(path, framework="pt") as file:
@@ -176,14 +160,11 @@ def read_slots(path: Path) -> dict[str, TensorSlot]:
         return {name: TensorSlot(DTYPES[part.get_dtype()], tuple(part.get_shape())) for name, part in slices.items()}
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the errors of the operating system into one sentence about `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                f"the disk is full while writing {str(path)!r}; free some space or choose another folder"
-            ) from error
-        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+def count_parameters(folder: Path) -> int:
+    """Return how many numbers the weight files of a folder hold, indices not counted."""
+    return sum(
+        torch.Size(slot.shape).numel()
+        for path in sorted(folder.glob("*.safetensors"))
+        for slot in read_slots(path).values()
+        if slot.dtype.is_floating_point
+    )

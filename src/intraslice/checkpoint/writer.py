@@ -6,24 +6,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from intraslice.checkpoint.tensorfile import (
-    TensorFile,
-    TensorSlot,
-    read_slots,
-    write_tensors,
-    write_text,
-    writing,
-)
+from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot, read_slots
 from intraslice.errors import OutputError
-
-__all__ = ["assemble", "check_output", "publish", "save_side_files", "write_tensors", "write_text"]
+from intraslice.files import write_text, writing
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -201,6 +194,33 @@ def publish(temp: Path, out: Path, overwrite: bool) -> None:
             attic.rmdir()
             raise
         shutil.rmtree(attic)
+
+
+@contextmanager
+def staged_folder(output: Path, overwrite: bool, *, source: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `output` at the end; after an error nothing is left of it.
+
+    Args:
+        output: final name.
+        overwrite: replace an existing output.
+        source: folder of the checkpoint; it is never replaced.
+
+    Raises:
+        OutputError: `output` may not be replaced, or cannot be written.
+    """
+    check_output(output, overwrite, source=source)
+    parent = output.absolute().parent
+    with writing(output):
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{output.absolute().name}.partial-", dir=parent))
+        # A folder inside, because mkdtemp makes one that nobody else may read.
+        staging = scratch / output.absolute().name
+        staging.mkdir()
+    try:
+        yield staging
+        publish(staging, output, overwrite)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _read_one(path: Path, name: str) -> torch.Tensor:

@@ -15,7 +15,7 @@ import typer
 
 from intraslice.cli import bench, compare, evaluate, export, inspect, prune, report
 from intraslice.cli.console import INTERRUPTED_STATUS, complain
-from intraslice.errors import IntraSliceError
+from intraslice.errors import IntraSliceError, one_line
 
 ERROR_STATUS = 2
 
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(sentence: str) -> int:
-    complain(f"error: {' '.join(sentence.split())}")
+    complain(f"error: {one_line(sentence)}")
     return ERROR_STATUS
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from intraslice.runtime.configuration_intraslice import LayerShape
+    from intraslice.runtime.families_intraslice import LayerShape
 
 INTERRUPTED_STATUS = 130
 
@@ -122,7 +122,7 @@ def _output() -> Console:
     return console if console.is_terminal else Console(width=120)
 
 
-LAYER_COLUMNS = (
+_LAYER_COLUMNS = (
     "layer",
     "heads",
     "kv",
@@ -131,9 +131,18 @@ LAYER_COLUMNS = (
     "FFN",
     "parameters",
     "kept",
-    "attn err",
-    "FFN err",
 )
+_SHORT = {"attention": "attn", "ffn": "FFN"}
+
+
+def error_sites(errors: Iterable[Mapping[str, float]]) -> list[str]:
+    """Return the sites that any of the layers has an error of, in their order."""
+    return list(dict.fromkeys(site for layer in errors for site in layer))
+
+
+def layer_columns(sites: Sequence[str]) -> tuple[str, ...]:
+    """Return the titles of the table of layers, with a column for the error of each site."""
+    return (*_LAYER_COLUMNS, *(f"{_SHORT.get(site, site)} err" for site in sites))
 
 
 def layer_row(
@@ -141,9 +150,10 @@ def layer_row(
     shape: LayerShape,
     num_parameters: int,
     kept: float,
-    errors: tuple[float | None, float | None],
+    errors: Mapping[str, float],
+    sites: Sequence[str],
 ) -> list[str]:
-    """Return the cells of a layer under `LAYER_COLUMNS`."""
+    """Return the cells of a layer under `layer_columns`."""
     return [
         str(layer),
         str(shape.num_attention_heads),
@@ -153,7 +163,7 @@ def layer_row(
         str(shape.intermediate_size),
         f"{num_parameters:,}",
         percent(kept),
-        *("" if error is None else f"{error:.4f}" for error in errors),
+        *(f"{errors[site]:.4f}" if site in errors else "" for site in sites),
     ]
 
 

@@ -9,23 +9,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intraslice.cli.console import ConsoleProgress, print_line, write_json
+from intraslice.exporters.registry import EXPORTERS, readers
 
 if TYPE_CHECKING:
-    from intraslice.exporters.base import ExportReport
+    from intraslice.exporters.options import ExportReport
+
+_FORMS = "; ".join(f"{name}: {exporter.summary}" for name, exporter in EXPORTERS.items())
 
 
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Folder that 'intraslice prune' has written.")],
-    to: Annotated[str, typer.Option(metavar="stock|padded|gguf|onnx", help="What to write.")],
+    to: Annotated[str, typer.Option(metavar="|".join(EXPORTERS), help=f"What to write. {_FORMS}.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; for gguf, the file.")],
     dtype: Annotated[
         str, typer.Option(help="Of the written weights: auto (as stored), float32, bfloat16 or float16.")
     ] = "auto",
     pad_to: Annotated[
-        str, typer.Option(metavar="dense|max", help="For padded: the dense shapes, or the largest that occur.")
+        str,
+        typer.Option(
+            metavar="dense|max", help=f"For {readers('pad_to')}: the dense shapes, or the largest that occur."
+        ),
     ] = "dense",
     tokenizer_from: Annotated[
-        str | None, typer.Option(metavar="FILE", help="For gguf: a GGUF file of the base model with its tokenizer.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help=f"For {readers('tokenizer_from')}: a GGUF file of the base model with its tokenizer."
+        ),
     ] = None,
     verify: Annotated[
         bool,

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from intraslice.cli.console import (
-    LAYER_COLUMNS,
     count,
+    error_sites,
+    layer_columns,
     layer_row,
     percent,
     print_line,
@@ -41,20 +42,13 @@ def inspect(
 
 
 def _print(info: ModelInfo) -> None:
-    known = any(layer.attention_error is not None for layer in info.layers)
-    width = len(LAYER_COLUMNS) if known else len(LAYER_COLUMNS) - 2
+    sites = error_sites(layer.errors for layer in info.layers)
     rows = [
-        layer_row(
-            layer.layer,
-            layer.shape,
-            layer.num_parameters,
-            layer.kept,
-            (layer.attention_error, layer.ffn_error),
-        )[:width]
+        layer_row(layer.layer, layer.shape, layer.num_parameters, layer.kept, layer.errors, sites)
         for layer in info.layers
     ]
     how = f"pruned by {info.method}, sparsity {info.sparsity:.4f}" if info.method else "dense"
-    print_table(f"{info.model} ({info.family}, {how})", LAYER_COLUMNS[:width], rows)
+    print_table(f"{info.model} ({info.family}, {how})", layer_columns(sites), rows)
     kept = info.layer_parameters / info.dense_layer_parameters
     print_line(f"parameters          {count(info.num_parameters)}")
     print_line(f"in decoder layers   {count(info.layer_parameters)} ({percent(kept)} of the dense model's)")

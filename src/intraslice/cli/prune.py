@@ -11,10 +11,11 @@ import typer
 
 from intraslice.cli.console import (
     INTERRUPTED_STATUS,
-    LAYER_COLUMNS,
     ConsoleProgress,
     complain,
     count,
+    error_sites,
+    layer_columns,
     layer_row,
     percent,
     print_line,
@@ -169,17 +170,19 @@ def _run(recipe: Recipe, overwrite: bool, resume: bool, arguments: Sequence[str]
 def print_result(result: PruneResult) -> None:
     """Print the table of layers and the totals of a finished run."""
     dense_layer = result.dense_layer_parameters / len(result.layers)
+    sites = error_sites(record.errors for record in result.layers)
     rows = [
         layer_row(
             record.layer,
             record.shape,
             record.num_parameters,
             record.num_parameters / dense_layer,
-            (record.attention_error, record.ffn_error),
+            record.errors,
+            sites,
         )
         for record in result.layers
     ]
-    print_table("Layers (error: relative, squared, on the calibration tokens)", LAYER_COLUMNS, rows)
+    print_table("Layers (error: relative, squared, on the calibration tokens)", layer_columns(sites), rows)
     change = [
         ("parameters", count(result.dense_parameters), count(result.pruned_parameters)),
         ("in decoder layers", count(result.dense_layer_parameters), count(result.pruned_layer_parameters)),

@@ -22,9 +22,9 @@ def report(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Make the report from results that exist, without measuring anything."""
-    from intraslice.checkpoint.writer import write_text
     from intraslice.comparison.merge import merge_results
     from intraslice.comparison.tables import table_text
+    from intraslice.files import write_text
     from intraslice.report import render_report
 
     document = merge_results(results)

@@ -15,13 +15,14 @@ from typing import Any
 
 from intraslice import __version__
 from intraslice.comparison.spec import DENSE, ComparisonSpec, Variant
-from intraslice.recipes.recipe import CalibrationOptions, Recipe
+from intraslice.options import CalibrationOptions
+from intraslice.recipes.recipe import Recipe
 
 PRUNE, PERPLEXITY, SPEED, RANK, TASK = "prune", "perplexity", "speed", "rank", "task-"
 ANALYSIS = "analysis"
 
 # They say where and how the work is done, and never change a number.
-_WITHOUT_EFFECT = ("scan_folder", "boundary_bytes", "hidden_states", "max_shard_bytes")
+_WITHOUT_EFFECT = ("gradient_folder", "boundary_bytes", "hidden_states", "max_shard_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from intraslice.comparison.cells import digest, short_names
 from intraslice.comparison.document import FORMAT, pruned_fields
 from intraslice.comparison.spec import DENSE
 from intraslice.comparison.tables import DOCUMENT_FILE
-from intraslice.errors import CheckpointError, ComparisonError
-from intraslice.methods.presets import METHODS
+from intraslice.errors import CheckpointError, ComparisonError, one_line
+from intraslice.methods.registry import METHODS
 from intraslice.results.result import RESULT_FILE
 
 
@@ -69,7 +69,7 @@ def _load(path: str) -> _Result:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{str(file)!r} cannot be read: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"{str(file)!r} cannot be read: {one_line(error)}") from None
     if isinstance(content, dict) and content.get("format") == FORMAT and "cells" in content:
         return _Result(path, content)
     if isinstance(content, dict) and "requested_sparsity" in content:
@@ -116,19 +116,20 @@ def _document_of_prune(result: dict[str, Any]) -> dict[str, Any]:
 
 def _options(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a recipe that its preset does not explain."""
-    from intraslice.recipes.recipe import Recipe, load_recipe
+    from intraslice.recipes.merge import flatten
+    from intraslice.recipes.old_names import translate
+    from intraslice.recipes.recipe import load_recipe
+    from intraslice.recipes.words import SECTIONS
 
     if recipe.get("method") not in METHODS:
         return {}
     flags = {name: recipe[name] for name in ("model", "method", "sparsity")}
-    plain = load_recipe(None, flags).to_dict()
-    sections = ("allocation", "attention", "ffn")
-    known = [name for name in sections if name in Recipe.model_fields]
+    plain = flatten(load_recipe(None, flags).method_options())
+    given, _ = translate(flatten({name: value for name, value in recipe.items() if name in SECTIONS}))
     return {
-        f"{section}.{name}": value
-        for section in known
-        for name, value in recipe[section].items()
-        if plain[section].get(name) != value
+        name: value
+        for name, value in given.items()
+        if name.partition(".")[0] not in ("calibration", "run") and plain.get(name) != value
     }
 
 

@@ -28,7 +28,7 @@ from intraslice.comparison.document import build_cell, build_document, build_pro
 from intraslice.comparison.spec import ComparisonSpec, check_names
 from intraslice.comparison.store import Store
 from intraslice.comparison.tables import write_outputs
-from intraslice.errors import ComparisonError, IntraSliceError, RecipeError
+from intraslice.errors import ComparisonError, IntraSliceError, RecipeError, one_line
 from intraslice.progress import Progress
 
 
@@ -121,7 +121,7 @@ class Comparison:
                     try:
                         outcome = self._run_cell(work, command)
                     except IntraSliceError as error:
-                        failures[work.key] = " ".join(str(error).split())
+                        failures[work.key] = one_line(error)
                         outcome = f"failed: {failures[work.key]}"
                     if work.cell.recipe is not None and not self.spec.keep_checkpoints:
                         self.store.drop_checkpoint(work)
@@ -140,7 +140,7 @@ class Comparison:
         folder = self.facts[cell.model].folder if cell.recipe is None else str(store.checkpoint(work))
         if PRUNE in missing and not Path(folder).is_dir():
             assert cell.recipe is not None
-            run = cell.recipe.run.__class__(**{**asdict(cell.recipe.run), "scan_folder": str(store.scans)})
+            run = cell.recipe.run.__class__(**{**asdict(cell.recipe.run), "gradient_folder": str(store.scans)})
             recipe = cell.recipe.model_copy(update={"output": folder, "run": run})
             result = run_job({"job": "prune", "recipe": recipe.to_dict(), "command": command}, self._progress)
             self._check_calibration(work, result)

@@ -11,9 +11,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from intraslice.data.text import check_source
-from intraslice.errors import RecipeError, nearest
-from intraslice.methods.presets import METHODS
-from intraslice.recipes.recipe import CalibrationOptions, Recipe, load_recipe
+from intraslice.errors import RecipeError, nearest, one_line
+from intraslice.methods.registry import METHODS
+from intraslice.options import CalibrationOptions
+from intraslice.recipes.recipe import Recipe, load_recipe
 
 DENSE = "dense"
 _TEXT_FILES = (".txt", ".jsonl", ".parquet")
@@ -177,7 +178,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"the comparison {str(path)!r} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the comparison {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"the comparison {str(path)!r} is not YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise RecipeError(
             f"the comparison {str(path)!r} must hold `name: value` lines with models, methods, sparsities"

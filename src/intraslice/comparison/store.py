@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from intraslice.checkpoint.writer import write_text
 from intraslice.comparison.cells import PRUNE, Work, digest
 from intraslice.errors import CheckpointError, OutputError
+from intraslice.files import write_text
 from intraslice.results.result import RESULT_FILE, PruneResult
 
 

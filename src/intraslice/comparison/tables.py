@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from intraslice.checkpoint.writer import write_text
 from intraslice.comparison.document import task_score
 from intraslice.comparison.spec import DENSE
 from intraslice.errors import OutputError
+from intraslice.files import write_text
 
 DOCUMENT_FILE = "comparison.json"
 TABLE_FORMS = (".md", ".csv", ".json")

@@ -26,13 +26,14 @@ from intraslice.checkpoint.source import open_checkpoint
 from intraslice.comparison.cells import ANALYSIS, PERPLEXITY, RANK, TASK, Facts, TextFacts, calibration_name, digest
 from intraslice.data.calibration import BUILT_IN_CHARS_PER_TOKEN
 from intraslice.data.text import SELF, load_text
-from intraslice.errors import IntraSliceError
+from intraslice.errors import IntraSliceError, one_line
 from intraslice.evaluation.perplexity import check_windows, measure_perplexity, tokenize
 from intraslice.inspection import inspect_model
 from intraslice.loading import load_model
+from intraslice.options import CalibrationOptions
 from intraslice.placement import choose_device
 from intraslice.pruning import calibrate, check_seqlen, prune_recipe
-from intraslice.recipes.recipe import CalibrationOptions, Recipe
+from intraslice.recipes.recipe import Recipe
 
 ANALYSIS_TOKENS = 1 << 15
 """Tokens of the evaluation text that spectra and ranks are estimated on."""
@@ -82,7 +83,7 @@ def do_job(job: dict[str, Any], reply: Reply) -> None:
         reply("done", result=_JOBS[job["job"]](reply, _PipeProgress(reply), **arguments))
     except (IntraSliceError, MemoryError, torch.OutOfMemoryError, OSError) as error:
         short_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        reply("error", sentence="not enough memory." if short_of_memory else " ".join(str(error).split()))
+        reply("error", sentence="not enough memory." if short_of_memory else one_line(error))
 
 
 def _end_with_parent() -> None:

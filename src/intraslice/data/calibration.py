@@ -13,6 +13,7 @@ from intraslice.data.text import SELF, check_source, load_text
 from intraslice.errors import CalibrationError, NumericalError
 from intraslice.placement import choose_device
 from intraslice.progress import Progress, SilentProgress
+from intraslice.quiet import quiet
 
 __all__ = ["Calibration", "check_source", "load_calibration", "load_text"]
 
@@ -133,18 +134,12 @@ def _sample(
     text; here a sequence simply goes on with the next text.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
 
     place = choose_device(device)
-    bars = transformers_logging.is_progress_bar_enabled()
     # Its bar would run into ours.
-    transformers_logging.disable_progress_bar()
-    try:
+    with quiet():
         # The stubs do not know that a loaded model moves like any module.
         model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", use_safetensors=True)
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
     model = model.to(place).eval()
     generator = torch.Generator().manual_seed(seed)
     start = _first_tokens(tokenizer, model.config.vocab_size, num_samples, generator)  # [N, 1]

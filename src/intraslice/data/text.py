@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from intraslice.errors import CalibrationError, MissingExtraError, nearest
+from intraslice.errors import CalibrationError, MissingExtraError, nearest, one_line
 from intraslice.progress import Progress
 
 BUILT_IN = "builtin"
@@ -200,7 +200,7 @@ def _hub_documents(name: str, split: str) -> Iterator[str]:
             yield row[source.column]  # type: ignore[index]
     # RuntimeError and ValueError are how `datasets` says that nothing is cached or a format is too old.
     except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise CalibrationError(
             f"data set {name!r} ({source.path}) cannot be loaded: {reason}; without a network use "
             "'builtin', 'self' or a local file"

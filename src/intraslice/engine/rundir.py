@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from intraslice.checkpoint.writer import write_tensors, write_text
+from intraslice.checkpoint.tensorfile import write_tensors
 from intraslice.errors import CheckpointError, IntraSliceError, OutputError, ResumeMismatchError
-from intraslice.methods.blockwise.allocators import Allocation
+from intraslice.files import write_text
 from intraslice.results.result import LayerRecord, layer_record_from_dict
 
 _MANIFEST = "manifest.json"
@@ -35,7 +35,7 @@ def interrupted_sparsity(output: Path) -> float | None:
         identity = json.loads((_partial(output) / _MANIFEST).read_text())["identity"]
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return identity["method.sparsity"]
+    return identity.get("method.sparsity")
 
 
 def _partial(output: Path) -> Path:
@@ -43,7 +43,7 @@ def _partial(output: Path) -> Path:
 
 
 class RunDir:
-    """`<output>.partial`: the manifest, the gradient pass, one file per finished layer.
+    """`<output>.partial`: the manifest, what the method keeps, one file per finished layer.
 
     The manifest is rewritten after each layer, by renaming, so a run killed at any moment leaves a valid one.
 
@@ -60,20 +60,17 @@ class RunDir:
 
     def __init__(self, output: Path, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         self.path = _partial(output)
-        self.scan_path = self.path / "scan.safetensors"
-        self.hidden_path = self.path / "hidden.bin"
-        self.dense_hidden_path = self.path / "hidden-dense.bin"
         self.staging = self.path / "checkpoint"
         self._identity = json.loads(json.dumps(flatten(identity)))
         self.records: list[LayerRecord] = []
-        self.carry = 0.0
-        self.allocation: Allocation | None = None
+        self.carry: Any = None
+        self.plan: dict[str, Any] | None = None
         self.seconds = 0.0
         manifest = self.path / _MANIFEST
         if manifest.exists() and resume:
             self._load(manifest)
         elif self.path.exists() and any(self.path.iterdir()):
-            if not (overwrite or resume) or not manifest.exists() and not overwrite:
+            if not overwrite:
                 raise OutputError(
                     f"an interrupted run is in {str(self.path)!r}; pass --resume to continue it, or --overwrite "
                     "to start again."
@@ -88,7 +85,7 @@ class RunDir:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Leave nothing behind when the run was refused before anything worth keeping was finished."""
-        finished = self.records or self.allocation is not None or self.scan_path.exists()
+        finished = self.records or self.plan is not None or any(self.path.glob("*.safetensors"))
         if kind is not None and issubclass(kind, IntraSliceError) and not finished:
             self.remove()
 
@@ -108,24 +105,30 @@ class RunDir:
         self.records = [layer_record_from_dict(record) for record in data["records"]]
         self.carry = data["carry"]
         self.seconds = data["seconds"]
-        self.allocation = None if data["allocation"] is None else Allocation.from_dict(data["allocation"])
+        self.plan = data["plan"]
 
     def save(self) -> None:
         """Write the manifest."""
         data = {
             "identity": self._identity,
-            "allocation": None if self.allocation is None else self.allocation.to_dict(),
+            "plan": self.plan,
             "records": [asdict(record) for record in self.records],
             "carry": self.carry,
             "seconds": self.seconds,
         }
         write_text(self.path / _MANIFEST, json.dumps(data, indent=1))
 
+    def keep_plan(self, plan: dict[str, Any], seconds: float) -> None:
+        """Store what is decided for all layers."""
+        self.plan = plan
+        self.seconds = seconds
+        self.save()
+
     def layer_path(self, index: int) -> Path:
         """Return the file of one finished layer."""
         return self.path / "layers" / f"{index:05d}.safetensors"
 
-    def commit(self, record: LayerRecord, tensors: dict[str, Tensor], carry: float, seconds: float) -> None:
+    def commit(self, record: LayerRecord, tensors: dict[str, Tensor], carry: Any, seconds: float) -> None:
         """Store a finished layer: first its tensors, then the manifest that names it."""
         write_tensors(self.layer_path(record.layer), tensors)
         self.records.append(record)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,10 +18,11 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
-from intraslice.errors import CalibrationError, NumericalError, TaskError, nearest
+from intraslice.errors import CalibrationError, NumericalError, TaskError, nearest, one_line
 from intraslice.evaluation.likelihood import can_pack, score_continuations
 from intraslice.evaluation.task_data import Row
 from intraslice.progress import Progress
+from intraslice.quiet import quiet
 
 VERSION = version("lm-eval")
 
@@ -42,7 +42,7 @@ def load_tasks(names: Sequence[str], local: Mapping[str, list[Row]] | None) -> d
     Raises:
         TaskError: a task is unknown or not scored by accuracy, or the hub cannot be reached.
     """
-    with quiet():
+    with _quiet_harness():
         manager = _manager(names)
         for name in names:
             if name not in manager.all_subtasks:
@@ -101,7 +101,7 @@ def _load_from_hub(manager: Any, names: Sequence[str]) -> dict[str, Any]:
             tasks |= manager.load([name])["tasks"]
         # RuntimeError and ValueError are how `datasets` says that nothing is cached or a format is too old.
         except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise TaskError(
                 f"the data of task {name!r} cannot be loaded from the hub: {reason}; without a network use "
                 f"--task-data with a folder that holds {name}.jsonl."
@@ -125,7 +125,7 @@ def run_tasks(
         CalibrationError: the tokenizer does not belong to the model.
         TaskError: an answer is longer than the positions of the model.
     """
-    with quiet():
+    with _quiet_harness():
         harness = _Harness(model, tokenizer, batch_size, progress)
         found: Any = evaluate(harness, {"tasks": dict(tasks)}, limit=limit, log_samples=False)
     results: dict[str, dict[str, Any]] = {}
@@ -195,22 +195,17 @@ def _check_tokens(pairs: Sequence[tuple[list[int], list[int]]], vocab_size: int)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def _quiet_harness() -> Iterator[None]:
     """Keep the logs and the progress bars of lm-eval and of what it loads data with off the screen."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
     module: Any = lm_eval.api.task
     without_bars, bar = datasets.are_progress_bars_disabled(), module.tqdm
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     # Building the prompts has no switch for its bar.
     module.tqdm = lambda items, **_: items
     try:
-        yield
+        with quiet("lm_eval", "datasets", "huggingface_hub"):
+            yield
     finally:
         module.tqdm = bar
         if not without_bars:
             datasets.enable_progress_bars()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

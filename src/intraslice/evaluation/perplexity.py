@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from intraslice.errors import CalibrationError, NumericalError, RecipeError
 from intraslice.progress import Progress, SilentProgress
-from intraslice.runtime.configuration_intraslice import FAMILIES
+from intraslice.runtime.families_intraslice import FAMILIES
 
 CHUNK_POSITIONS = 512
 """Positions whose logits exist at once: a vocabulary of 49k x 512 float32 numbers is 100 MB."""

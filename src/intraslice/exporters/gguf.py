@@ -19,29 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intraslice.checkpoint.tensorfile import writing
+from intraslice.checkpoint.pruned import PrunedCheckpoint
 from intraslice.checkpoint.writer import check_output
 from intraslice.errors import CheckpointError, MissingExtraError, OutputError
-from intraslice.exporters.base import (
-    ExportOptions,
-    ExportReport,
-    PrunedCheckpoint,
-    pad_layer,
-    prompt_tokens,
-    reference_logits,
-    scale_queries,
-    with_output_biases,
-)
 from intraslice.exporters.gguf_plan import FilePlan, make_plan
 from intraslice.exporters.gguf_vocabulary import add_vocabulary
+from intraslice.exporters.options import ExportOptions, ExportReport
+from intraslice.exporters.padding import pad_layer, scale_queries, with_output_biases
+from intraslice.exporters.verify import verify
+from intraslice.files import writing
+from intraslice.placement import dtype_name
 from intraslice.progress import Progress
-from intraslice.runtime.configuration_intraslice import LayerShape
+from intraslice.runtime.families_intraslice import LayerShape
 
 ARCHITECTURE = "deci"
-# Allowed difference of logits: absolute, and relative to the largest logit, because llama.cpp rounds the activations
-# to the dtype of the matrix as well.
-_LOGIT_BAR = 0.05
-_RELATIVE_BAR = {torch.float32: 0.0, torch.float16: 0.01, torch.bfloat16: 0.05}
 _VERIFY_CONTEXT = 64
 
 
@@ -86,7 +77,7 @@ def export_gguf(checkpoint: PrunedCheckpoint, output: Path, options: ExportOptio
                 os.fsync(file.fileno())
         difference = None
         if options.verify:
-            difference = _verify(temporary, checkpoint, plan.dtype)
+            difference = _verified(temporary, checkpoint, plan.dtype)
             if difference is None:
                 notes.append("not verified: llama-cpp-python is not installed.")
         with writing(output):
@@ -251,7 +242,7 @@ def _announce(writer: Any, name: str, size: tuple[int, ...], matrix_dtype: torch
 def _write(writer: Any, name: str, tensor: Tensor, matrix_dtype: torch.dtype, output: Path) -> None:
     stored = tensor.to(matrix_dtype if tensor.dim() > 1 else torch.float32).contiguous()
     if not stored.isfinite().all():
-        dtype = str(stored.dtype).removeprefix("torch.")
+        dtype = dtype_name(stored.dtype)
         raise CheckpointError(f"tensor {name!r} has values that {dtype} cannot hold; choose float32 or bfloat16")
     # numpy has no bfloat16; the bytes are what counts.
     raw = stored.view(torch.int16) if stored.dtype == torch.bfloat16 else stored
@@ -273,7 +264,7 @@ def _discarding(writer: Any, temporary: Path) -> Iterator[None]:
         temporary.unlink(missing_ok=True)
 
 
-def _verify(path: Path, checkpoint: PrunedCheckpoint, dtype: torch.dtype) -> float | None:
+def _verified(path: Path, checkpoint: PrunedCheckpoint, dtype: torch.dtype) -> float | None:
     """Return the largest difference between llama.cpp's logits and those of the checkpoint.
 
     Returns:
@@ -286,29 +277,24 @@ def _verify(path: Path, checkpoint: PrunedCheckpoint, dtype: torch.dtype) -> flo
         llama_cpp = importlib.import_module("llama_cpp")
     except (ImportError, OSError, RuntimeError):
         return None
-    tokens = prompt_tokens(checkpoint.config.vocab_size)
-    expected = reference_logits(checkpoint, tokens)[0]
-    try:
-        model = llama_cpp.Llama(
-            model_path=str(path),
-            n_ctx=_VERIFY_CONTEXT,
-            logits_all=True,
-            n_gpu_layers=0,
-            # A float32 cache (0 is GGML_TYPE_F32): the default rounds keys and values to float16.
-            type_k=0,
-            type_v=0,
-            verbose=False,
-        )
-        model.eval(tokens[0].tolist())
-        logits = torch.tensor(model.scores[: tokens.shape[1]])
-        model.close()
-    except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"llama.cpp does not run the exported file ({error}); it was not kept") from error
-    difference = (logits - expected).abs().max().item()
-    bar = _LOGIT_BAR + _RELATIVE_BAR[dtype] * expected.abs().max().item()
-    if not difference <= bar:
-        raise CheckpointError(
-            f"llama.cpp computes other logits than the checkpoint: they differ by up to {difference:.3g}, more than "
-            f"rounding explains ({bar:.3g}); the file was not kept"
-        )
-    return difference
+
+    def run(tokens_1T: Tensor) -> Tensor:
+        try:
+            model = llama_cpp.Llama(
+                model_path=str(path),
+                n_ctx=_VERIFY_CONTEXT,
+                logits_all=True,
+                n_gpu_layers=0,
+                # A float32 cache (0 is GGML_TYPE_F32): the default rounds keys and values to float16.
+                type_k=0,
+                type_v=0,
+                verbose=False,
+            )
+            model.eval(tokens_1T[0].tolist())
+            logits = torch.tensor(model.scores[: tokens_1T.shape[1]])
+            model.close()
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"llama.cpp does not run the exported file ({error}); it was not kept") from error
+        return logits[None]  # [1, T, vocabulary]
+
+    return verify(checkpoint, run, runtime="llama.cpp", dtype=dtype_name(dtype))

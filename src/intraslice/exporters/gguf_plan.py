@@ -11,9 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from intraslice.checkpoint.pruned import PrunedCheckpoint
 from intraslice.errors import UnsupportedModelError
-from intraslice.exporters.base import ExportOptions, PrunedCheckpoint, dense_frequencies, padding_cost, rope_type
-from intraslice.runtime.configuration_intraslice import LayerShape, rotary_dim
+from intraslice.exporters.options import ExportOptions
+from intraslice.exporters.padding import padding_cost
+from intraslice.exporters.rope import dense_frequencies, rope_type
+from intraslice.runtime.configuration_intraslice import rotary_dim
+from intraslice.runtime.families_intraslice import LayerShape
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # An angle divided by this is zero: pairs that are not rotated.
@@ -62,10 +66,10 @@ def make_plan(checkpoint: PrunedCheckpoint, options: ExportOptions) -> FilePlan:
     """
     spec, values = checkpoint.spec, vars(checkpoint.dense)
     channels = checkpoint.pair_channels
-    if channels is None or spec.gate is None:
+    if channels is None or not spec.fits_llama_cpp:
         raise UnsupportedModelError(
             f"a {spec.name} model cannot be exported to GGUF: llama.cpp's architecture with a shape per layer has "
-            "rotary positions and gated FFNs only; load the checkpoint with transformers or vLLM instead"
+            "rotary positions, gated FFNs and RMSNorm only; load the checkpoint with transformers or vLLM instead"
         )
     if values[spec.activation] not in ("silu", "swish"):
         raise UnsupportedModelError(

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from intraslice.checkpoint.folder import one_line
+from intraslice.checkpoint.pruned import PrunedCheckpoint
 from intraslice.checkpoint.source import BUILT_IN, find_built_in
-from intraslice.errors import CheckpointError
-from intraslice.exporters.base import PrunedCheckpoint
+from intraslice.errors import CheckpointError, one_line
 from intraslice.results.result import RESULT_FILE
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

@@ -10,42 +10,32 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
-import logging
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.utils import logging as transformers_logging
 
-from intraslice.checkpoint.folder import one_line
-from intraslice.checkpoint.tensorfile import writing
-from intraslice.checkpoint.writer import save_side_files
-from intraslice.errors import CheckpointError, MissingExtraError, UnsupportedModelError
-from intraslice.exporters.base import (
-    ExportOptions,
-    ExportReport,
-    PrunedCheckpoint,
-    prompt_tokens,
-    reference_logits,
-    staged_folder,
-)
+from intraslice.checkpoint.pruned import PrunedCheckpoint
+from intraslice.checkpoint.writer import save_side_files, staged_folder
+from intraslice.errors import MissingExtraError, UnsupportedModelError, one_line
+from intraslice.exporters.options import ExportOptions, ExportReport
+from intraslice.exporters.rope import rope_type
+from intraslice.exporters.verify import verify
+from intraslice.files import writing
 from intraslice.loading import load_model
+from intraslice.placement import dtype_from_name
 from intraslice.progress import Progress
+from intraslice.quiet import quiet
 
 PREFILL_FILE = "prefill.onnx"
 DECODE_FILE = "decode.onnx"
 WEIGHTS_FILE = "weights.onnx.data"
 
 _DTYPES = {"auto": "float32", "float32": "float32", "float16": "float16"}
-# Largest difference of a logit that verification lets pass; in half precision as a part of the largest logit.
-_FLOAT32_TOLERANCE = 1e-3
-_FLOAT16_TOLERANCE = 0.05
 _DECODE_STEPS = 3
 # Smaller constants stay in the graph, where tools can see them.
 _EXTERNAL_BYTES = 1024
@@ -82,7 +72,7 @@ def export_onnx(checkpoint: PrunedCheckpoint, output: Path, options: ExportOptio
     difference = None
     with staged_folder(output, options.overwrite, source=checkpoint.folder) as folder:
         with progress.step("export to ONNX", 4) as advance:
-            model = load_model(str(checkpoint.folder), dtype=_DTYPES[options.dtype], device="cpu")[0]
+            model = load_model(str(checkpoint.folder), dtype=dtype, device="cpu")[0]
             model.requires_grad_(False)
             with writing(folder), (folder / WEIGHTS_FILE).open("wb") as file:
                 weights = _SharedWeights(file)
@@ -93,11 +83,11 @@ def export_onnx(checkpoint: PrunedCheckpoint, output: Path, options: ExportOptio
             # Verification loads the checkpoint again; one copy of the weights at a time is enough.
             del graph, model
             config = copy.deepcopy(checkpoint.config)
-            config.dtype = dtype
+            config.dtype = dtype_from_name(dtype)
             save_side_files(folder, config, checkpoint.folder)
             advance(1)
             if options.verify and _can_verify():
-                difference = _verify(checkpoint, folder, dtype)
+                difference = _verified(checkpoint, folder, dtype)
             elif options.verify:
                 notes.append("not verified: onnxruntime is not installed; pip install 'intraslice[onnx]' brings it.")
             advance(1)
@@ -110,12 +100,12 @@ def export_onnx(checkpoint: PrunedCheckpoint, output: Path, options: ExportOptio
     )
 
 
-def _checked_dtype(name: str) -> torch.dtype:
+def _checked_dtype(name: str) -> str:
     if name not in _DTYPES:
         raise UnsupportedModelError(
             f"ONNX graphs in {name} do not run on CPUs (onnxruntime has no kernels for it); choose float32 or float16."
         )
-    return getattr(torch, _DTYPES[name])
+    return _DTYPES[name]
 
 
 def _has_window(checkpoint: PrunedCheckpoint) -> bool:
@@ -125,8 +115,7 @@ def _has_window(checkpoint: PrunedCheckpoint) -> bool:
 
 
 def _check_rope(checkpoint: PrunedCheckpoint) -> None:
-    rope = getattr(checkpoint.dense, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
+    kind = rope_type(checkpoint)
     if checkpoint.spec.rope and kind in _LENGTH_DEPENDENT_ROPE:
         raise UnsupportedModelError(
             f"{checkpoint.name!r} has RoPE of type {kind!r}, whose angles change with the length of the text; an ONNX "
@@ -190,7 +179,8 @@ def _trace(model: Any, checkpoint: PrunedCheckpoint, decode: bool) -> Any:
     else:
         arguments = (torch.zeros(batch, length, dtype=torch.int64),)
         dynamic = {"input_ids": {0: sizes["batch"], 1: sizes["sequence"]}}
-    with _quiet():
+    # The exporter and its libraries talk about their own code.
+    with quiet(everything=True):
         try:
             program: Any = torch.onnx.export(
                 _Step(model),
@@ -208,22 +198,6 @@ def _trace(model: Any, checkpoint: PrunedCheckpoint, decode: bool) -> Any:
                 "another release of torch or onnxscript may."
             ) from error
     return program.model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep back warnings and bars: the exporter and its libraries talk about their own code. Errors come through."""
-    disabled, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
-    logging.disable(logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 class _SharedWeights:
@@ -267,7 +241,7 @@ def _save_graph(graph: Any, path: Path, weights: _SharedWeights) -> None:
     onnx_ir.save(graph, path)
 
 
-def _verify(checkpoint: PrunedCheckpoint, folder: Path, dtype: torch.dtype) -> float:
+def _verified(checkpoint: PrunedCheckpoint, folder: Path, dtype: str) -> float:
     """Return the largest difference of a logit over a prompt and some single tokens after it."""
     import onnxruntime
 
@@ -277,24 +251,15 @@ def _verify(checkpoint: PrunedCheckpoint, folder: Path, dtype: torch.dtype) -> f
         wanted.log_severity_level = 3
         return onnxruntime.InferenceSession(folder / name, wanted, providers=["CPUExecutionProvider"])
 
-    tokens = prompt_tokens(checkpoint.config.vocab_size)  # [1, T]
-    with _quiet():
-        expected = reference_logits(checkpoint, tokens)  # [1, T, vocabulary]
-    split = tokens.shape[1] - _DECODE_STEPS
-    logits, *cache = session(PREFILL_FILE).run(None, {"input_ids": tokens[:, :split].numpy()})
-    found = [logits]
-    decode = session(DECODE_FILE)
-    for position in range(split, tokens.shape[1]):
-        feeds = dict(zip(_cache_names("past", checkpoint.num_layers), cache, strict=True))
-        logits, *cache = decode.run(None, {"input_ids": tokens[:, position : position + 1].numpy(), **feeds})
-        found.append(logits)
-    actual = torch.cat([torch.from_numpy(part).float() for part in found], dim=1)  # [1, T, vocabulary]
-    difference = (actual - expected).abs().max().item()
-    allowed = _FLOAT32_TOLERANCE if dtype == torch.float32 else _FLOAT16_TOLERANCE * expected.abs().max().item()
-    # Written such that NaN fails too.
-    if not difference <= allowed:
-        raise CheckpointError(
-            f"the ONNX graphs of {checkpoint.name!r} compute other logits than the checkpoint (largest difference "
-            f"{difference:.2g}, allowed {allowed:.2g}); nothing was written. Please report this model."
-        )
-    return difference
+    def run(tokens_1T: Tensor) -> Tensor:
+        split = tokens_1T.shape[1] - _DECODE_STEPS
+        logits, *cache = session(PREFILL_FILE).run(None, {"input_ids": tokens_1T[:, :split].numpy()})
+        found = [logits]
+        decode = session(DECODE_FILE)
+        for position in range(split, tokens_1T.shape[1]):
+            feeds = dict(zip(_cache_names("past", checkpoint.num_layers), cache, strict=True))
+            logits, *cache = decode.run(None, {"input_ids": tokens_1T[:, position : position + 1].numpy(), **feeds})
+            found.append(logits)
+        return torch.cat([torch.from_numpy(part).float() for part in found], dim=1)  # [1, T, vocabulary]
+
+    return verify(checkpoint, run, runtime="onnxruntime", dtype=dtype)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from intraslice.checkpoint.pruned import PrunedCheckpoint
 from intraslice.errors import UnsupportedModelError
-from intraslice.exporters.base import ExportOptions, ExportReport, PrunedCheckpoint, padding_cost
+from intraslice.exporters.options import ExportOptions, ExportReport
+from intraslice.exporters.padding import padding_cost
 from intraslice.exporters.stock import stock_config, write_stock
 from intraslice.progress import Progress
-from intraslice.runtime.configuration_intraslice import LayerShape
+from intraslice.runtime.families_intraslice import LayerShape
 
 
 def export_padded(

@@ -18,34 +18,24 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from intraslice.checkpoint.writer import assemble, save_side_files, write_tensors, write_text
-from intraslice.errors import CheckpointError, UnsupportedModelError
-from intraslice.exporters.base import (
-    ExportOptions,
-    ExportReport,
-    NeutralLayer,
-    PrunedCheckpoint,
-    check_logits,
-    dense_frequencies,
-    join_layer,
-    pad_layer,
-    padding_cost,
-    prompt_tokens,
-    reference_logits,
-    rope_type,
-    scale_queries,
-    staged_folder,
-    with_all_biases,
-)
+from intraslice.checkpoint.pruned import PrunedCheckpoint
+from intraslice.checkpoint.tensorfile import write_tensors
+from intraslice.checkpoint.writer import assemble, save_side_files, staged_folder
+from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
+from intraslice.exporters.options import ExportOptions, ExportReport
+from intraslice.exporters.padding import pad_layer, padding_cost, scale_queries, with_all_biases
+from intraslice.exporters.rope import dense_frequencies, rope_type
+from intraslice.exporters.state_dict import NeutralLayer, join_layer
+from intraslice.exporters.verify import verify
+from intraslice.files import write_text
 from intraslice.placement import dtype_from_name
 from intraslice.progress import Progress
-from intraslice.runtime.configuration_intraslice import LayerShape, rotary_dim
+from intraslice.runtime.configuration_intraslice import rotary_dim, stock_config_class
+from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 
 _SHARD_BYTES = 1 << 30
 # Fields of a config that belong to one class or file.
 _NOT_CARRIED_OVER = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
-# What a config must say for biases on o_proj and down_proj; the classes of other families have no place for them.
-_BIAS_FIELDS = {"llama": {"attention_bias": True, "mlp_bias": True}, "opt": {"enable_bias": True}}
 
 
 def export_stock(
@@ -140,7 +130,7 @@ def write_stock(
         del rest
         save_side_files(staging, config, checkpoint.folder, runtime_files=False)
         _write_both_rope_forms(staging / "config.json")
-        difference = _verify(checkpoint, staging, options) if options.verify else None
+        difference = _verified(checkpoint, staging, options.dtype) if options.verify else None
     return ExportReport(
         to=to,
         output=str(output),
@@ -170,46 +160,47 @@ def stock_config(checkpoint: PrunedCheckpoint, shape: LayerShape, pairs: Sequenc
     Raises:
         UnsupportedModelError: the stock classes cannot have this shape.
     """
-    from transformers import MistralConfig
-
     dense, spec = checkpoint.dense, checkpoint.spec
     values = {name: value for name, value in dense.to_dict().items() if name not in _NOT_CARRIED_OVER}
     heads, width = shape.num_attention_heads, shape.qk_head_dim
     values["num_attention_heads"] = heads
     values[spec.intermediate_size] = shape.intermediate_size
-    if spec.name == "opt":
-        if heads * width != dense.hidden_size:
-            raise UnsupportedModelError(
-                f"the OPT class has heads of hidden_size / num_attention_heads = {dense.hidden_size} / {heads} "
-                f"channels, not of {width}; use --to padded."
-            )
-    else:
-        values |= {"num_key_value_heads": shape.num_key_value_heads, "head_dim": width}
+    if "num_key_value_heads" in vars(dense):
+        values["num_key_value_heads"] = shape.num_key_value_heads
+    if spec.head_dim_field:
+        values["head_dim"] = width
+    elif heads * width != dense.hidden_size:
+        raise UnsupportedModelError(
+            f"the {spec.name} class has heads of hidden_size / num_attention_heads = {dense.hidden_size} / {heads} "
+            f"channels, not of {width}; use --to padded."
+        )
     if checkpoint.has_output_biases:
-        if spec.name not in _BIAS_FIELDS:
+        if not spec.bias_fields:
             raise UnsupportedModelError(
                 f"{checkpoint.name!r} has biases on o_proj and down_proj, for which the {spec.name} class has no "
                 "place; load it with transformers or vLLM as it is, or prune with a method whose repair adds none."
             )
-        values |= _BIAS_FIELDS[spec.name]
+        values |= dict.fromkeys(spec.bias_fields, True)
     if pairs is not None:
         values["rope_parameters"] = _subset_rope(checkpoint, pairs)
     kind: Any = type(dense)
-    if spec.name == "llama" and dense.hidden_size % heads:
-        if values.pop("attention_bias", False) or values.pop("mlp_bias", False):
+    if spec.heads_divide_hidden and dense.hidden_size % heads:
+        biased = [values.pop(name, False) for name in spec.bias_fields]
+        if spec.stand_in is None or any(biased):
             raise UnsupportedModelError(
-                f"LlamaConfig refuses {heads} heads, because they do not divide hidden_size {dense.hidden_size}, and "
-                "with biases no other stock class fits; prune with --target stock, or use --to padded."
+                f"{kind.__name__} refuses {heads} heads, because they do not divide hidden_size {dense.hidden_size}, "
+                "and with biases no other stock class fits; prune with --target stock, or use --to padded."
             )
         # The same computation, without that check.
-        kind = MistralConfig
-        values["sliding_window"] = None
+        kind = stock_config_class(spec.stand_in)
+        window = FAMILIES[spec.stand_in].sliding_window
+        values |= {} if window is None else {window: None}
     try:
         return kind(**values, architectures=[kind.__name__.replace("Config", "ForCausalLM")])
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UnsupportedModelError(
             f"{kind.__name__} refuses heads of {width} channels with a subset of the rotary pairs "
-            f"({' '.join(str(error).split())}); use --to padded."
+            f"({one_line(error)}); use --to padded."
         ) from error
 
 
@@ -253,13 +244,14 @@ def _write_both_rope_forms(path: Path) -> None:
         write_text(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
 
 
-@torch.no_grad()
-def _verify(checkpoint: PrunedCheckpoint, folder: Path, options: ExportOptions) -> float:
+def _verified(checkpoint: PrunedCheckpoint, folder: Path, dtype: str) -> float:
     from transformers import AutoModelForCausalLM
 
-    tokens = prompt_tokens(checkpoint.config.vocab_size)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-        raise CheckpointError(f"transformers cannot load the export: {' '.join(str(error).split())}") from error
-    return check_logits(model(tokens).logits, reference_logits(checkpoint, tokens), options.dtype)
+    def run(tokens_1T: Tensor) -> Tensor:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+            raise CheckpointError(f"transformers cannot load the export: {one_line(error)}") from error
+        return model(tokens_1T).logits
+
+    return verify(checkpoint, run, runtime="transformers", dtype=dtype)

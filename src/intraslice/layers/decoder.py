@@ -7,14 +7,15 @@ Shapes: B batch, T time, D hidden_size, F intermediate_size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from intraslice.layers.sites import ATTENTION, FFN
 from intraslice.layers.weights import AttentionWeights, FFNWeights
-from intraslice.runtime.configuration_intraslice import FamilySpec, LayerShape, Slot
+from intraslice.runtime.families_intraslice import FamilySpec, LayerShape, Slot
 from intraslice.runtime.modeling_intraslice import FactoredLinear, PrunedAttention
 
 
@@ -135,6 +136,27 @@ class DecoderLayer:
     def ffn_step(self, hidden_BTD: Tensor) -> Tensor:
         """Return the hidden states after the FFN block, [B, T, D]."""
         return self.add_ffn(hidden_BTD, self.ffn_output(hidden_BTD))
+
+    def run(
+        self, hidden_BTD: Tensor, watch: Callable[[Tensor, Tensor], None] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the output of the layer, and its taps: the input of each site's output projection, [B, T, C].
+
+        Args:
+            hidden_BTD: input of the layer.
+            watch: called with query and key, as `project` gives them.
+        """
+        query, key, value = self.project(self.attention, self.attention_input(hidden_BTD))
+        if watch is not None:
+            watch(query, key)
+        context = self.attend(self.attention, query, key, value)
+        middle = self.add_attention(hidden_BTD, self.out_projection(context))
+        act = self.act(self.ffn_input(middle))
+        return self.add_ffn(middle, self.down_projection(act)), {ATTENTION: context, FFN: act}
+
+    def output_projection(self, site: str) -> nn.Linear:
+        """Return the output projection of a site."""
+        return {ATTENTION: self.out_projection, FFN: self.down_projection}[site]
 
 
 def _activation(name: str) -> nn.Module:

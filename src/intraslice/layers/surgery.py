@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from intraslice.layers.decoder import DecoderLayer
 from intraslice.layers.weights import AttentionWeights, FFNWeights
-from intraslice.runtime.configuration_intraslice import FamilySpec, LayerShape, Slot
+from intraslice.runtime.families_intraslice import FamilySpec, LayerShape, Slot
 from intraslice.runtime.modeling_intraslice import FactoredLinear, apply_layer_shape
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from intraslice.algebra.selection import heads_per_kv, kept_kv_heads
-from intraslice.runtime.configuration_intraslice import LayerShape
+from intraslice.runtime.families_intraslice import LayerShape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,11 @@
-"""What `--method` and `--target` stand for: named overrides of the options' defaults."""
+"""What `--method` and `--target` stand for: named option sets. No torch.
+
+The other methods differ from their publications where a fair comparison asks for it: the budget counts stored weights,
+statistics of a layer come from the layers pruned before it, query heads of a kv head go one by one
+(allocation.budget_unit), and nobody trains afterwards. TransAct prunes in several rounds; within a layer they would
+change nothing here, because q, k, v and act depend on the layer's input only, and that is measured anew for every
+layer.
+"""
 
 from __future__ import annotations
 
@@ -6,68 +13,62 @@ from typing import Any
 
 _NO_CORRECTION = {"pca_attention": False, "pca_ffn": False}
 
-METHODS: dict[str, dict[str, Any]] = {
-    "intraslice": {},
-    "iter-pca": {"ffn": {"iter_pca": True}},
-    "ada-h": {"allocation": _NO_CORRECTION},
-    "naive": {"allocation": _NO_CORRECTION, "attention": {"adaptive_heads": False}},
-    "wanda-sp": {
-        "allocation": {"name": "uniform", "ffn_bias": 1.0, "count": "units"},
-        "attention": {"score": "norm", "adaptive_heads": False, "repair": "none", "target": "block"},
-        "ffn": {"score": "norm", "repair": "none", "target": "block"},
-    },
-    "flap": {
-        "allocation": {"name": "fluctuation", "count": "units"},
-        "attention": {"score": "fluctuation", "adaptive_heads": False, "repair": "bias", "target": "block"},
-        "ffn": {"score": "fluctuation", "repair": "bias", "target": "block"},
-    },
-    "slimllm": {
-        "allocation": {"name": "similarity", "ffn_bias": 1.0, "count": "units"},
-        "attention": {"score": "pearson", "adaptive_heads": False, "repair": "affine", "target": "block"},
-        "ffn": {"score": "feature", "repair": "affine", "target": "block"},
-    },
-    "transact": {
-        "allocation": {"name": "uniform", "ffn_bias": 1.0},
-        "attention": {"keep_heads": True, "basis": "channels", "repair": "none", "target": "block"},
-        "ffn": {"score": "magnitude", "repair": "none", "target": "block"},
-    },
-    "sobp": {
-        "allocation": {"name": "head_search", "count": "units"},
-        "attention": {"score": "obs", "adaptive_heads": False, "damping": 0.01, "target": "block"},
-        "ffn": {"score": "obs", "damping": 0.01, "target": "block"},
-    },
-    "paper": {
-        "allocation": {"ffn_bias": 1.0},
-        "attention": {"shrink_to": "zero", "damping": 0.01, "target": "block"},
-        "ffn": {"shrink_to": "zero", "damping": 0.01, "target": "block", "iter_pca": True},
-    },
-    "svd-llm": {"architecture": "factors"},
-    "slicegpt": {"architecture": "residual"},
+INTRASLICE: dict[str, Any] = {}
+ITER_PCA = {"ffn": {"iter_pca": True}}
+ADA_H = {"allocation": _NO_CORRECTION}
+NAIVE = {"allocation": _NO_CORRECTION, "attention": {"heads": "whole"}}
+WANDA_SP = {
+    "allocation": {"rule": "uniform", "ffn_share": 1.0, "budget_unit": "units"},
+    "attention": {"score": "norm", "heads": "whole", "repair": "none", "repair_against": "own_output"},
+    "ffn": {"score": "norm", "repair": "none", "repair_against": "own_output"},
 }
-"""Presets as overrides of the options' defaults: the default method, the ablations of the paper's Table 4 (with
-IPca, without Pca-A, without Ada-H as well), other methods as compositions of the same parts, and the paper's equations
-to the letter.
-
-The other methods differ from their publications where a fair comparison asks for it: the budget counts stored weights,
-statistics of a layer come from the layers pruned before it, query heads of a kv head go one by one (allocation.count),
-and nobody trains afterwards. TransAct prunes in several rounds; within a layer they would change nothing here, because
-q, k, v and act depend on the layer's input only, and that is measured anew for every layer."""
-
+FLAP = {
+    "allocation": {"rule": "fluctuation", "budget_unit": "units"},
+    "attention": {"score": "fluctuation", "heads": "whole", "repair": "bias", "repair_against": "own_output"},
+    "ffn": {"score": "fluctuation", "repair": "bias", "repair_against": "own_output"},
+}
+SLIMLLM = {
+    "allocation": {"rule": "similarity", "ffn_share": 1.0, "budget_unit": "units"},
+    "attention": {"score": "pearson", "heads": "whole", "repair": "affine", "repair_against": "own_output"},
+    "ffn": {"score": "feature", "repair": "affine", "repair_against": "own_output"},
+}
+TRANSACT = {
+    "allocation": {"rule": "uniform", "ffn_share": 1.0},
+    "attention": {"heads": "all", "basis": "channels", "repair": "none", "repair_against": "own_output"},
+    "ffn": {"score": "magnitude", "repair": "none", "repair_against": "own_output"},
+}
+SOBP = {
+    "allocation": {"rule": "head_search", "budget_unit": "units"},
+    "attention": {
+        "score": "obs",
+        "obs_damping": 0.01,
+        "heads": "whole",
+        "damping": 0.01,
+        "repair_against": "own_output",
+    },
+    "ffn": {"score": "obs", "obs_damping": 0.01, "damping": 0.01, "repair_against": "own_output"},
+}
+PAPER = {
+    "allocation": {"ffn_share": 1.0},
+    "attention": {"shrink_to": "zero", "damping": 0.01, "repair_against": "own_output"},
+    "ffn": {"shrink_to": "zero", "damping": 0.01, "repair_against": "own_output", "iter_pca": True},
+}
 
 TARGETS: dict[str, dict[str, Any]] = {
     "transformers": {},
     # Attention kernels take multiples of 8 or 16 up to 256; 32 channels suit every matrix kernel.
     "vllm": {
-        "allocation": {"shapes": "layer"},
+        "allocation": {"shape_freedom": "layer"},
         "attention": {"head_multiple": 16},
         "ffn": {"ffn_multiple": 32},
     },
-    # Quantised rows are made of blocks of 32 weights, K-quants of 256.
+    # Quantized rows are made of groups of 32 weights, K-quants of 256.
     "llama.cpp": {
-        "allocation": {"shapes": "width"},
+        "allocation": {"shape_freedom": "width"},
         "attention": {"head_multiple": 16, "context_multiple": 32},
         "ffn": {"ffn_multiple": 256},
     },
-    "stock": {"allocation": {"shapes": "model"}, "attention": {"head_multiple": 8}},
+    "stock": {"allocation": {"shape_freedom": "model"}, "attention": {"head_multiple": 8}},
 }
-"""Where the model will run, as overrides of the options' defaults: shapes that the runtime runs well."""
+"""Where the model will run, as overrides of the options' defaults: shapes that the runtime runs well. A method takes of
+them what it reads."""

@@ -8,6 +8,8 @@ import yaml
 
 from intraslice.results.result import PruneResult
 
+_TITLES = {"ffn": "FFN"}
+
 
 def render(result: PruneResult) -> str:
     """Return the model card of a finished run, as Markdown with a YAML head."""
@@ -81,10 +83,12 @@ The code that `trust_remote_code=True` runs lies in this folder. With the packag
 
 
 def _layers(result: PruneResult) -> str:
+    sites = list(dict.fromkeys(site for record in result.layers for site in record.errors))
     lines = [
         f"| {record.layer} | {record.shape.num_attention_heads} | {record.shape.num_key_value_heads} "
         f"| {record.shape.qk_head_dim} | {record.shape.v_head_dim} | {record.shape.intermediate_size} "
-        f"| {record.attention_error:.4f} | {record.ffn_error:.4f} |"
+        + " ".join(f"| {record.errors[site]:.4f}" if site in record.errors else "|" for site in sites)
+        + " |"
         for record in result.layers
     ]
     return "\n".join(
@@ -93,8 +97,9 @@ def _layers(result: PruneResult) -> str:
             "",
             "Errors are relative and squared, of each block's output on the calibration tokens.",
             "",
-            "| layer | heads | kv heads | qk dim | v dim | FFN | attention error | FFN error |",
-            "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            "| layer | heads | kv heads | qk dim | v dim | FFN | "
+            + "".join(f"{_TITLES.get(s, s)} error | " for s in sites),
+            "| ---: " * (6 + len(sites)) + "|",
             *lines,
         ]
     )

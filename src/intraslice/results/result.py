@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from intraslice.runtime.configuration_intraslice import LayerShape
+from intraslice.runtime.families_intraslice import LayerShape
 
 RESULT_FILE = "result.json"
 
@@ -20,9 +20,9 @@ class LayerRecord:
         layer: index of the decoder layer.
         shape: what the layer is now.
         num_parameters: stored linear weights of the layer.
-        attention_error: ||Y - output||^2 / ||Y||^2 of the attention block on the calibration tokens, with Y what it
-            was repaired against (option attention.target) on the inputs that the pruned model gives it.
-        ffn_error: the same for the FFN block.
+        errors: by the name of the site, ||Y - output||^2 / ||Y||^2 on the calibration tokens, with Y what the site was
+            repaired against (options attention.repair_against and ffn.repair_against) on the inputs that the pruned
+            model gives it.
         heads: kept query heads, by their number in the dense model.
         seconds: wall-clock seconds spent on the layer.
         iter_pca: whether Eq. 7 was applied to its FFN.
@@ -31,8 +31,7 @@ class LayerRecord:
     layer: int
     shape: LayerShape
     num_parameters: int
-    attention_error: float
-    ffn_error: float
+    errors: dict[str, float]
     heads: tuple[int, ...]
     seconds: float
     iter_pca: bool = False
@@ -56,7 +55,7 @@ class PruneResult:
         dense_bytes: bytes of the dense weight tensors in the dtype of the output.
         pruned_bytes: bytes of the weight files written.
         layers: one record per layer.
-        seconds: wall-clock seconds by phase ("allocation", "layers", "write"); "total" includes the time that
+        seconds: wall-clock seconds by stage ("plan", "layers", "finish", "write"); "total" includes the time that
             interrupted runs spent before.
         peak_memory_bytes: peak resident memory of the process (CPU), or of the accelerator when one was used.
         calibration: name, num_samples, seqlen, seed, fingerprint.
@@ -89,6 +88,10 @@ class PruneResult:
     recipe: dict[str, Any] = field(default_factory=dict)
     command: str = ""
 
+    def with_seconds(self, seconds: dict[str, float]) -> PruneResult:
+        """Return the result with other seconds."""
+        return replace(self, seconds=seconds)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return json.loads(json.dumps(asdict(self)))
@@ -110,6 +113,9 @@ class PruneResult:
 
 
 def layer_record_from_dict(data: dict[str, Any]) -> LayerRecord:
-    """Rebuild a `LayerRecord` from its JSON form."""
-    shape = LayerShape.from_dict(data["shape"])
-    return LayerRecord(**{**data, "shape": shape, "heads": tuple(data["heads"])})
+    """Rebuild a `LayerRecord` from its JSON form, of this release or of 0.1, which knew two sites by name."""
+    values = dict(data)
+    if "errors" not in values:
+        values["errors"] = {"attention": values.pop("attention_error"), "ffn": values.pop("ffn_error")}
+    shape = LayerShape.from_dict(values["shape"])
+    return LayerRecord(**{**values, "shape": shape, "heads": tuple(values["heads"])})

@@ -1,30 +1,26 @@
 """What loads and runs a pruned checkpoint.
 
-Importing this package registers the pruned architectures with the Auto classes of transformers.
+Importing this package imports neither torch nor transformers; `register` makes the pruned architectures known to the
+Auto classes, and `import intraslice` calls it as soon as transformers is there.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-from . import configuration_intraslice, modeling_intraslice, shortcuts_intraslice
-
-RUNTIME_FILES = (
-    Path(configuration_intraslice.__file__),
-    Path(modeling_intraslice.__file__),
-    Path(shortcuts_intraslice.__file__),
+RUNTIME_FILES = tuple(
+    Path(__file__).with_name(f"{name}_intraslice.py") for name in ("configuration", "families", "modeling", "shortcuts")
 )
 """Files that travel with a checkpoint, for `trust_remote_code=True`."""
 
 
 def register() -> None:
     """Register all pruned architectures with the Auto classes; again is harmless."""
-    for config, model, causal_lm in modeling_intraslice.MODELS:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from intraslice.runtime.modeling_intraslice import MODELS
+
+    for config, model, causal_lm in MODELS:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
         AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
-
-
-register()

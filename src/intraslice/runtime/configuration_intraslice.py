@@ -1,19 +1,28 @@
-"""Shapes, families and configs of pruned models.
+"""Configs of pruned models.
 
 This file travels with every pruned checkpoint (`trust_remote_code=True`), so it may import only the standard
-library, torch, transformers and huggingface_hub.
+library, torch, transformers, huggingface_hub and its neighbours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, MistralConfig, OPTConfig, Phi3Config, PretrainedConfig, Qwen2Config
+from transformers import (
+    CONFIG_MAPPING,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+from .families_intraslice import FAMILIES, FamilySpec, LayerShape
 
 MIN_TRANSFORMERS = "5.16"
 """The oldest release that knows sizes per layer; older ones would fail later, and say less."""
@@ -26,195 +35,11 @@ if [int(part) for part in transformers.__version__.split(".")[:2]] < [
     )
 
 FORMAT_VERSION = 1
-# Fields of a shape that config.json holds only where they are set.
-_OPTIONAL = ("output_bias", "ranks", "shortcuts")
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerShape:
-    """What one decoder layer looks like.
-
-    Attributes:
-        heads_per_kv: number of query heads of each kv head; its length is num_key_value_heads, its sum
-            num_attention_heads; entries may differ (ragged groups).
-        qk_head_dim: width of a query/key head (even when the family has RoPE).
-        v_head_dim: width of a value head, and of a head's part of the context.
-        intermediate_size: FFN channels.
-        output_bias: o_proj and down_proj have biases, also where the family has none.
-        ranks: (path, rank) of the Linears, named relative to the layer, that are stored as two factors.
-        shortcuts: whether each residual connection passes through a matrix (a rotated and sliced residual stream).
-    """
-
-    heads_per_kv: tuple[int, ...]
-    qk_head_dim: int
-    v_head_dim: int
-    intermediate_size: int
-    output_bias: bool = False
-    ranks: tuple[tuple[str, int], ...] = ()
-    shortcuts: bool = False
-
-    @property
-    def num_attention_heads(self) -> int:
-        """Number of query heads."""
-        return sum(self.heads_per_kv)
-
-    @property
-    def num_key_value_heads(self) -> int:
-        """Number of key/value heads."""
-        return len(self.heads_per_kv)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types; fields that few methods use only where they say something."""
-        data = {**asdict(self), "heads_per_kv": list(self.heads_per_kv), "ranks": [list(pair) for pair in self.ranks]}
-        return {name: value for name, value in data.items() if value or name not in _OPTIONAL}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> LayerShape:
-        """Inverse of `to_dict`."""
-        ranks = tuple((path, rank) for path, rank in data.get("ranks", ()))
-        return cls(**{**data, "heads_per_kv": tuple(data["heads_per_kv"]), "ranks": ranks})
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one matrix lives inside a block: a Linear, or one part of a fused Linear.
-
-    Attributes:
-        path: name of the Linear relative to the block.
-        part: which part of a fused Linear, in the order of its rows.
-        parts: names of all parts when fused, for example ("q", "k", "v"); empty when not fused.
-    """
-
-    path: str
-    part: int = 0
-    parts: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class FamilySpec:
-    """Where things are in one Hugging Face layout. Data only.
-
-    Attributes:
-        name: the Hugging Face model_type.
-        layers: path of the decoder layers in the ForCausalLM class.
-        attention: attention module relative to the layer.
-        q, k, v, o: projections relative to the attention module.
-        mlp: FFN module relative to the layer; "" when its Linears sit on the layer itself.
-        up, gate, down: FFN projections relative to the FFN module; gate is None when the FFN is not gated.
-        activation: config attribute that names the activation function.
-        attention_norm, ffn_norm: norms relative to the layer.
-        norm_first: config attribute that says whether norms come before the block; None means always before.
-        rope: whether query and key are rotated.
-        intermediate_size: config attribute of the FFN width.
-        sliding_window: config attribute passed on to the attention kernel, or None.
-        qkv_bias, o_bias: whether the projections have biases: a constant, or a config attribute.
-    """
-
-    name: str
-    layers: str = "model.layers"
-    attention: str = "self_attn"
-    q: Slot = Slot("q_proj")
-    k: Slot = Slot("k_proj")
-    v: Slot = Slot("v_proj")
-    o: Slot = Slot("o_proj")
-    mlp: str = "mlp"
-    up: Slot = Slot("up_proj")
-    gate: Slot | None = Slot("gate_proj")
-    down: Slot = Slot("down_proj")
-    activation: str = "hidden_act"
-    attention_norm: str = "input_layernorm"
-    ffn_norm: str = "post_attention_layernorm"
-    norm_first: str | None = None
-    rope: bool = True
-    intermediate_size: str = "intermediate_size"
-    sliding_window: str | None = None
-    qkv_bias: bool | str = False
-    o_bias: bool | str = False
-
-    @property
-    def num_ffn_matrices(self) -> int:
-        """Number of FFN matrices; a channel costs hidden_size weights in each."""
-        return 2 if self.gate is None else 3
-
-    @property
-    def attention_paths(self) -> tuple[tuple[str, ...], str]:
-        """Linears that read the input of the attention block, and the one that writes its output, within the layer."""
-        reading = dict.fromkeys(f"{self.attention}.{slot.path}" for slot in (self.q, self.k, self.v))
-        return tuple(reading), f"{self.attention}.{self.o.path}"
-
-    @property
-    def ffn_paths(self) -> tuple[tuple[str, ...], str]:
-        """Linears that read the input of the FFN, and the one that writes its output, within the layer."""
-        prefix = f"{self.mlp}." if self.mlp else ""
-        reading = dict.fromkeys(f"{prefix}{slot.path}" for slot in (self.gate, self.up) if slot is not None)
-        return tuple(reading), f"{prefix}{self.down.path}"
-
-    def linear_sizes(self, shape: LayerShape, hidden_size: int) -> dict[str, tuple[int, int]]:
-        """Return (out, in) of each Linear of a layer of this shape, by its path within the layer."""
-        heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
-        (attention, o), (ffn, down) = self.attention_paths, self.ffn_paths
-        reading = {
-            attention: (heads * shape.qk_head_dim, kv_heads * shape.qk_head_dim, kv_heads * shape.v_head_dim),
-            ffn: (shape.intermediate_size,) * (self.num_ffn_matrices - 1),
-        }
-        sizes: dict[str, tuple[int, int]] = {}
-        for paths, rows in reading.items():
-            # A fused Linear holds the rows of all parts.
-            counts = rows if len(paths) == len(rows) else (sum(rows),)
-            sizes |= {path: (count, hidden_size) for path, count in zip(paths, counts, strict=True)}
-        sizes[o] = (hidden_size, heads * shape.v_head_dim)
-        sizes[down] = (hidden_size, shape.intermediate_size)
-        return sizes
-
-    def num_parameters(self, shape: LayerShape, hidden_size: int) -> int:
-        """Return the number of linear weights (no biases, no norms) of a layer of this shape.
-
-        Args:
-            shape: of the layer.
-            hidden_size: width of its residual stream.
-        """
-        ranks = dict(shape.ranks)
-        linears = sum(
-            ranks[path] * (rows + columns) if path in ranks else rows * columns
-            for path, (rows, columns) in self.linear_sizes(shape, hidden_size).items()
-        )
-        return linears + (2 * hidden_size**2 if shape.shortcuts else 0)
-
-
-FAMILIES: dict[str, FamilySpec] = {
-    spec.name: spec
-    for spec in (
-        FamilySpec(name="llama", qkv_bias="attention_bias", o_bias="attention_bias"),
-        FamilySpec(name="mistral", sliding_window="sliding_window"),
-        FamilySpec(name="qwen2", sliding_window="sliding_window", qkv_bias=True),
-        FamilySpec(
-            name="phi3",
-            q=Slot("qkv_proj", 0, ("q", "k", "v")),
-            k=Slot("qkv_proj", 1, ("q", "k", "v")),
-            v=Slot("qkv_proj", 2, ("q", "k", "v")),
-            gate=Slot("gate_up_proj", 0, ("gate", "up")),
-            up=Slot("gate_up_proj", 1, ("gate", "up")),
-            sliding_window="sliding_window",
-        ),
-        FamilySpec(
-            name="opt",
-            layers="model.decoder.layers",
-            o=Slot("out_proj"),
-            mlp="",
-            up=Slot("fc1"),
-            gate=None,
-            down=Slot("fc2"),
-            activation="activation_function",
-            attention_norm="self_attn_layer_norm",
-            ffn_norm="final_layer_norm",
-            norm_first="do_layer_norm_before",
-            rope=False,
-            intermediate_size="ffn_dim",
-            qkv_bias="enable_bias",
-            o_bias="enable_bias",
-        ),
-    )
-}
+def stock_config_class(family: str) -> type[Any]:
+    """Return the stock config class of a family."""
+    return CONFIG_MAPPING[family]
 
 
 def dense_head_dim(config: PretrainedConfig) -> int:

@@ -26,19 +26,17 @@ from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3ForCaus
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
 
 from .configuration_intraslice import (
-    FAMILIES,
-    FamilySpec,
     IntraSliceLlamaConfig,
     IntraSliceMistralConfig,
     IntraSliceOPTConfig,
     IntraSlicePhi3Config,
     IntraSliceQwen2Config,
-    LayerShape,
     dense_config,
     dense_head_dim,
     dense_sizes,
     rotary_dim,
 )
+from .families_intraslice import FAMILIES, FamilySpec, LayerShape
 from .shortcuts_intraslice import add_shortcuts
 
 

@@ -18,7 +18,8 @@ from intraslice.inspection import family_of
 from intraslice.loading import load_model
 from intraslice.placement import Placement, dtype_name
 from intraslice.progress import Progress, SilentProgress
-from intraslice.runtime.configuration_intraslice import LayerShape, dense_config, dense_shape
+from intraslice.runtime.configuration_intraslice import dense_config, dense_shape
+from intraslice.runtime.families_intraslice import LayerShape
 from intraslice.speed.bench import BenchOptions
 from intraslice.speed.layer_speed import LayerHost, one_layer_model
 from intraslice.speed.timing import Spread

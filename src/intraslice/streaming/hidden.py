@@ -71,7 +71,7 @@ class Streams:
 
     Attributes:
         pruned: as the layers pruned before give them.
-        dense: as the dense model has them; None when no block is repaired against the dense model: all blocks are
+        dense: as the dense model has them; None when no site is repaired against it: all sites are
             then repaired against their own dense output.
     """
 
@@ -79,17 +79,16 @@ class Streams:
     dense: HiddenStates | None
 
 
-def embedded_states(model: StreamedModel, tokens_NT: Tensor, batch: int, path: Path | None) -> HiddenStates:
+def embedded_states(model: StreamedModel, tokens_NT: Tensor, path: Path | None) -> HiddenStates:
     """Return the hidden states of all tokens at the input of the first layer.
 
     Args:
         model: the streamed model, before its embeddings are released.
         tokens_NT: token ids, [N, T].
-        batch: sequences in one batch.
         path: file to keep the states in; None keeps them in memory.
     """
     shape = (tokens_NT.shape[0], tokens_NT.shape[1], model.config.hidden_size)
-    hidden = HiddenStates(shape, model.placement.compute_dtype, batch, model.placement.device, path)
+    hidden = HiddenStates(shape, model.placement.compute_dtype, model.batch_shape[0], model.placement.device, path)
     for part in hidden.slices():
         hidden.write(part, model.embed(tokens_NT[part]))
     return hidden

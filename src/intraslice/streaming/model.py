@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer, norms_come_first
+from intraslice.layers.sites import ModelSites, layer_sites
 from intraslice.placement import Placement
-from intraslice.runtime.configuration_intraslice import LayerShape, dense_shape, rotary_dim
+from intraslice.runtime.configuration_intraslice import dense_shape, rotary_dim
+from intraslice.runtime.families_intraslice import LayerShape
 from intraslice.runtime.modeling_intraslice import apply_layer_shape, pair_channels
 
 _LOGIT_POSITIONS = 512  # positions whose logits exist at once in the loss
@@ -65,6 +67,7 @@ class StreamedModel:
         self._skeletons = list(layers)
         self._recorders = [_Recorder() for _ in self._skeletons]
         setattr(self._decoder, name, nn.ModuleList(self._recorders))
+        self.sites = ModelSites((layer_sites(self.spec, self.dense_shape, self.config.hidden_size),) * self.num_layers)
         self._materialise()
         self.batch_shape = batch_shape
         self.embed(torch.zeros(batch_shape, dtype=torch.int64))
@@ -92,17 +95,19 @@ class StreamedModel:
     def can_share_pairs(self) -> bool:
         """Whether stock runtimes can be told a subset of RoPE pairs that all heads keep.
 
-        There is no room in it for channels that are not rotated, and Phi3Config takes no subset.
+        There is no room in it for channels that are not rotated, and the config of some families takes no subset.
         """
-        return self.spec.name != "phi3" and rotary_dim(self.config) == self.dense_shape.qk_head_dim
+        return self.spec.rope_subset and rotary_dim(self.config) == self.dense_shape.qk_head_dim
 
     @property
     def heads_divide_hidden(self) -> bool:
         """Whether the stock class refuses head counts that do not divide hidden_size.
 
-        LlamaConfig does; without biases the same model can be written as a Mistral, which does not.
+        Without biases some models can be written as another family that computes the same and does not refuse.
         """
-        return self.spec.name == "llama" and bool(self.config.attention_bias)
+        biases = (self.spec.qkv_bias, self.spec.o_bias)
+        biased = any(getattr(self.config, bias) if isinstance(bias, str) else bias for bias in biases)
+        return self.spec.heads_divide_hidden and (self.spec.stand_in is None or biased)
 
     @torch.no_grad()
     def embed(self, tokens_BT: Tensor) -> Tensor:

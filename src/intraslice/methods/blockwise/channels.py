@@ -13,18 +13,13 @@ from intraslice.algebra.selection import top_indices
 from intraslice.layers.weights import FFNEdit
 from intraslice.methods.blockwise.options import FFNOptions
 from intraslice.methods.blockwise.repairs import Output, OutputMoments, repair_output
-from intraslice.methods.blockwise.scores import (
-    elimination_ranks,
-    energy_scores,
-    feature_scores,
-    fluctuation_scores,
-    magnitude_scores,
-    norm_scores,
-)
+from intraslice.methods.blockwise.scores import ScoreInput
+from intraslice.methods.blockwise.strategies import SCORES
+from intraslice.methods.choices import load
 
 
-def block_target(moments: OutputMoments, down_weight: Tensor) -> OutputMoments:
-    """Return the moments for Y = act W_down^T, the block's own output: they follow from those of `act`."""
+def own_output(moments: OutputMoments, down_weight: Tensor) -> OutputMoments:
+    """Return the moments for Y = act W_down^T, the site's own output: they follow from those of `act`."""
     down = down_weight.double()
     cross = moments.gram @ down.T
     return replace(
@@ -59,27 +54,26 @@ def solve_down(
 
 
 def channel_scores(moments: OutputMoments, down_weight: Tensor, keep: int, options: FFNOptions) -> Tensor:
-    """Return what each channel is worth by the rule that `options.score` names, [F].
+    """Return what each channel is worth by the score that `options.score` names, [F].
 
     Args:
-        moments: sums over the block; Z is `act`.
+        moments: sums over the site; Z is `act`.
         down_weight: [D, F].
         keep: channels that will stay.
         options: settings.
     """
-    energy = moments.gram.diagonal()
-    if options.score == "norm":
-        return norm_scores(energy, down_weight)
-    if options.score == "magnitude":
-        return magnitude_scores(energy)
-    if options.score == "fluctuation":
-        return fluctuation_scores(energy, moments.input_sum, moments.num_tokens, down_weight)
-    if options.score == "feature":
-        return feature_scores(moments.gram, moments.input_sum, moments.num_tokens, down_weight)
-    if options.score == "obs":
-        width = len(energy)
-        return elimination_ranks(moments.gram, down_weight, width, width - keep, options.damping)
-    return energy_scores(energy, down_weight)
+    width = moments.gram.shape[0]
+    site = ScoreInput(
+        energy=moments.gram.diagonal(),
+        total=moments.input_sum,
+        moment=moments.gram,
+        num_tokens=moments.num_tokens,
+        weight=down_weight,
+        units=width,
+        removed=width - keep,
+        damping=options.obs_damping,
+    )
+    return load(SCORES[options.score].channels)(site)
 
 
 def select_channels(moments: OutputMoments, down_weight: Tensor, keep: int, options: FFNOptions) -> Tensor:

@@ -30,13 +30,9 @@ from intraslice.algebra.selection import (
 from intraslice.layers.weights import AttentionWeights, QKEdit, ValueEdit
 from intraslice.methods.blockwise.options import AttentionOptions
 from intraslice.methods.blockwise.repairs import Output, OutputMoments, repair_output
-from intraslice.methods.blockwise.scores import (
-    HeadCorrelation,
-    elimination_ranks,
-    energy_scores,
-    fluctuation_scores,
-    norm_scores,
-)
+from intraslice.methods.blockwise.scores import ScoreInput, unit_scores
+from intraslice.methods.blockwise.strategies import SCORES
+from intraslice.methods.choices import load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +42,7 @@ class AttentionStats:
     Attributes:
         context: second moment of each head's context, [H, d, d].
         context_sum: sum of the context, [H * d].
-        context_full: second moment over all heads, [H * d, H * d]; None unless `needs_all_heads`.
+        context_full: second moment over all heads, [H * d, H * d]; None unless the score needs it.
         value_energy: sum of the squared values, [K, d].
         query: second moment of the queries (after RoPE), [H, d, d].
         key: second moment of the keys (after RoPE), [K, d, d].
@@ -67,40 +63,38 @@ class AttentionStats:
     num_tokens: int
 
 
-def needs_all_heads(options: AttentionOptions) -> bool:
-    """Return whether the score needs the second moment of the context over all heads."""
-    return options.score in ("pearson", "obs")
-
-
-def _correlation(stats: AttentionStats, o_weight: Tensor) -> HeadCorrelation:
-    assert stats.context_full is not None
-    return HeadCorrelation(stats.context_full, stats.context_sum, stats.num_tokens, o_weight, len(stats.context))
-
-
-def head_scores(stats: AttentionStats, o_weight: Tensor, options: AttentionOptions) -> Tensor:
-    """Return what each head is worth by the rule that `options.score` names, R_h of Eq. 2 unless told otherwise, [H].
+def score_input(stats: AttentionStats, o_weight: Tensor, options: AttentionOptions) -> ScoreInput:
+    """Return what scores of heads are computed from.
 
     Args:
-        stats: sums over the dense block.
+        stats: sums over the dense site.
         o_weight: [D, H * d].
         options: settings.
     """
     num_heads = len(stats.context)
-    if options.score == "pearson":
-        return _correlation(stats, o_weight).scores()
-    if options.score == "obs":
-        assert stats.context_full is not None
+    return ScoreInput(
+        energy=stats.context.diagonal(dim1=1, dim2=2).flatten(),
+        total=stats.context_sum,
+        moment=stats.context_full,
+        num_tokens=stats.num_tokens,
+        weight=o_weight,
+        units=num_heads,
         # Up to the last one: how many go is decided by their weights.
-        return elimination_ranks(stats.context_full, o_weight, num_heads, num_heads - 1, options.damping)
-    energy = stats.context.diagonal(dim1=1, dim2=2).flatten()
-    if options.score == "norm":
-        channels = norm_scores(energy, o_weight)
-    elif options.score == "fluctuation":
-        # Squared, as in the allocation: one channel that fluctuates much keeps its head.
-        channels = fluctuation_scores(energy, stats.context_sum, stats.num_tokens, o_weight).square()
-    else:
-        channels = energy_scores(energy, o_weight)
-    return channels.view(num_heads, -1).sum(1)
+        removed=num_heads - 1,
+        damping=options.obs_damping,
+    )
+
+
+def head_scores(stats: AttentionStats, o_weight: Tensor, options: AttentionOptions) -> Tensor:
+    """Return what each head is worth by the score that `options.score` names, R_h of Eq. 2 unless told otherwise, [H].
+
+    Args:
+        stats: sums over the dense site.
+        o_weight: [D, H * d].
+        options: settings.
+    """
+    scores = load(SCORES[options.score].heads)(score_input(stats, o_weight, options))
+    return unit_scores(scores, len(stats.context))
 
 
 def choose_qk(
@@ -136,26 +130,27 @@ def choose_qk(
             dense_group=weights.group,
         )
         width = plan.width
-    elif options.keep_heads:
+    elif options.heads == "all":
         choice = HeadChoice(tuple(range(len(scores))), budget_dims / (len(scores) + len(weights.k)))
         width = _rounded_width(choice.width, head_dim, options)
-    elif options.adaptive_heads:
+    elif options.heads == "adaptive":
         choice = adaptive_heads(
             scores,
             spectrum,
             budget_dims=budget_dims,
             group=weights.group,
             min_width=options.min_head_fraction * head_dim,
-            groups=options.groups,
+            groups=options.gqa_groups,
         )
         width = _rounded_width(choice.width, head_dim, options)
     else:
         choice = whole_heads(
-            scores, budget_dims=budget_dims, head_dim=head_dim, group=weights.group, groups=options.groups
+            scores, budget_dims=budget_dims, head_dim=head_dim, group=weights.group, groups=options.gqa_groups
         )
         width = head_dim
-        if options.score == "pearson":
-            heads = _correlation(stats, weights.o).swap(choice.heads, weights.group, options.groups)
+        if refine := SCORES[options.score].refine:
+            site = score_input(stats, weights.o, options)
+            heads = load(refine)(site, choice.heads, weights.group, options.gqa_groups)
             choice = replace(choice, heads=heads)
     edit = QKEdit(heads=choice.heads, width=width)
     return edit if width == head_dim else _narrowed(edit, weights, stats, options, pairs_to_channels, shared_pairs)

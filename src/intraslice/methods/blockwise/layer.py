@@ -1,4 +1,4 @@
-"""Prunes one decoder layer: measure, choose, measure again, solve, write, propagate.
+"""Prunes one decoder layer, site by site: measure, choose, measure again, solve, write, propagate.
 
 Shapes: B sequences of a batch, T tokens, N = B * T, D hidden_size, H query heads, K kv heads, d head_dim,
 F intermediate_size.
@@ -12,36 +12,35 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from intraslice.algebra.selection import HeadPlan, round_to_multiple
+from intraslice.algebra.selection import HeadPlan
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer, read_attention, read_ffn
+from intraslice.layers.sites import ATTENTION, Site
 from intraslice.layers.surgery import write_attention, write_ffn
 from intraslice.layers.weights import attention_shape, fuse_ffn, fuse_qk, fuse_value
+from intraslice.methods.blockwise.budget import Budget
 from intraslice.methods.blockwise.channels import select_channels, solve_down
-from intraslice.methods.blockwise.heads import choose_qk, needs_all_heads, solve_value
+from intraslice.methods.blockwise.heads import choose_qk, solve_value
 from intraslice.methods.blockwise.iter_pca import iterate_pca
 from intraslice.methods.blockwise.measure import attention_stats, context_moments, ffn_moments, without_bias
-from intraslice.methods.blockwise.options import AttentionOptions, FFNOptions
-from intraslice.methods.blockwise.repairs import OutputMoments
-from intraslice.runtime.configuration_intraslice import LayerShape
-from intraslice.streaming.hidden import HiddenStates, Streams
+from intraslice.methods.blockwise.options import AttentionOptions, BlockwiseOptions, FFNOptions
+from intraslice.methods.blockwise.strategies import SCORES
+from intraslice.runtime.families_intraslice import LayerShape
+from intraslice.streaming.hidden import Streams
 from intraslice.streaming.model import StreamedModel
+from intraslice.streaming.propagate import propagate_ffn
 
 
-@dataclass(frozen=True)
-class LayerBudget:
-    """Linear weights that the two blocks of a layer may keep.
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What is decided of a layer before it is measured.
 
     Attributes:
-        attention: for q, k, v and o.
-        ffn: for up, gate and down, before what attention left over (or overdrew) is added.
-        iter_pca: whether Eq. 7 is applied to the FFN.
-        heads: exact shape of the attention block; None leaves it to the budget.
+        iter_pca: whether Eq. 7 is applied to its FFN.
+        heads: exact shape of its attention; None leaves it to the budget.
         rope_pairs: pairs that all heads of the model keep; None leaves them to each kv head.
     """
 
-    attention: float
-    ffn: float
     iter_pca: bool
     heads: HeadPlan | None = None
     rope_pairs: tuple[int, ...] | None = None
@@ -54,67 +53,63 @@ class PrunedLayer:
     Attributes:
         shape: its new shape.
         heads: kept query heads.
-        attention_error, ffn_error: relative squared errors of the two blocks.
-        leftover: linear weights of the budget that were not spent (negative when overdrawn).
+        errors: relative squared error of each site, by its name.
     """
 
     shape: LayerShape
     heads: tuple[int, ...]
-    attention_error: float
-    ffn_error: float
-    leftover: float
+    errors: dict[str, float]
 
 
 @torch.no_grad()
 def prune_layer(
     model: StreamedModel,
-    block: DecoderLayer,
+    layer: DecoderLayer,
     index: int,
     streams: Streams,
-    budget: LayerBudget,
-    attention_options: AttentionOptions,
-    ffn_options: FFNOptions,
+    budget: Budget,
+    plan: LayerPlan,
+    options: BlockwiseOptions,
 ) -> PrunedLayer:
-    """Prune the layer in `block` in place, and advance the streams through it.
+    """Prune a layer in place, and advance the streams through it.
 
     Args:
         model: the streamed model the layer belongs to.
-        block: the layer at its dense shape.
+        layer: at its dense shape.
         index: number of the layer.
         streams: inputs of the layer; overwritten by its outputs.
-        budget: weights that may stay.
-        attention_options: settings of the attention block.
-        ffn_options: settings of the FFN block.
+        budget: where the weights that may stay are taken from.
+        plan: of this layer.
+        options: of the method.
 
     Raises:
         NumericalError: activations are NaN or infinite, or a system cannot be solved.
     """
+    errors: dict[str, float] = {}
+    heads: tuple[int, ...] = ()
+    granted, spent = 0.0, 0
     try:
-        attention = _prune_attention(model, block, index, streams, budget, attention_options)
-        moments = ffn_moments(model, block, streams, ffn_options)
-        spent = _attention_cost(model, attention.shape)
-        keep = _channels_to_keep(model, budget.ffn + budget.attention - spent, ffn_options.ffn_multiple)
-        ffn_error = _prune_ffn(
-            model, block, index, streams, moments, attention.shape, keep, budget.iter_pca, ffn_options
-        )
-        _advance_ffn(block, streams.pruned)
+        for site in model.sites.layers[index]:
+            planned = budget.planned(index, site)
+            if site.kind == ATTENTION:
+                pruned = _prune_attention(model, layer, index, streams, planned, plan, options.attention)
+                heads, errors[site.name] = pruned.heads, pruned.error
+                granted, spent = granted + planned, spent + _attention_cost(model, pruned.shape)
+                continue
+            # An FFN gets what was left over before it as well, and leaves the rest to the next one.
+            available = planned + budget.carry + granted
+            keep, error = _prune_ffn(model, layer, index, site, streams, budget, available - spent, plan, options.ffn)
+            errors[site.name] = error
+            budget.carry = available - (spent + keep * site.unit_weights)
+            granted, spent = 0.0, 0
+        propagate_ffn(layer, streams.pruned)
     except NumericalError as error:
         raise NumericalError(f"layer {index}: {error}") from error
-    shape = block.attention.shape
-    total = model.spec.num_parameters(shape, model.config.hidden_size)
-    return PrunedLayer(shape, attention.heads, attention.error, ffn_error, budget.attention + budget.ffn - total)
-
-
-@torch.no_grad()
-def propagate_layer(block: DecoderLayer, hidden: HiddenStates) -> None:
-    """Advance one stream through a layer, dense or finished, with the same operations that `prune_layer` uses."""
-    for part in hidden.slices():
-        hidden.write(part, block.attention_step(hidden.read(part)))
-    _advance_ffn(block, hidden)
+    return PrunedLayer(layer.attention.shape, heads, errors)
 
 
 @dataclass(frozen=True)
-class _PrunedAttentionBlock:
+class _PrunedAttention:
     shape: LayerShape
     heads: tuple[int, ...]
     error: float
@@ -122,21 +117,22 @@ class _PrunedAttentionBlock:
 
 def _prune_attention(
     model: StreamedModel,
-    block: DecoderLayer,
+    layer: DecoderLayer,
     index: int,
     streams: Streams,
-    budget: LayerBudget,
+    budget: float,
+    plan: LayerPlan,
     options: AttentionOptions,
-) -> _PrunedAttentionBlock:
-    dense = block.attention
-    weights = read_attention(block, model.dense_shape)
-    stats = attention_stats(model, block, streams.pruned, needs_all_heads(options))
+) -> _PrunedAttention:
+    dense = layer.attention
+    weights = read_attention(layer, model.dense_shape)
+    stats = attention_stats(model, layer, streams.pruned, SCORES[options.score].needs_full_moment)
     pairs = model.pairs_to_channels
-    edit = choose_qk(weights, stats, budget.attention, options, pairs, budget.heads, budget.rope_pairs)
+    edit = choose_qk(weights, stats, budget, options, pairs, plan.heads, plan.rope_pairs)
     trial, per_kv = fuse_qk(weights, edit, pairs)
     ffn_width = model.dense_shape.intermediate_size
-    write_attention(block, model.config, index, attention_shape(per_kv, trial, ffn_width), trial, edit.rope_pairs)
-    moments = context_moments(model, block, streams, dense, options.target)
+    write_attention(layer, model.config, index, attention_shape(per_kv, trial, ffn_width), trial, edit.rope_pairs)
+    moments = context_moments(model, layer, streams, dense, options.repair_against)
     dense_dims = model.dense_shape.num_attention_heads * model.dense_shape.qk_head_dim
     whole = len(edit.heads) * edit.width == dense_dims
     value_edit, error = solve_value(
@@ -144,71 +140,64 @@ def _prune_attention(
     )
     fused = fuse_value(trial, value_edit)
     shape = attention_shape(per_kv, fused, ffn_width, output_bias=value_edit.o_bias is not None)
-    write_attention(block, model.config, index, shape, fused, edit.rope_pairs)
-    _round_to_saved(model, block.attention)
-    return _PrunedAttentionBlock(shape, edit.heads, error)
-
-
-def _advance_ffn(block: DecoderLayer, hidden: HiddenStates) -> None:
-    for part in hidden.slices():
-        hidden.write(part, block.ffn_step(hidden.read(part)))
+    write_attention(layer, model.config, index, shape, fused, edit.rope_pairs)
+    _round_to_saved(model, layer.attention)
+    return _PrunedAttention(shape, edit.heads, error)
 
 
 def _attention_cost(model: StreamedModel, shape: LayerShape) -> int:
     return model.spec.num_parameters(replace(shape, intermediate_size=0), model.config.hidden_size)
 
 
-def _channels_to_keep(model: StreamedModel, budget: float, multiple: int) -> int:
-    per_channel = model.config.hidden_size * model.spec.num_ffn_matrices
-    width = model.dense_shape.intermediate_size
-    return round_to_multiple(budget / per_channel, multiple, min(multiple, width), width)
-
-
 def _prune_ffn(
     model: StreamedModel,
-    block: DecoderLayer,
+    layer: DecoderLayer,
     index: int,
+    site: Site,
     streams: Streams,
-    moments: OutputMoments,
-    shape: LayerShape,
-    keep: int,
-    iterate: bool,
+    budget: Budget,
+    wanted: float,
+    plan: LayerPlan,
     options: FFNOptions,
-) -> float:
-    weights = read_ffn(block, shape)
+) -> tuple[int, float]:
+    """Return the kept channels and the error."""
+    moments = ffn_moments(model, layer, streams, options.repair_against)
+    shape = layer.attention.shape
+    keep = budget.channels(index, site, wanted)
+    weights = read_ffn(layer, shape)
     channels = select_channels(moments, weights.down, keep, options)
     edit, error = solve_down(moments, weights.down, channels, options)
-    if iterate and keep < shape.intermediate_size:
-        replay = _Replay(block, streams, weights.down, options.target)
+    if plan.iter_pca and keep < shape.intermediate_size:
+        replay = _Replay(layer, streams, weights.down, options.repair_against)
         edit, error = iterate_pca(replay, moments, edit, error, options)
     shape = replace(shape, intermediate_size=keep, output_bias=shape.output_bias or edit.down_bias is not None)
-    write_ffn(block, model.config, index, shape, fuse_ffn(weights, edit))
-    _round_to_saved(model, block.ffn)
-    return error
+    write_ffn(layer, model.config, index, shape, fuse_ffn(weights, edit))
+    _round_to_saved(model, layer.ffn)
+    return keep, error
 
 
 class _Replay:
     """Replays the outputs of up and gate and the target, batch by batch; nothing is stored."""
 
-    def __init__(self, block: DecoderLayer, streams: Streams, down_weight: Tensor, target: str) -> None:
-        self._block = block
+    def __init__(self, layer: DecoderLayer, streams: Streams, down_weight: Tensor, repair_against: str) -> None:
+        self._layer = layer
         self._streams = streams
-        self._target = target
+        self._repair_against = repair_against
         self._down_weight = down_weight
-        self.activation = block.activation
+        self.activation = layer.activation
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        block, dense = self._block, self._streams.dense
+        layer, dense = self._layer, self._streams.dense
         for part in self._streams.pruned.slices():
             states = self._streams.pruned.read(part)
-            up, gate = block.preactivations(block.ffn_input(states))
-            if self._target == "model" and dense is not None:
-                # The dense stream is already behind this layer.
-                wanted = without_bias(dense.read(part) - states, block.down_projection)
+            up, gate = layer.preactivations(layer.ffn_input(states))
+            if self._repair_against == "dense_stream" and dense is not None:
+                # `ffn_moments` has already advanced the dense stream past this layer.
+                target = without_bias(dense.read(part) - states, layer.down_projection)
             else:
                 act = self.activation(up) if gate is None else self.activation(gate) * up
-                wanted = act @ self._down_weight.to(act).T
-            yield up.flatten(0, 1), None if gate is None else gate.flatten(0, 1), wanted.flatten(0, 1)
+                target = act @ self._down_weight.to(act).T
+            yield up.flatten(0, 1), None if gate is None else gate.flatten(0, 1), target.flatten(0, 1)
 
 
 def _round_to_saved(model: StreamedModel, module: torch.nn.Module) -> None:

@@ -1,145 +1,212 @@
-"""The settings of the method: plain frozen dataclasses, validated by `recipe.py`, read by the pure code.
+"""The options of block-wise methods: plain frozen dataclasses, checked by the recipe, read by the pure code. No torch.
 
 The ablations of the paper's Table 4 are values of these fields:
-    Ada-H  attention.adaptive_heads
+    Ada-H  attention.heads
     Pca-A  allocation.pca_attention and allocation.pca_ffn
     IPca   ffn.iter_pca
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MultipleOf
+
+from intraslice.methods.blockwise import strategies
+from intraslice.methods.choices import OneOf, Row, option_values, read_names
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllocationOptions:
-    """How much each layer loses (paper section 3.3).
+    """How much each site loses (paper section 3.3).
 
     Attributes:
-        name: "mask_gradient" ranks channels over all layers (Eq. 9-11); "uniform" gives each layer the same share;
-            "fluctuation" ranks whole heads and channels by standardised fluctuations (FLAP); "similarity" takes more
-            from layers whose output resembles their input (SlimLLM); "head_search" ranks whole heads and channels
-            by squared mask gradients and searches the number of heads (SoBP).
+        rule: a row of ALLOCATION_RULES.
         pca_attention: rotate the mask gradients of `context` into its per-head eigenvectors (Eq. 11).
-        pca_ffn: rotate the mask gradients of `act` into the eigenvectors of blocks of channels (Eq. 11).
-        ffn_bias: lambda_b; the FFN loses ffn_bias times the target sparsity, attention the rest. Not used by
-            "fluctuation" and "head_search", which find that split themselves.
-        count: what a block's share counts: its "weights", or the "units" that whole-head methods remove, query heads
-            and FFN channels. A kv head is no unit; it stays until the last of its query heads goes.
+        pca_ffn: rotate the mask gradients of `act` into the eigenvectors of groups of channels (Eq. 11).
+        ffn_share: lambda_b; the FFNs lose ffn_share times the target sparsity, attention the rest.
+        budget_unit: what a site's share counts: its "weights", or the "units" that whole-head methods remove, query
+            heads and FFN channels. A kv head is no unit; it stays until the last of its query heads goes.
         similarity_scale: alpha of "similarity": layers lose in proportion to exp(alpha * cosine similarity).
-        max_block_sparsity: cap on what one attention or FFN block may lose; the excess goes to other layers.
-        num_ffn_blocks: into how many blocks the channels of `act` are cut for the correction.
-        shapes: which shapes layers may take: "free" (the paper), "layer" (one group size a layer), "width" (also one
-            head width and one choice of RoPE pairs for all layers), or "model" (one shape for all layers).
+        max_site_sparsity: cap on what one site may lose; the excess goes to other layers.
+        num_channel_groups: into how many groups the channels of `act` are cut for the rotation.
+        shape_freedom: a row of SHAPE_FREEDOMS.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    name: Literal["mask_gradient", "uniform", "fluctuation", "similarity", "head_search"] = "mask_gradient"
+    rule: Annotated[str, OneOf(strategies.ALLOCATION_RULES)] = "mask_gradient"
     pca_attention: bool = True
     pca_ffn: bool = True
-    ffn_bias: float = 1.15
-    count: Literal["weights", "units"] = "weights"
-    similarity_scale: float = 10.0
-    max_block_sparsity: float = 0.9
-    num_ffn_blocks: int = 32
-    shapes: Literal["free", "layer", "width", "model"] = "free"
+    ffn_share: Annotated[float, Gt(0)] = 1.15
+    budget_unit: Literal["weights", "units"] = "weights"
+    similarity_scale: Annotated[float, Ge(0)] = 10.0
+    max_site_sparsity: Annotated[float, Gt(0), Lt(1)] = 0.9
+    num_channel_groups: Annotated[int, Ge(1)] = 32
+    shape_freedom: Annotated[str, OneOf(strategies.SHAPE_FREEDOMS)] = "free"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """How one attention block is compressed (paper section 3.1, Algorithm 2).
+    """How one attention site is compressed (paper section 3.1, Algorithm 2).
 
     Attributes:
-        score: what a head is worth: "energy" (Eq. 2), "norm" (structured Wanda), "fluctuation" (FLAP), "pearson"
-            (SlimLLM: what the output's correlation with itself loses, then swaps of heads), or "obs" (SoBP: the order
-            of greedy optimal-brain-surgeon elimination).
-        adaptive_heads: remove weak heads and shrink the others; False removes whole heads only.
-        keep_heads: no head goes, all become narrower (TransAct); wins over adaptive_heads.
-        basis: what narrower heads keep: "pca" (the leading directions of Algorithm 2), or "channels" of q, k and v
-            with the largest activations (TransAct).
+        heads: a row of HEAD_RULES: whether heads go, become narrower, or both.
+        score: what a head is worth, a row of SCORES.
+        obs_damping: lambda of the optimal-brain-surgeon score, relative to the mean diagonal of the second moment.
+        basis: what narrower heads keep, a row of BASES.
         min_head_fraction: heads keep at least this fraction of head_dim (paper: 96 of 128); 0 switches it off.
         head_multiple: kept head dimensions are a multiple of this (even, because of RoPE pairs).
-        context_multiple: query heads times their width are a multiple of this; for allocation.shapes other than "free".
-        repair: what happens to o_proj afterwards: "ridge" regression (Eq. 6), a "bias" that adds back the mean of what
-            is missing (FLAP), an "affine" fit of each output channel (SlimLLM), or "none". "ridge" with
-            shrink_to = "weights" and target = "block" is the optimal-brain-surgeon update (SoBP).
-        damping: lambda of Eq. 6, relative to the mean diagonal of the second moment.
+        context_multiple: query heads times their width are a multiple of this, where shapes are not free.
+        repair: what happens to o_proj afterwards, a row of REPAIRS. "ridge" with shrink_to = "weights" and
+            repair_against = "own_output" is the optimal-brain-surgeon update (SoBP).
+        damping: lambda of the ridge regression (Eq. 6), relative to the mean diagonal of the second moment.
         shrink_to: what lambda pulls the solution towards: "weights" (what plain removal would leave), or "zero"
             (Eq. 6 to the letter).
-        target: what the block is repaired against: "block" (what the dense block makes of the same input), or
-            "model" (what the dense model has in its residual stream there, so that the errors of the layers before
-            are repaired as well).
-        groups: "ragged" lets query heads of a kv head go one by one; "uniform" keeps one group size per layer.
+        repair_against: "own_output" (what the dense site makes of the same input), or "dense_stream" (the dense
+            model's residual stream there, so that the errors of the layers before are repaired as well).
+        gqa_groups: "ragged" lets the query heads of a kv head go one by one; "uniform" keeps one group size per layer.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    score: Literal["energy", "norm", "fluctuation", "pearson", "obs"] = "energy"
-    adaptive_heads: bool = True
-    keep_heads: bool = False
-    basis: Literal["pca", "channels"] = "pca"
-    min_head_fraction: float = 0.75
-    head_multiple: int = 4
-    context_multiple: int = 1
-    repair: Literal["ridge", "bias", "affine", "none"] = "ridge"
-    damping: float = 0.05
+    heads: Annotated[str, OneOf(strategies.HEAD_RULES)] = "adaptive"
+    score: Annotated[str, OneOf(strategies.SCORES, lambda row: bool(row.heads))] = "energy"
+    obs_damping: Annotated[float, Gt(0)] = 0.05
+    basis: Annotated[str, OneOf(strategies.BASES)] = "pca"
+    min_head_fraction: Annotated[float, Ge(0), Le(1)] = 0.75
+    head_multiple: Annotated[int, Ge(2), MultipleOf(2)] = 4
+    context_multiple: Annotated[int, Ge(1)] = 1
+    repair: Annotated[str, OneOf(strategies.REPAIRS)] = "ridge"
+    damping: Annotated[float, Gt(0)] = 0.05
     shrink_to: Literal["weights", "zero"] = "weights"
-    target: Literal["block", "model"] = "model"
-    groups: Literal["ragged", "uniform"] = "ragged"
+    repair_against: Literal["own_output", "dense_stream"] = "dense_stream"
+    gqa_groups: Literal["ragged", "uniform"] = "ragged"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FFNOptions:
-    """How one FFN block is compressed (paper section 3.2, Algorithm 3).
+    """How one FFN site is compressed (paper section 3.2, Algorithm 3).
 
     Attributes:
-        score: what a channel is worth: "energy" (section 3.2), "norm" (structured Wanda), "magnitude" (TransAct),
-            "fluctuation" (FLAP), "feature" (SlimLLM: in the directions in which the output varies), or "obs" (SoBP: the
-            order of greedy optimal-brain-surgeon elimination).
-        repair: what happens to down_proj: "ridge" (Eq. 8), "bias", "affine" or "none", as for attention.
-        damping: lambda of Eq. 8, relative to the mean diagonal of the second moment.
+        score: what a channel is worth, a row of SCORES.
+        obs_damping: as for attention.
+        repair: what happens to down_proj, a row of REPAIRS.
+        damping: lambda of the ridge regressions (Eq. 7 and 8), relative to the mean diagonal of the second moment.
         shrink_to: "weights" or "zero", as for attention.
-        target: "block" or "model", as for attention.
+        repair_against: "own_output" or "dense_stream", as for attention.
         ffn_multiple: kept channels are a multiple of this.
         iter_pca: progressive sliced iterative PCA (Eq. 7) in the layers that lose the most.
         iter_pca_fraction: the share of layers it is applied to, those with the highest FFN sparsity first.
         iter_pca_rounds: how often Eq. 7 and Eq. 8 alternate.
         iter_pca_slice: width of an input slice; 0 cuts the input into four slices.
-        iter_pca_steps: Adam steps a slice.
+        iter_pca_steps: Adam steps per slice.
         iter_pca_lr: learning rate of the first slice, relative to the size of Q_c's entries.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    score: Literal["energy", "norm", "magnitude", "fluctuation", "feature", "obs"] = "energy"
-    repair: Literal["ridge", "bias", "affine", "none"] = "ridge"
-    damping: float = 0.1
+    score: Annotated[str, OneOf(strategies.SCORES, lambda row: bool(row.channels))] = "energy"
+    obs_damping: Annotated[float, Gt(0)] = 0.1
+    repair: Annotated[str, OneOf(strategies.REPAIRS)] = "ridge"
+    damping: Annotated[float, Gt(0)] = 0.1
     shrink_to: Literal["weights", "zero"] = "weights"
-    target: Literal["block", "model"] = "model"
-    ffn_multiple: int = 8
+    repair_against: Literal["own_output", "dense_stream"] = "dense_stream"
+    ffn_multiple: Annotated[int, Ge(1)] = 8
     iter_pca: bool = False
-    iter_pca_fraction: float = 0.1
-    iter_pca_rounds: int = 2
-    iter_pca_slice: int = 0
-    iter_pca_steps: int = 20
-    iter_pca_lr: float = 1e-3
+    iter_pca_fraction: Annotated[float, Ge(0), Le(1)] = 0.1
+    iter_pca_rounds: Annotated[int, Ge(1)] = 2
+    iter_pca_slice: Annotated[int, Ge(0)] = 0
+    iter_pca_steps: Annotated[int, Ge(1)] = 20
+    iter_pca_lr: Annotated[float, Gt(0)] = 1e-3
+
+
+ALWAYS_READ = (
+    "allocation.rule",
+    "allocation.max_site_sparsity",
+    "allocation.budget_unit",
+    "attention.heads",
+    "attention.repair",
+    "ffn.score",
+    "ffn.repair",
+    "ffn.ffn_multiple",
+    "ffn.iter_pca",
+)
+
+
+def choices() -> dict[str, Mapping[Any, Row]]:
+    """Return the table of each option that is a choice."""
+    return {
+        "allocation.rule": strategies.ALLOCATION_RULES,
+        "allocation.shape_freedom": strategies.SHAPE_FREEDOMS,
+        "allocation.pca_ffn": strategies.PCA_FFN,
+        "attention.heads": strategies.HEAD_RULES,
+        "attention.score": strategies.in_section(strategies.SCORES, "attention"),
+        "attention.basis": strategies.BASES,
+        "attention.repair": strategies.in_section(strategies.REPAIRS, "attention"),
+        "ffn.score": strategies.in_section(strategies.SCORES, "ffn"),
+        "ffn.repair": strategies.in_section(strategies.REPAIRS, "ffn"),
+        "ffn.iter_pca": strategies.ITER_PCA,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodOptions:
-    """Everything that decides which weights come out, given a model and calibration tokens.
+class BlockwiseOptions:
+    """Everything besides the sparsity that decides which weights a block-wise method leaves."""
 
-    Attributes:
-        sparsity: fraction of the decoder layers' linear weights to remove, in [0, 0.95).
-        architecture: "block" makes attention heads and FFN channels fewer and narrower; "factors" stores each weight
-            as two factors (SVD-LLM), "residual" rotates and slices the residual stream (SliceGPT): these two follow
-            from the sparsity alone and read no other option of the method.
-    """
-
-    sparsity: float
-    architecture: Literal["block", "factors", "residual"] = "block"
     allocation: AllocationOptions = AllocationOptions()
     attention: AttentionOptions = AttentionOptions()
     ffn: FFNOptions = FFNOptions()
+
+    def read(self) -> set[str]:
+        """Return the dotted names of the options that have an effect."""
+        return read_names(option_values(self), ALWAYS_READ, choices())
+
+    @property
+    def rule(self) -> strategies.AllocationRule:
+        """The row of the allocation rule."""
+        return strategies.ALLOCATION_RULES[self.allocation.rule]
+
+    def contradiction(self, method: str, target: str) -> str | None:
+        """Return a sentence when two options do not go together; None when all do.
+
+        Args:
+            method: name of the preset.
+            target: the runtime that the shapes are chosen for.
+        """
+        if self.allocation.shape_freedom != "free" and self.allocation.rule != "mask_gradient":
+            return (
+                f"target {target} chooses shapes by mask gradients, which allocation.rule = {self.allocation.rule} "
+                f"(method {method}) does not rank; use --target transformers, or --set allocation.rule=mask_gradient."
+            )
+        if self.allocation.shape_freedom != "free" and self.attention.heads == "all":
+            return (
+                f"attention.heads = all keeps every head, but allocation.shape_freedom = "
+                f"{self.allocation.shape_freedom} chooses how many heads stay; set attention.heads to adaptive or "
+                "whole, or use --target transformers."
+            )
+        score = strategies.SCORES[self.attention.score]
+        if "attention.score" in self.read() and score.head_rules and self.attention.heads not in score.head_rules:
+            return (
+                f"attention.score = {self.attention.score} ranks heads for attention.heads = "
+                f"{' or '.join(score.head_rules)} only, not for {self.attention.heads}; change one of the two."
+            )
+        return None
+
+    def fitted(self, *, target: str, hidden_size: int, norms_first: bool) -> BlockwiseOptions:
+        """Return the options as this model can have them.
+
+        K-quants of llama.cpp need rows of a multiple of 256 weights. Where hidden_size is none, most matrices of the
+        model cannot have them, and steps as coarse as that would cost quality for nothing. Where norms come after the
+        sum with the residual stream, the dense stream is no target for a linear repair: sites use their own output.
+        """
+        attention, ffn = self.attention, self.ffn
+        if target == "llama.cpp" and hidden_size % ffn.ffn_multiple:
+            ffn = replace(ffn, ffn_multiple=math.gcd(ffn.ffn_multiple, hidden_size))
+        if not norms_first:
+            attention = replace(attention, repair_against="own_output")
+            ffn = replace(ffn, repair_against="own_output")
+        return replace(self, attention=attention, ffn=ffn)

@@ -1,125 +1,90 @@
-"""How much each block may lose: measures what the allocator asks for, and runs it."""
+"""How much each site may lose: measures what the allocation rule asks for, and runs it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from intraslice.methods.blockwise.allocators import (
-    Allocation,
-    BlockSizes,
-    ShapeGrid,
-    allocate_by_fluctuation,
-    allocate_by_head_search,
-    allocate_by_mask_gradient,
-    allocate_by_similarity,
-    allocate_shapes,
-    allocate_uniform,
-    count_units,
-)
-from intraslice.methods.blockwise.gradient_pass import SCAN_VERSION, scan_mask_gradients
-from intraslice.methods.blockwise.options import MethodOptions
+from intraslice.methods.base import Context
+from intraslice.methods.blockwise.allocators.base import Allocation, count_units
+from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients
+from intraslice.methods.blockwise.allocators.shapes import ShapeGrid, allocate_shapes
+from intraslice.methods.blockwise.allocators.uniform import allocate_uniform
+from intraslice.methods.blockwise.gradient_pass import PASS_VERSION, measure_gradients
+from intraslice.methods.blockwise.options import BlockwiseOptions
 from intraslice.methods.blockwise.profile_pass import profile_layers
-from intraslice.options import RunOptions
-from intraslice.progress import Progress
-from intraslice.streaming.hidden import embedded_states
 from intraslice.streaming.model import StreamedModel
 
-_BY_PROFILE = {"fluctuation": allocate_by_fluctuation, "similarity": allocate_by_similarity}
-_BY_MASK_GRADIENT = {"mask_gradient": allocate_by_mask_gradient, "head_search": allocate_by_head_search}
 
-
-def reads_gradients(method: MethodOptions) -> bool:
+def reads_gradients(options: BlockwiseOptions, sparsity: float) -> bool:
     """Return whether there is a gradient pass."""
-    asks = method.architecture == "block" and method.allocation.name in _BY_MASK_GRADIENT
-    return asks and method.sparsity > 0
+    return options.rule.measures == "gradients" and sparsity > 0
 
 
-def kept_scan_path(folder: Path, identity: dict[str, Any], method: MethodOptions) -> Path:
-    """Return the file of a gradient pass: named by everything that decides it, and nothing else."""
-    decides = {name: identity[name] for name in ("model", "device", "batch_tokens", "compute", "matmul")}
-    decides["tokens"] = identity["calibration"]["fingerprint"]
-    decides["num_ffn_blocks"] = method.allocation.num_ffn_blocks
-    decides["version"] = SCAN_VERSION
+def gradient_path(context: Context, options: BlockwiseOptions) -> Path:
+    """Return the file of the gradient pass: of this run, or one that is kept for all runs that would repeat it.
+
+    A kept one is named by everything that decides it, and nothing else.
+    """
+    if not context.run.gradient_folder:
+        return context.folder / "gradients.safetensors"
+    decides = {name: context.identity[name] for name in ("model", "device", "batch_tokens", "compute", "matmul")}
+    decides["tokens"] = context.identity["calibration"]["fingerprint"]
+    decides["num_channel_groups"] = options.allocation.num_channel_groups
+    decides["version"] = PASS_VERSION
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    return folder / f"scan-{digest[:32]}.safetensors"
+    return Path(context.run.gradient_folder) / f"gradients-{digest[:32]}.safetensors"
 
 
-def allocate(
-    model: StreamedModel,
-    sizes: BlockSizes,
-    tokens_NT: Tensor,
-    method: MethodOptions,
-    run: RunOptions,
-    *,
-    batch: int,
-    scan_path: Path,
-    hidden_path: Path,
-    progress: Progress,
-) -> Allocation:
-    """Return what each block keeps, by the allocator that the options name.
+def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
+    """Return what each site keeps, by the allocation rule that the options name.
 
     Args:
-        model: the streamed dense model.
-        sizes: dense linear weights of the blocks.
-        tokens_NT: calibration token ids, [N, T].
-        method: what decides the weights.
-        run: where and how.
-        batch: sequences in one forward batch.
-        scan_path: file that holds the gradient pass.
-        hidden_path: file for the hidden states of a forward pass, when they are kept on disk.
-        progress: shows the passes.
+        context: the run.
+        options: of the method.
 
     Raises:
         BudgetError: the sparsity cannot be reached under the cap.
         NumericalError: activations or gradients are NaN or infinite.
     """
-    options, shape = method.allocation, model.dense_shape
-    units = count_units(
-        sizes,
-        method.sparsity,
-        options,
-        num_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-    )
-    grid = _shape_grid(model, method)
-    if options.name == "uniform" or method.sparsity == 0:
-        return units.weigh(allocate_uniform(units.sizes, units.sparsity, options))
-    if options.name in _BY_PROFILE:
-        hidden = embedded_states(model, tokens_NT, batch, hidden_path if run.hidden_states == "disk" else None)
-        profile = profile_layers(model, hidden, progress)
-        return units.weigh(_BY_PROFILE[options.name](profile, units.sizes, units.sparsity, options))
-    scores = scan_mask_gradients(
-        model,
-        tokens_NT,
-        batch=batch,
-        boundary_bytes=run.boundary_bytes,
-        num_ffn_blocks=options.num_ffn_blocks,
-        save_path=scan_path,
-        progress=progress,
-    )
+    model, rules = context.model, options.allocation
+    units = count_units(model.sites, context.sparsity, rules)
+    grid = _shape_grid(model, options)
+    if context.sparsity == 0:
+        return units.to_weight_fractions(allocate_uniform(None, units.sites, units.sparsity, rules))
+    measured = None
+    if options.rule.measures == "profile":
+        measured = profile_layers(model, context.embedded(), context.progress)
+    elif options.rule.measures == "gradients":
+        measured = measure_gradients(
+            model,
+            context.tokens,
+            boundary_bytes=context.run.boundary_bytes,
+            num_channel_groups=rules.num_channel_groups,
+            save_path=gradient_path(context, options),
+            progress=context.progress,
+        )
     if grid is None:
-        return units.weigh(_BY_MASK_GRADIENT[options.name](scores, units.sizes, units.sparsity, options))
-    allocation = allocate_shapes(scores, sizes, method.sparsity, options, grid)
-    progress.note(
-        f"allocation.shapes = {options.shapes} keeps {allocation.kept_importance:.1%} of the channels' importance; "
-        f"free shapes would keep {allocation.free_importance:.1%}"
+        return units.to_weight_fractions(options.rule.load()(measured, units.sites, units.sparsity, rules))
+    assert isinstance(measured, MaskGradients), "the recipe refuses other rules where shapes are not free"
+    allocation = allocate_shapes(measured, model.sites, context.sparsity, rules, grid)
+    context.progress.note(
+        f"allocation.shape_freedom = {rules.shape_freedom} keeps {allocation.kept_importance:.1%} of the channels' "
+        f"importance; free shapes would keep {allocation.free_importance:.1%}"
     )
     return allocation
 
 
-def _shape_grid(model: StreamedModel, method: MethodOptions) -> ShapeGrid | None:
+def _shape_grid(model: StreamedModel, options: BlockwiseOptions) -> ShapeGrid | None:
     """Return the shapes that the options allow, or None when they are free."""
-    if method.allocation.shapes == "free":
+    freedom, attention = options.allocation.shape_freedom, options.attention
+    if freedom == "free":
         return None
-    attention, head_dim = method.attention, model.dense_shape.qk_head_dim
+    head_dim = model.dense_shape.qk_head_dim
     least = max(attention.head_multiple, attention.min_head_fraction * head_dim)
     widths = [w for w in range(attention.head_multiple, head_dim, attention.head_multiple) if w >= least]
-    if not attention.adaptive_heads or (method.allocation.shapes != "layer" and not model.can_share_pairs):
+    if attention.heads != "adaptive" or (freedom != "layer" and not model.can_share_pairs):
         widths = []
     return ShapeGrid(
         num_key_value_heads=model.dense_shape.num_key_value_heads,
@@ -127,6 +92,6 @@ def _shape_grid(model: StreamedModel, method: MethodOptions) -> ShapeGrid | None
         num_ffn_matrices=model.spec.num_ffn_matrices,
         widths=(*widths, head_dim),
         context_multiple=attention.context_multiple,
-        ffn_multiple=method.ffn.ffn_multiple,
-        heads_divide_hidden=method.allocation.shapes == "model" and model.heads_divide_hidden,
+        ffn_multiple=options.ffn.ffn_multiple,
+        heads_divide_hidden=freedom == "model" and model.heads_divide_hidden,
     )

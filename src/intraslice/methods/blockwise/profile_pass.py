@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from intraslice.algebra.statistics import Sum
+from intraslice.algebra.statistics import Statistics
 from intraslice.errors import NumericalError
-from intraslice.methods.blockwise.allocators import LayerProfile
+from intraslice.layers.sites import ATTENTION
+from intraslice.methods.blockwise.allocators.profile import ModelProfile
 from intraslice.methods.blockwise.scores import fluctuation_scores
 from intraslice.progress import Progress
 from intraslice.streaming.hidden import HiddenStates
@@ -14,7 +15,7 @@ from intraslice.streaming.model import StreamedModel
 
 
 @torch.no_grad()
-def profile_layers(model: StreamedModel, hidden: HiddenStates, progress: Progress) -> LayerProfile:
+def profile_layers(model: StreamedModel, hidden: HiddenStates, progress: Progress) -> ModelProfile:
     """Measure fluctuations and similarities of all layers.
 
     Args:
@@ -25,42 +26,44 @@ def profile_layers(model: StreamedModel, hidden: HiddenStates, progress: Progres
     Raises:
         NumericalError: activations are NaN or infinite.
     """
-    profiles = []
+    fluctuations, similarities = [], []
     with progress.step("layer profiles", total=model.num_layers) as advance:
         for index in range(model.num_layers):
-            profiles.append(_profile_layer(model, index, hidden))
+            fluctuation, similarity = _profile_layer(model, index, hidden)
+            fluctuations.append(fluctuation)
+            similarities.append(similarity)
             advance(1)
-    context, act, similarity = zip(*profiles, strict=True)
-    return LayerProfile(context, act, similarity)
+    return ModelProfile(tuple(fluctuations), tuple(similarities))
 
 
-def _profile_layer(model: StreamedModel, index: int, hidden: HiddenStates) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return the fluctuation scores of `context` [H, d] and of `act` [F], and the similarity; advances the states."""
-    block, shape = model.load_layer(index), model.dense_shape
-    device, dtype = model.placement.device, model.placement.stat_dtype
-    widths = (shape.num_attention_heads * shape.v_head_dim, shape.intermediate_size)
-    sums = [Sum(width, device=device, dtype=dtype) for width in widths]
-    energies = [Sum(width, device=device, dtype=dtype) for width in widths]
-    similarity, num_tokens = 0.0, 0
+def _profile_layer(model: StreamedModel, index: int, hidden: HiddenStates) -> tuple[dict[str, torch.Tensor], float]:
+    """Return the fluctuation scores of each site, one row per unit, and the similarity; advances the states."""
+    layer, dtype = model.load_layer(index), model.placement.stat_dtype
+    statistics = Statistics(model.placement.device, dtype)
+    sites = [site.name for site in model.sites.layers[index]]
+    for site in sites:
+        width = layer.output_projection(site).in_features
+        statistics.sum(f"{site}.sum", width)
+        statistics.sum(f"{site}.energy", width)
+    similarity, num_tokens = statistics.number("similarity"), statistics.number("num_tokens")
     for part in hidden.slices():
         states = hidden.read(part)
-        context = block.context(block.attention, block.attention_input(states))
-        middle = block.add_attention(states, block.out_projection(context))
-        act = block.act(block.ffn_input(middle))
-        output = block.add_ffn(middle, block.down_projection(act))
-        for tap, total, energy in zip((context, act), sums, energies, strict=True):
-            values = tap.flatten(0, 1).to(dtype)
-            total.update(values.sum(0))
-            energy.update(values.square().sum(0))
+        output, taps = layer.run(states)
+        for site in sites:
+            values = taps[site].flatten(0, 1).to(dtype)
+            statistics.of(f"{site}.sum").update(values.sum(0))
+            statistics.of(f"{site}.energy").update(values.square().sum(0))
         cosines = torch.nn.functional.cosine_similarity(states.float(), output.float(), dim=-1)  # [B, T]
-        similarity += float(cosines.sum(dtype=torch.float64))
-        num_tokens += cosines.numel()
+        similarity.update(float(cosines.sum(dtype=torch.float64)))
+        num_tokens.update(cosines.numel())
         hidden.write(part, output)
-    projections = (block.out_projection, block.down_projection)
-    context_scores, act_scores = (
-        fluctuation_scores(energy.value, total.value, num_tokens, projection.weight.to("cpu"))
-        for energy, total, projection in zip(energies, sums, projections, strict=True)
-    )
-    if not (torch.isfinite(context_scores).all() and torch.isfinite(act_scores).all()):
-        raise NumericalError(f"layer {index}: the activations contain NaN or infinite values.")
-    return context_scores.view(shape.num_attention_heads, -1), act_scores, similarity / num_tokens
+    sums = statistics.finish()
+    count = int(sums["num_tokens"])
+    fluctuation = {}
+    for site in model.sites.layers[index]:
+        weight = layer.output_projection(site.name).weight.to("cpu")
+        scores = fluctuation_scores(sums[f"{site.name}.energy"], sums[f"{site.name}.sum"], count, weight)
+        if not torch.isfinite(scores).all():
+            raise NumericalError(f"layer {index}: the activations contain NaN or infinite values.")
+        fluctuation[site.name] = scores.view(site.units if site.kind == ATTENTION else len(scores), -1)
+    return fluctuation, float(sums["similarity"]) / count

@@ -1,6 +1,8 @@
-"""What is done to the output projection of a block after channels were removed: repairs from second moments only.
+"""What is done to the output projection of a site after channels were removed: repairs from second moments only.
 
-The output projection maps the kept inputs Z to the target Y; what removal alone leaves is Z W_0.
+The output projection maps the kept inputs Z to the target Y; what removal alone leaves is Z W_0. A repair is a function
+of the moments, W_0 [P, D] and the site's options that returns an `Output`; its row in strategies.py names the options
+that it reads.
 
 Shapes: N tokens, P kept inputs, D hidden_size.
 """
@@ -14,6 +16,9 @@ from torch import Tensor
 
 from intraslice.algebra.linalg import residual_energy, ridge_solve
 from intraslice.methods.blockwise.options import AttentionOptions, FFNOptions
+from intraslice.methods.blockwise.strategies import REPAIRS
+
+RepairOptions = AttentionOptions | FFNOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +75,30 @@ class Output:
         return max(error, 0.0) / max(moments.target_energy, 1e-30)
 
 
-def mean_bias(moments: OutputMoments, removed_PD: Tensor) -> Output:
+def nothing(moments: OutputMoments, removed_PD: Tensor, options: RepairOptions) -> Output:
+    """Leave the output projection as removal alone leaves it."""
+    return Output(removed_PD)
+
+
+def ridge(moments: OutputMoments, removed_PD: Tensor, options: RepairOptions) -> Output:
+    """Fit Y ~ Z W by ridge regression, pulled towards W_0 or towards zero; Paper: Eq. 6 and 8.
+
+    The optimal-brain-surgeon update W H_:,S [H_SS]^-1 of SoBP, with H = X^T X + lambda I and the site's own output as
+    the target, is this regression with shrink_to = "weights".
+
+    Raises:
+        NumericalError: the system cannot be solved.
+    """
+    prior = removed_PD if options.shrink_to == "weights" else None
+    return Output(ridge_solve(moments.gram, moments.cross, options.damping, prior))
+
+
+def mean_bias(moments: OutputMoments, removed_PD: Tensor, options: RepairOptions) -> Output:
     """Add the mean of what is missing as a bias, b = mean(Y) - mean(Z) W_0: FLAP."""
     return Output(removed_PD, (moments.target_sum - moments.input_sum @ removed_PD) / moments.num_tokens)
 
 
-def affine_fit(moments: OutputMoments, removed_PD: Tensor) -> Output:
+def affine_fit(moments: OutputMoments, removed_PD: Tensor, options: RepairOptions) -> Output:
     """Fit Y_:,j ~ a_j (Z W_0)_:,j + b_j for each output channel by least squares: SlimLLM.
 
     a_j = Cov(Z W_0, Y)_j / Var(Z W_0)_j; an output channel that does not vary keeps a_j = 1.
@@ -90,25 +113,15 @@ def affine_fit(moments: OutputMoments, removed_PD: Tensor) -> Output:
     return Output(removed_PD * scale, target_mean - scale * mean)
 
 
-def repair_output(moments: OutputMoments, removed_PD: Tensor, options: AttentionOptions | FFNOptions) -> Output:
-    """Return the output projection after the repair that `options.repair` names.
-
-    The optimal-brain-surgeon update W H_:,S [H_SS]^-1 of SoBP, with H = X^T X + lambda I and the block's own output
-    as the target, is the ridge regression that is shrunk to the weights.
+def repair_output(moments: OutputMoments, removed_PD: Tensor, options: RepairOptions) -> Output:
+    """Return the output projection after the repair that `options.repair` names; strategies.REPAIRS has the rows.
 
     Args:
         moments: sums over the tokens.
         removed_PD: W_0.
-        options: settings.
+        options: of the site.
 
     Raises:
-        NumericalError: the ridge system cannot be solved.
+        NumericalError: a system cannot be solved.
     """
-    if options.repair == "none":
-        return Output(removed_PD)
-    if options.repair == "bias":
-        return mean_bias(moments, removed_PD)
-    if options.repair == "affine":
-        return affine_fit(moments, removed_PD)
-    prior = removed_PD if options.shrink_to == "weights" else None
-    return Output(ridge_solve(moments.gram, moments.cross, options.damping, prior))
+    return REPAIRS[options.repair].load()(moments, removed_PD, options)

@@ -1,6 +1,7 @@
 """What a channel or a head is worth; every method's rule is one short function of second moments.
 
-Scores are compared within one block only, so constant factors are left out. Channel scores add up to head scores.
+Scores are compared within one site only, so constant factors are left out. The functions that strategies.py names take
+a `ScoreInput`; they return one number per unit (head or FFN channel), or one per channel, which are then added up.
 
 Shapes: N tokens, D hidden_size, C channels of the input of an output projection, H heads, d channels of a head.
 """
@@ -8,12 +9,98 @@ Shapes: N tokens, D hidden_size, C channels of the input of an output projection
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from intraslice.algebra.linalg import eigh_descending, ridge_solve
 from intraslice.algebra.selection import heads_per_kv, kept_kv_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreInput:
+    """What is known of a site when its units are ranked: sums over tokens of the input X of its output projection.
+
+    Attributes:
+        energy: ||X_:,i||^2, [C].
+        total: sum of X_:,i, [C].
+        moment: X^T X, [C, C]; None for attention unless the score's row needs it.
+        num_tokens: N.
+        weight: of the output projection, [D, C].
+        units: number of units of equally many neighboring channels: H heads, or C channels.
+        removed: how many units go at most.
+        damping: obs_damping of the site.
+    """
+
+    energy: Tensor
+    total: Tensor
+    moment: Tensor | None
+    num_tokens: int
+    weight: Tensor
+    units: int
+    removed: int
+    damping: float
+
+    @property
+    def full_moment(self) -> Tensor:
+        """X^T X of a score whose row needs it."""
+        assert self.moment is not None, "the score's row must say needs_full_moment"
+        return self.moment
+
+
+def unit_scores(scores: Tensor, units: int) -> Tensor:
+    """Return one score per unit, [units], of scores per unit or per channel."""
+    return scores if len(scores) == units else scores.view(units, -1).sum(1)
+
+
+def energy(site: ScoreInput) -> Tensor:
+    """Return `energy_scores`, [C]."""
+    return energy_scores(site.energy, site.weight)
+
+
+def norm(site: ScoreInput) -> Tensor:
+    """Return `norm_scores`, [C]."""
+    return norm_scores(site.energy, site.weight)
+
+
+def magnitude(site: ScoreInput) -> Tensor:
+    """Return `magnitude_scores`, [C]."""
+    return magnitude_scores(site.energy)
+
+
+def fluctuation(site: ScoreInput) -> Tensor:
+    """Return `fluctuation_scores`, [C]."""
+    return fluctuation_scores(site.energy, site.total, site.num_tokens, site.weight)
+
+
+def squared_fluctuation(site: ScoreInput) -> Tensor:
+    """Return squared `fluctuation_scores`, [C], as FLAP allocates: a channel that varies much keeps its head."""
+    return fluctuation(site).square()
+
+
+def feature(site: ScoreInput) -> Tensor:
+    """Return `feature_scores`, [C]."""
+    return feature_scores(site.full_moment, site.total, site.num_tokens, site.weight)
+
+
+def pearson(site: ScoreInput) -> Tensor:
+    """Return the scores of `HeadCorrelation`, [H]."""
+    return _correlation(site).scores()
+
+
+def swap_heads(site: ScoreInput, kept: Sequence[int], group: int, gqa_groups: str) -> tuple[int, ...]:
+    """Return the heads after the swaps of `HeadCorrelation`."""
+    return _correlation(site).swap(kept, group, gqa_groups)
+
+
+def elimination(site: ScoreInput) -> Tensor:
+    """Return `elimination_ranks`, [units]."""
+    return elimination_ranks(site.full_moment, site.weight, site.units, site.removed, site.damping)
+
+
+def _correlation(site: ScoreInput) -> HeadCorrelation:
+    return HeadCorrelation(site.full_moment, site.total, site.num_tokens, site.weight, site.units)
 
 
 def weight_energy(weight_DC: Tensor) -> Tensor:
@@ -111,7 +198,7 @@ class HeadCorrelation:
 
         Args:
             kept: heads to start from.
-            group: query heads a kv head in the dense model.
+            group: query heads per kv head in the dense model.
             groups: "ragged", or "uniform" for one group size.
         """
         best, best_value = tuple(kept), self.of(kept)

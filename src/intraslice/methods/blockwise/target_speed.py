@@ -1,4 +1,4 @@
-"""A speed as the budget: the sparsity at which a model is so many times as fast as the dense one on this machine.
+"""A speed as the budget: the sparsity at which a model reaches a speedup over the dense one on this machine.
 
 Layers of the shapes that an allocation would roughly give are built with random weights and timed in turns; together
 with the rest of the model they give the time of the whole model as a curve over sparsity.
@@ -18,12 +18,15 @@ from torch import nn
 
 from intraslice.algebra.selection import round_to_multiple
 from intraslice.errors import BudgetError, RecipeError
-from intraslice.methods.blockwise.allocators import BlockSizes, allocate_uniform, count_units
-from intraslice.methods.blockwise.options import MethodOptions
+from intraslice.layers.sites import ATTENTION, ModelSites, layer_sites
+from intraslice.methods.blockwise.allocators.base import count_units
+from intraslice.methods.blockwise.allocators.uniform import allocate_uniform
+from intraslice.methods.blockwise.options import BlockwiseOptions
+from intraslice.options import MAX_SPARSITY
 from intraslice.placement import Placement
 from intraslice.progress import Progress, SilentProgress
-from intraslice.recipes.recipe import MAX_SPARSITY
-from intraslice.runtime.configuration_intraslice import FamilySpec, LayerShape, dense_shape
+from intraslice.runtime.configuration_intraslice import dense_shape
+from intraslice.runtime.families_intraslice import FamilySpec, LayerShape
 from intraslice.runtime.modeling_intraslice import apply_layer_shape
 from intraslice.speed.layer_speed import LayerHost, one_layer_model
 
@@ -82,7 +85,7 @@ class SpeedCurve:
 
 
 def typical_shape(
-    dense: LayerShape, spec: FamilySpec, hidden_size: int, sparsity: float, method: MethodOptions
+    dense: LayerShape, spec: FamilySpec, hidden_size: int, sparsity: float, method: BlockwiseOptions
 ) -> LayerShape:
     """Return the shape of a layer that loses its share of a sparsity that is the same in all layers.
 
@@ -100,19 +103,14 @@ def typical_shape(
     """
     total = spec.num_parameters(dense, hidden_size)
     attention = spec.num_parameters(replace(dense, intermediate_size=0), hidden_size)
-    units = count_units(
-        BlockSizes((attention,), (total - attention,)),
-        sparsity,
-        method.allocation,
-        num_heads=dense.num_attention_heads,
-        num_key_value_heads=dense.num_key_value_heads,
-    )
-    share = units.weigh(allocate_uniform(units.sizes, units.sparsity, method.allocation)).attention[0]
+    units = count_units(ModelSites((layer_sites(spec, dense, hidden_size),)), sparsity, method.allocation)
+    uniform = allocate_uniform(None, units.sites, units.sparsity, method.allocation)
+    share = units.to_weight_fractions(uniform).fractions(ATTENTION)[0]
     head_dim = dense.qk_head_dim
     dims = share * attention / (2 * hidden_size)  # of query and kv heads together
-    whole = not method.attention.adaptive_heads
+    whole = method.attention.heads == "whole"
     choices = list(_thinned(dense.heads_per_kv))
-    if method.attention.groups == "uniform" or method.allocation.shapes != "free":
+    if method.attention.gqa_groups == "uniform" or method.allocation.shape_freedom != "free":
         choices = [groups for groups in choices if len(set(groups)) == 1]
     if whole:
         groups = min(choices, key=lambda groups: abs(head_dim * _cost(groups) - dims))
@@ -148,7 +146,7 @@ def _thinned(groups: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 def choose_sparsity(
     config: Any,
     spec: FamilySpec,
-    method: MethodOptions,
+    method: BlockwiseOptions,
     *,
     speedup: float,
     speedup_of: str,
@@ -160,7 +158,7 @@ def choose_sparsity(
     Args:
         config: stock config of the dense model.
         spec: its family.
-        method: decides the shapes; its sparsity is not looked at.
+        method: decides the shapes.
         speedup: dense time over pruned time of the whole model.
         speedup_of: "decode" (a token after a cache of 512) or "prefill" (512 tokens), of one sequence.
         placement: device, and dtype of the saved weights.
@@ -176,7 +174,7 @@ def choose_sparsity(
     if sparsity is None:
         raise BudgetError(
             f"a {speedup_of} {speedup:g} times as fast cannot be reached on this machine: at sparsity {most:.2f}, the "
-            f"most that allocation.max_block_sparsity allows, it is about {best:.2f} times as fast; lower "
+            f"most that allocation.max_site_sparsity allows, it is about {best:.2f} times as fast; lower "
             "--target-speedup or give --sparsity."
         )
     chosen = min(math.ceil(sparsity * 10_000) / 10_000, _most(method))
@@ -187,12 +185,12 @@ def choose_sparsity(
     return chosen
 
 
-def _most(method: MethodOptions) -> float:
-    return min(method.allocation.max_block_sparsity, MAX_SPARSITY - 0.01)
+def _most(method: BlockwiseOptions) -> float:
+    return min(method.allocation.max_site_sparsity, MAX_SPARSITY - 0.01)
 
 
 def measure_curve(
-    config: Any, spec: FamilySpec, method: MethodOptions, speedup_of: str, placement: Placement, progress: Progress
+    config: Any, spec: FamilySpec, method: BlockwiseOptions, speedup_of: str, placement: Placement, progress: Progress
 ) -> SpeedCurve:
     """Time layers of typical shapes and the rest of the model, in turns, and return the time of the whole model.
 
@@ -228,7 +226,7 @@ def measure_curve(
     return SpeedCurve.fit(sparsities, [outside + config.num_hidden_layers * layer for layer in layers])
 
 
-def _candidates(host: LayerHost, spec: FamilySpec, method: MethodOptions) -> dict[float, nn.Module]:
+def _candidates(host: LayerHost, spec: FamilySpec, method: BlockwiseOptions) -> dict[float, nn.Module]:
     """Return layers with random weights by the sparsity that they really have; the one at 0 is the stock layer."""
     (stock,) = host.layers
     hidden_size = host.config.hidden_size

@@ -16,7 +16,7 @@ from torch import Tensor
 from intraslice.algebra.linalg import eigh_descending
 from intraslice.algebra.selection import MULTIPLES, TOLERANCE
 from intraslice.errors import BudgetError, NumericalError
-from intraslice.runtime.configuration_intraslice import FamilySpec
+from intraslice.runtime.families_intraslice import FamilySpec
 
 
 def slice_width(weights_per_channel: int, hidden_size: int, sparsity: float) -> int:

@@ -8,9 +8,8 @@ Shapes: D hidden_size of the dense model, d width of the sliced stream.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +17,12 @@ from torch import Tensor
 
 from intraslice.algebra.statistics import SecondMoment
 from intraslice.checkpoint.reader import OUTPUT_EMBEDDING
-from intraslice.engine.rundir import RunDir
 from intraslice.errors import NumericalError
+from intraslice.layers.decoder import DecoderLayer
+from intraslice.layers.sites import ATTENTION, FFN
+from intraslice.methods.base import Context, LayerOutcome, Outside, Preview
 from intraslice.methods.slicegpt.algebra import leading_directions, rotate_layer, rotate_rows, slice_width
-from intraslice.progress import Progress
-from intraslice.results.result import LayerRecord
+from intraslice.methods.slicegpt.options import SliceGptOptions
 from intraslice.runtime.configuration_intraslice import dense_head_dim
 from intraslice.streaming.hidden import HiddenStates
 from intraslice.streaming.model import StreamedModel
@@ -31,65 +31,98 @@ from intraslice.streaming.model import StreamedModel
 _EMBEDDING, _FINAL_NORM = "model.embed_tokens.weight", "model.norm.weight"
 
 
-@torch.no_grad()
-def slice_layers(
-    model: StreamedModel,
-    hidden: HiddenStates,
-    sparsity: float,
-    work: RunDir,
-    seconds: Callable[[], float],
-    progress: Progress,
-) -> tuple[Tensor, Tensor]:
-    """Rotate and slice all layers, and commit each to the work folder.
+@dataclass
+class _State:
+    """The stream, and its directions before the first layer and after the last finished one, [D, d]."""
+
+    hidden: HiddenStates
+    first: Tensor | None = None
+    last: Tensor | None = None
+
+
+class SliceGpt:
+    """The residual stream of all layers on its leading directions.
 
     Args:
-        model: the streamed dense model.
-        hidden: inputs of the first layer; overwritten.
-        sparsity: fraction of the weights to remove, the matrices on the residual connections counted.
-        work: where finished layers go. The stream after a layer cannot be had from its stored tensors, so an
-            interrupted run starts again.
-        seconds: the time spent so far.
-        progress: shows the layers.
-
-    Returns:
-        Directions of the stream before the first and after the last layer, [D, d].
-
-    Raises:
-        BudgetError: the stream is too narrow to come close to the budget.
-        NumericalError: activations are NaN or infinite.
+        options: none.
     """
-    if work.records:
-        progress.note("the residual stream is rotated from the first layer on: the finished layers are made again")
-        work.records.clear()
-    hidden_size = model.config.hidden_size
-    per_channel = model.spec.num_parameters(model.dense_shape, hidden_size) // hidden_size
-    width = slice_width(per_channel, hidden_size, sparsity)
-    shape = replace(model.dense_shape, shortcuts=True)
-    first, _ = _advance(model, hidden, width, lambda states: states)
-    before = first
-    with progress.step("layers", total=model.num_layers) as advance:
-        for index in range(model.num_layers):
-            started = time.monotonic()
-            block = model.load_layer(index)
-            try:
-                middle, attention_error = _advance(model, hidden, width, block.attention_step, before)
-                after, ffn_error = _advance(model, hidden, width, block.ffn_step, middle)
-            except NumericalError as error:
-                raise NumericalError(f"layer {index}: {error}") from error
-            record = LayerRecord(
-                layer=index,
-                shape=shape,
-                num_parameters=model.spec.num_parameters(shape, width),
-                attention_error=attention_error,
-                ffn_error=ffn_error,
-                heads=tuple(range(shape.num_attention_heads)),
-                seconds=round(time.monotonic() - started, 3),
-            )
-            tensors = rotate_layer(model.stored_tensors(block), model.spec, (before, middle, after))
-            work.commit(record, tensors, 0.0, seconds())
-            before = after
-            advance(1)
-    return first, before
+
+    # The stream after a layer cannot be had from its stored tensors.
+    resumes = False
+
+    def __init__(self, options: SliceGptOptions) -> None:
+        self._options = options
+        self._width = 0
+
+    def preview(self, dense: Any, sparsity: float) -> Preview:
+        """Count embeddings and an output head of its own, and the norms."""
+        if sparsity == 0:
+            return Preview()
+        layers = len(dense.layers)
+        width = slice_width(dense.dense_layer_parameters // layers // dense.hidden_size, dense.hidden_size, sparsity)
+        return Preview(outside_parameters=(2 * dense.vocab_size + 2 * layers + 1) * width)
+
+    def plan(self, context: Context) -> dict[str, Any]:
+        """Return the width of the stream; at sparsity 0 it stays what it is, and nothing is rotated.
+
+        Raises:
+            BudgetError: the stream is too narrow to come close to the budget.
+        """
+        model, hidden_size = context.model, context.model.config.hidden_size
+        if context.sparsity == 0:
+            # A rotation would only add the matrices on the residual connections.
+            return {"width": hidden_size}
+        per_channel = model.spec.num_parameters(model.dense_shape, hidden_size) // hidden_size
+        return {"width": slice_width(per_channel, hidden_size, context.sparsity)}
+
+    def plan_seconds(self, context: Context) -> float:
+        """Return 0: nothing is measured."""
+        return 0.0
+
+    @torch.no_grad()
+    def open(self, context: Context, plan: dict[str, Any], carry: Any) -> _State:
+        """Return the stream at the input of the first layer, with its directions."""
+        self._width = plan["width"]
+        state = _State(context.embedded())
+        if context.sparsity > 0:
+            state.first, _ = _advance(context.model, state.hidden, self._width, lambda states: states)
+            state.last = state.first
+        return state
+
+    @torch.no_grad()
+    def layer(self, context: Context, state: _State, index: int, layer: DecoderLayer) -> LayerOutcome:
+        """Rotate and slice the stored tensors of the layer, and advance the stream through it."""
+        model, width = context.model, self._width
+        shape = replace(model.dense_shape, shortcuts=context.sparsity > 0)
+        outcome = {
+            "shape": shape,
+            "num_weights": model.spec.num_parameters(shape, width),
+            "heads": tuple(range(shape.num_attention_heads)),
+        }
+        if state.last is None:
+            return LayerOutcome(errors={ATTENTION: 0.0, FFN: 0.0}, **outcome)
+        before = state.last
+        try:
+            middle, attention_error = _advance(model, state.hidden, width, layer.attention_step, before)
+            after, ffn_error = _advance(model, state.hidden, width, layer.ffn_step, middle)
+        except NumericalError as error:
+            raise NumericalError(f"layer {index}: {error}") from error
+        state.last = after
+        tensors = rotate_layer(model.stored_tensors(layer), model.spec, (before, middle, after))
+        return LayerOutcome(errors={ATTENTION: attention_error, FFN: ffn_error}, tensors=tensors, **outcome)
+
+    def replay(self, context: Context, state: _State, index: int, layer: DecoderLayer) -> None:
+        """Not called: finished layers are made again."""
+        raise AssertionError("the stream after a layer cannot be had from its stored tensors")
+
+    def finish(self, context: Context, state: _State, outside: dict[str, Tensor]) -> Outside:
+        """Return embeddings, final norm and an output head of the sliced stream."""
+        if state.first is None or state.last is None:
+            return Outside(tensors=outside)
+        if context.model.checkpoint.tied:
+            context.progress.note("the output head is rotated otherwise than the embeddings, so they are stored apart")
+        changes, tensors = rotate_rest(context.model.config, outside, (state.first, state.last))
+        return Outside(tensors=tensors, config=changes)
 
 
 def _advance(

@@ -1,4 +1,4 @@
-"""SVD-LLM (arXiv 2403.07378), layer by layer: each weight becomes two factors that fit the inputs it gets.
+"""SVD-LLM (arXiv 2403.07378), layer by layer: each weight becomes two low-rank factors that fit the inputs it gets.
 
 Shapes: C inputs of a Linear, r rank.
 """
@@ -6,137 +6,148 @@ Shapes: C inputs of a Linear, r rank.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from intraslice.algebra.statistics import SecondMoment
-from intraslice.engine.rundir import RunDir
+from intraslice.algebra.statistics import SecondMoment, Statistics
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer
+from intraslice.layers.sites import ATTENTION, FFN
 from intraslice.layers.surgery import write_factors
-from intraslice.methods.blockwise.layer import propagate_layer
+from intraslice.methods.base import Context, LayerOutcome, Outside, Preview
 from intraslice.methods.svd_llm.algebra import Ranks, factor_weight, plan_ranks, square_root
-from intraslice.progress import Progress
-from intraslice.results.result import LayerRecord
+from intraslice.methods.svd_llm.options import SvdLlmOptions
+from intraslice.placement import Placement
 from intraslice.streaming.hidden import HiddenStates
-from intraslice.streaming.model import StreamedModel
+from intraslice.streaming.propagate import propagate_layer
+
+
+class SvdLlm:
+    """Each weight of a layer as two factors of a rank that meets the budget.
+
+    Args:
+        options: none.
+    """
+
+    resumes = True
+
+    def __init__(self, options: SvdLlmOptions) -> None:
+        self._options = options
+        self._ranks: list[Ranks] = []
+
+    def preview(self, dense: Any, sparsity: float) -> Preview:
+        """There is nothing to say besides the sparsity."""
+        return Preview()
+
+    def plan(self, context: Context) -> dict[str, Any]:
+        """Return the ranks of all layers.
+
+        Raises:
+            BudgetError: the weights are too small to come close to the budget.
+        """
+        model = context.model
+        sizes = model.spec.linear_sizes(model.dense_shape, model.config.hidden_size)
+        return {"ranks": plan_ranks(sizes, model.num_layers, context.sparsity)}
+
+    def plan_seconds(self, context: Context) -> float:
+        """Return 0: nothing is measured."""
+        return 0.0
+
+    def open(self, context: Context, plan: dict[str, Any], carry: Any) -> HiddenStates:
+        """Return the hidden states at the input of the first layer."""
+        self._ranks = [tuple((path, rank) for path, rank in layer) for layer in plan["ranks"]]
+        return context.embedded()
+
+    def layer(self, context: Context, state: HiddenStates, index: int, layer: DecoderLayer) -> LayerOutcome:
+        """Factor the weights of the layer in place, and advance the states through it."""
+        model, ranks = context.model, self._ranks[index]
+        errors = _factor_layer(context.placement, layer, index, ranks, state)
+        shape = replace(model.dense_shape, ranks=ranks)
+        return LayerOutcome(
+            shape=shape,
+            num_weights=model.spec.num_parameters(shape, model.config.hidden_size),
+            errors=errors,
+            heads=tuple(range(shape.num_attention_heads)),
+        )
+
+    def replay(self, context: Context, state: HiddenStates, index: int, layer: DecoderLayer) -> None:
+        """Advance the states through a finished layer."""
+        propagate_layer(layer, state)
+
+    def finish(self, context: Context, state: HiddenStates, outside: dict[str, Tensor]) -> Outside:
+        """Return what is stored outside of the decoder layers: what the dense model has."""
+        return Outside(tensors=outside)
 
 
 @torch.no_grad()
-def factor_layers(
-    model: StreamedModel,
-    hidden: HiddenStates,
-    sparsity: float,
-    work: RunDir,
-    seconds: Callable[[], float],
-    progress: Progress,
-) -> None:
-    """Replace the weights of all layers by factors, and commit each layer to the work folder.
-
-    Args:
-        model: the streamed dense model.
-        hidden: inputs of the first layer; overwritten.
-        sparsity: fraction of the weights to remove.
-        work: where finished layers go; what is there already is not repeated.
-        seconds: the time spent so far.
-        progress: shows the layers.
-
-    Raises:
-        BudgetError: the weights are too small to come close to the budget.
-        NumericalError: activations are NaN or infinite.
-    """
-    from safetensors.torch import load_file
-
-    plan = plan_ranks(model.spec.linear_sizes(model.dense_shape, model.config.hidden_size), model.num_layers, sparsity)
-    with progress.step("layers", total=model.num_layers) as advance:
-        for index, ranks in enumerate(plan):
-            if index < len(work.records):
-                shape = work.records[index].shape
-                propagate_layer(model.load_pruned_layer(index, shape, load_file(work.layer_path(index))), hidden)
-            else:
-                started = time.monotonic()
-                block = model.load_layer(index)
-                attention_error, ffn_error = _factor_layer(model, block, index, ranks, hidden)
-                model.placement.synchronize()
-                shape = replace(model.dense_shape, ranks=ranks)
-                record = LayerRecord(
-                    layer=index,
-                    shape=shape,
-                    num_parameters=model.spec.num_parameters(shape, model.config.hidden_size),
-                    attention_error=attention_error,
-                    ffn_error=ffn_error,
-                    heads=tuple(range(shape.num_attention_heads)),
-                    seconds=round(time.monotonic() - started, 3),
-                )
-                work.commit(record, model.stored_tensors(block), 0.0, seconds())
-            advance(1)
-
-
 def _factor_layer(
-    model: StreamedModel, block: DecoderLayer, index: int, ranks: Ranks, hidden: HiddenStates
-) -> tuple[float, float]:
-    """Factor the weights of the layer in `block`, advance the states through it, return the errors of its blocks."""
-    dense = copy.deepcopy(block)
+    placement: Placement, layer: DecoderLayer, index: int, ranks: Ranks, hidden: HiddenStates
+) -> dict[str, float]:
+    """Factor the weights of a layer, advance the states through it, return the errors of its sites."""
+    dense = copy.deepcopy(layer)
 
     def context(states: Tensor) -> tuple[Tensor, Tensor]:
-        reads = block.attention_input(states)
-        return reads, block.context(block.attention, reads)
+        reads = layer.attention_input(states)
+        return reads, layer.context(layer.attention, reads)
 
     def act(states: Tensor) -> tuple[Tensor, Tensor]:
-        reads = block.ffn_input(states)
-        return reads, block.act(reads)
+        reads = layer.ffn_input(states)
+        return reads, layer.act(reads)
 
     try:
-        _factor_weights(model, block, model.spec.attention_paths, ranks, hidden, context)
+        _factor_weights(placement, layer, layer.spec.attention_paths, ranks, hidden, context)
         attention_error = _advance(
             hidden,
             lambda states: dense.attention_output(dense.attention, states),
-            lambda states: block.attention_output(block.attention, states),
-            block.add_attention,
+            lambda states: layer.attention_output(layer.attention, states),
+            layer.add_attention,
         )
-        _factor_weights(model, block, model.spec.ffn_paths, ranks, hidden, act)
-        ffn_error = _advance(hidden, dense.ffn_output, block.ffn_output, block.add_ffn)
+        _factor_weights(placement, layer, layer.spec.ffn_paths, ranks, hidden, act)
+        ffn_error = _advance(hidden, dense.ffn_output, layer.ffn_output, layer.add_ffn)
     except NumericalError as error:
         raise NumericalError(f"layer {index}: {error}") from error
-    return attention_error, ffn_error
+    return {ATTENTION: attention_error, FFN: ffn_error}
 
 
 def _factor_weights(
-    model: StreamedModel,
-    block: DecoderLayer,
+    placement: Placement,
+    layer: DecoderLayer,
     paths: tuple[Sequence[str], str],
     ranks: Ranks,
     hidden: HiddenStates,
     inputs: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> None:
-    """Factor the Linears of one block, `paths`: those that read its input, and the one that writes its output.
+    """Factor the Linears of one site, `paths`: those that read its input, and the one that writes its output.
 
-    `inputs` gives what the two read, of the hidden states before the block.
+    `inputs` gives what the two read, of the hidden states before the site.
     """
     reading, writing = paths
-    by_input = ((reading, model.config.hidden_size), ((writing,), _linear(block, writing).in_features))
-    moments = [SecondMoment(width, None, model.placement.device, model.placement.stat_dtype) for _, width in by_input]
+    by_input = (reading, (writing,))
+    moments = [
+        SecondMoment(_linear(layer, group[0]).in_features, None, placement.device, placement.stat_dtype)
+        for group in by_input
+    ]
     for part in hidden.slices():
         for moment, values in zip(moments, inputs(hidden.read(part)), strict=True):
             moment.update(values.flatten(0, 1))
     wanted = dict(ranks)
-    for (found, _), moment in zip(by_input, moments, strict=True):
+    for group, moment in zip(by_input, moments, strict=True):
         if not torch.isfinite(moment.value).all():
             raise NumericalError("the activations contain NaN or infinite values.")
         root = square_root(moment.value)
-        for path in found:
+        for path in group:
             if path in wanted:
-                weight = _linear(block, path).weight.detach().to("cpu", root.dtype)
+                weight = _linear(layer, path).weight.detach().to("cpu", root.dtype)
                 first, second = factor_weight(weight, root, wanted[path])
-                write_factors(block, path, first, second, model.placement.save_dtype)
+                write_factors(layer, path, first, second, placement.save_dtype)
 
 
-def _linear(block: DecoderLayer, path: str) -> nn.Linear:
-    linear = block.module.get_submodule(path)
+def _linear(layer: DecoderLayer, path: str) -> nn.Linear:
+    linear = layer.module.get_submodule(path)
     assert isinstance(linear, nn.Linear)
     return linear
 
@@ -147,12 +158,14 @@ def _advance(
     factored: Callable[[Tensor], Tensor],
     add: Callable[[Tensor, Tensor], Tensor],
 ) -> float:
-    """Advance the states through a factored block; return its relative squared error against the dense one."""
-    error = energy = 0.0
+    """Advance the states through a factored site; return its relative squared error against the dense one."""
+    statistics = Statistics(torch.device("cpu"), torch.float64)
+    error, energy = statistics.number("error"), statistics.number("energy")
     for part in hidden.slices():
         states = hidden.read(part)
-        wanted, output = dense(states), factored(states)
-        error += float((wanted - output).float().square().sum(dtype=torch.float64))
-        energy += float(wanted.float().square().sum(dtype=torch.float64))
+        target, output = dense(states), factored(states)
+        error.update(float((target - output).float().square().sum(dtype=torch.float64)))
+        energy.update(float(target.float().square().sum(dtype=torch.float64)))
         hidden.write(part, add(states, output))
-    return error / max(energy, 1e-300)
+    sums = statistics.finish()
+    return float(sums["error"]) / max(float(sums["energy"]), 1e-300)

@@ -1,54 +1,58 @@
-"""What every allocator returns, and how the budget is split between attention and FFN."""
+"""What every allocation rule returns, and how the budget is split between attention and FFNs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from intraslice.algebra.selection import HeadPlan
 from intraslice.errors import BudgetError
+from intraslice.layers.sites import ATTENTION, FFN, ModelSites
 from intraslice.methods.blockwise.options import AllocationOptions
 
-
-@dataclass(frozen=True)
-class BlockSizes:
-    """Dense linear weights of each layer's attention and FFN block."""
-
-    attention: tuple[int, ...]
-    ffn: tuple[int, ...]
+_SPREAD = 0.05
+"""Part of a head: `keep_fractions` adds a tiny correction to every site, which must not cost one more head."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What each block keeps.
+    """What each site keeps.
 
     Attributes:
-        attention, ffn: fractions of the block's linear weights, in (0, 1].
-        heads: exact shapes of the attention blocks, where a runtime asks for them; the fractions are then theirs.
+        keep: for each layer, by the name of the site, the fraction of its linear weights that stays, in (0, 1].
+        heads: exact shapes of the attention sites, where a runtime asks for them; the fractions are then theirs.
         rope_pairs: rotary pairs that all heads of all layers keep; None leaves the choice to each kv head.
         kept_importance: share of the importance of all channels that these shapes keep.
         free_importance: the share that free shapes would have kept.
     """
 
-    attention: tuple[float, ...]
-    ffn: tuple[float, ...]
+    keep: tuple[Mapping[str, float], ...]
     heads: tuple[HeadPlan, ...] | None = None
     rope_pairs: tuple[int, ...] | None = None
     kept_importance: float | None = None
     free_importance: float | None = None
 
+    @classmethod
+    def of_kinds(cls, sites: ModelSites, keep: Mapping[str, Sequence[float]], **more: Any) -> Allocation:
+        """Return an allocation from the fractions of the sites of each kind."""
+        return cls(sites.by_site(keep), **more)
+
+    def fractions(self, name: str) -> tuple[float, ...]:
+        """Return what the sites of this name keep, in the order of the layers."""
+        return tuple(layer[name] for layer in self.keep if name in layer)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
-        return asdict(self)
+        return {**asdict(self), "keep": [dict(layer) for layer in self.keep]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Allocation:
         """Inverse of `to_dict`, also after a way through JSON."""
         heads, pairs = data["heads"], data["rope_pairs"]
         return cls(
-            tuple(data["attention"]),
-            tuple(data["ffn"]),
+            tuple(dict(layer) for layer in data["keep"]),
             None if heads is None else tuple(HeadPlan(**plan) for plan in heads),
             None if pairs is None else tuple(pairs),
             data["kept_importance"],
@@ -58,80 +62,85 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Units:
-    """Blocks measured in what an allocator may remove.
+    """The removable units of the sites, and the budget counted in them.
 
-    Whole-head methods take query heads; the kv heads of grouped queries stay behind. Shares of the query heads' weights
-    keep a head worth its own weights against a channel, and "the same share everywhere" the same share of heads.
+    Whole-head methods remove query heads; a kv head goes only with its last query head. Attention sites then count
+    with the weights of their query heads alone, so that one head compares fairly with one FFN channel, and the same
+    share everywhere removes the same fraction of heads in every layer.
 
     Attributes:
-        sizes: weights of the units of each block.
-        sparsity: fraction of all units to remove, for the sparsity that was asked for.
-        query_share: what part of an attention block its units are.
-        num_heads: units of an attention block; None when weights are the units.
+        sites: the sites with what counts of their weights.
+        sparsity: fraction of all that counts to remove, for the sparsity that was asked for.
+        dense: the sites with all their weights.
+        whole: whether units are what counts; otherwise weights are.
     """
 
-    sizes: BlockSizes
+    sites: ModelSites
     sparsity: float
-    query_share: float = 1.0
-    num_heads: int | None = None
+    dense: ModelSites
+    whole: bool = False
 
-    def weigh(self, allocation: Allocation) -> Allocation:
-        """Return an allocation of units as fractions of the blocks' weights.
+    def to_weight_fractions(self, allocation: Allocation) -> Allocation:
+        """Return an allocation of units as fractions of the sites' weights.
 
         The number of query heads that go is rounded down, as in the published codes; the layer's FFN makes up for it.
         """
-        if self.num_heads is None:
+        if not self.whole:
             return allocation
-        attention, ffn = [], []
-        for kept, ffn_kept, size, ffn_size in zip(
-            allocation.attention, allocation.ffn, self.sizes.attention, self.sizes.ffn, strict=True
-        ):
-            # What an allocator spreads over all blocks, so that the budget is met exactly, must not cost a head.
-            whole = 1.0 - math.floor(self.num_heads * (1.0 - kept) + 0.05) / self.num_heads
-            attention.append(1.0 - self.query_share * (1.0 - whole))
-            ffn.append(ffn_kept - (whole - kept) * size / ffn_size)
-        return replace(allocation, attention=tuple(attention), ffn=tuple(ffn))
+        layers = []
+        for kept, counted, dense in zip(allocation.keep, self.sites.layers, self.dense.layers, strict=True):
+            keep = dict(kept)
+            for site, full in zip(counted, dense, strict=True):
+                if site.kind != ATTENTION:
+                    continue
+                rounded = 1.0 - math.floor(site.units * (1.0 - keep[site.name]) + _SPREAD) / site.units
+                owed = (rounded - keep[site.name]) * site.num_weights
+                keep[site.name] = 1.0 - full.unit_share * (1.0 - rounded)
+                for other in counted:
+                    if other.kind == FFN:
+                        keep[other.name] -= owed / other.num_weights
+                        break
+            layers.append(keep)
+        return replace(allocation, keep=tuple(layers))
 
 
-def count_units(
-    sizes: BlockSizes, sparsity: float, options: AllocationOptions, *, num_heads: int, num_key_value_heads: int
-) -> Units:
-    """Return the blocks in what `options.count` counts.
+def count_units(sites: ModelSites, sparsity: float, options: AllocationOptions) -> Units:
+    """Return the sites in what `options.budget_unit` counts.
 
     Args:
-        sizes: dense linear weights of the blocks.
-        sparsity: fraction of all of them to remove.
+        sites: all sites of the dense model.
+        sparsity: fraction of all linear weights to remove.
         options: settings.
-        num_heads: query heads of a layer.
-        num_key_value_heads: kv heads of a layer.
 
     Raises:
         BudgetError: the sparsity cannot be reached under the cap.
     """
-    share = 1.0
-    if options.count == "units" and num_heads > num_key_value_heads:  # without groups the kv head goes as well
-        share = num_heads / (num_heads + num_key_value_heads)
-    dense = sum(sizes.attention) + sum(sizes.ffn)
-    units = BlockSizes(tuple(round(share * size) for size in sizes.attention), sizes.ffn)
-    of_units = sparsity * dense / (sum(units.attention) + sum(units.ffn))
-    cap = options.max_block_sparsity
+    whole = options.budget_unit == "units"
+    counted = sites
+    if whole:
+        layers = tuple(
+            tuple(replace(site, num_weights=site.units * site.unit_weights) for site in layer) for layer in sites.layers
+        )
+        counted = ModelSites(layers)
+    of_units = sparsity * sites.num_weights / counted.num_weights
+    cap = options.max_site_sparsity
     if of_units > cap:
         raise BudgetError(
-            f"sparsity {sparsity:g} cannot be reached: a block may lose at most {cap:.0%} of its {options.count}; "
-            "lower --sparsity or raise allocation.max_block_sparsity."
+            f"sparsity {sparsity:g} cannot be reached: a site may lose at most {cap:.0%} of its {options.budget_unit}; "
+            "lower --sparsity or raise allocation.max_site_sparsity."
         )
-    return Units(units, of_units, share, num_heads if options.count == "units" else None)
+    return Units(counted, of_units, sites, whole)
 
 
-def split_sparsity(sizes: BlockSizes, sparsity: float, options: AllocationOptions) -> tuple[float, float]:
+def split_sparsity(sites: ModelSites, sparsity: float, options: AllocationOptions) -> tuple[float, float]:
     """Return (attention sparsity, FFN sparsity) whose weighted sum is the target.
 
-    The FFN loses lambda_b * sparsity of its weights (section 3.3), attention what is left to lose. Where that would
+    The FFNs lose lambda_b * sparsity of their weights (section 3.3), attention what is left to lose. Where that would
     pass the cap of one of them, or ask for less than nothing, the other one takes the rest.
     """
-    total_attention, total_ffn = sum(sizes.attention), sum(sizes.ffn)
+    total_attention, total_ffn = sum(sites.sizes(ATTENTION)), sum(sites.sizes(FFN))
     remove = sparsity * (total_attention + total_ffn)
-    cap = options.max_block_sparsity
-    ffn = min(options.ffn_bias * sparsity, cap, remove / total_ffn)
+    cap = options.max_site_sparsity
+    ffn = min(options.ffn_share * sparsity, cap, remove / total_ffn)
     attention = min((remove - ffn * total_ffn) / total_attention, cap)
     return max(attention, 0.0), (remove - attention * total_attention) / total_ffn

@@ -5,35 +5,48 @@ Shapes: S calibration sequences, C channels of a tap (H * d for `context`, F for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from intraslice.algebra.linalg import eigh_descending, rotate_blocks
-from intraslice.methods.blockwise.allocators.base import Allocation, BlockSizes, split_sparsity
+from intraslice.layers.sites import ATTENTION, FFN, ModelSites
+from intraslice.methods.blockwise.allocators.base import Allocation, split_sparsity
 from intraslice.methods.blockwise.options import AllocationOptions
 
 
 @dataclass(frozen=True)
-class MaskScores:
-    """What the gradient pass measured, one entry a layer.
+class SiteGradients:
+    """What the gradient pass measured of one site.
 
     Attributes:
-        context_grad: gradients of the loss of each sequence with respect to a mask on `context`, [S, H * d].
-        act_grad: the same on `act`, [S, F].
-        context_moment: second moment of `context` in blocks of one head, [H, d, d].
-        act_moment: second moment of `act` in blocks of neighbouring channels, [F / w, w, w].
-        pair_scores: mean |q k| of each rotary pair of the dense head, summed over the query heads, [d / 2]; None
-            without RoPE.
+        grad: gradients of the loss of each sequence with respect to a mask on the channels of the site's tap, [S, C].
+        moment: second moment of the tap in blocks of channels, [C / w, w, w]: the heads of `context`, or groups of
+            neighboring channels of `act`.
     """
 
-    context_grad: tuple[Tensor, ...]
-    act_grad: tuple[Tensor, ...]
-    context_moment: tuple[Tensor, ...]
-    act_moment: tuple[Tensor, ...]
+    grad: Tensor
+    moment: Tensor
+
+
+@dataclass(frozen=True)
+class MaskGradients:
+    """What the gradient pass measured.
+
+    Attributes:
+        layers: for each layer, the gradients of its sites by name.
+        pair_scores: mean |q k| of each rotary pair of the dense head, summed over the query heads, [d / 2], of each
+            layer; None without RoPE.
+    """
+
+    layers: tuple[Mapping[str, SiteGradients], ...]
     pair_scores: tuple[Tensor, ...] | None = None
+
+    def of(self, sites: ModelSites, kind: str) -> list[SiteGradients]:
+        """Return the gradients of all sites of a kind, in the order of `ModelSites.of`."""
+        return [self.layers[layer][site.name] for layer, site in sites.of(kind)]
 
 
 def channel_importance(grad_SC: Tensor, moment_bww: Tensor | None) -> Tensor:
@@ -86,7 +99,7 @@ def keep_fractions(importance: Sequence[Tensor], sizes: Sequence[int], sparsity:
 
 
 def allocate_by_head_search(
-    scores: MaskScores, sizes: BlockSizes, sparsity: float, options: AllocationOptions
+    measured: MaskGradients, sites: ModelSites, sparsity: float, options: AllocationOptions
 ) -> Allocation:
     """Rank whole heads and channels by squared mask gradients and search the number of heads: SoBP's first stage.
 
@@ -94,17 +107,18 @@ def allocate_by_head_search(
     of the budget; the number that keeps most importance wins. A mask on a head has the sum of its channels' gradients.
     """
     heads = [
-        channel_importance(grad.view(len(grad), len(moment), -1).sum(2), None)
-        for grad, moment in zip(scores.context_grad, scores.context_moment, strict=True)
+        channel_importance(site.grad.view(len(site.grad), len(site.moment), -1).sum(2), None)
+        for site in measured.of(sites, ATTENTION)
     ]
-    channels = [channel_importance(grad, None) for grad in scores.act_grad]
+    channels = [channel_importance(site.grad, None) for site in measured.of(sites, FFN)]
     ranked_heads, ranked_channels = (
         torch.cat([torch.zeros(1, dtype=torch.float64), torch.cat(list(units)).sort(descending=True).values.cumsum(0)])
         for units in (heads, channels)
     )
-    total_attention, total_ffn = sum(sizes.attention), sum(sizes.ffn)
+    attention_sizes, ffn_sizes = sites.sizes(ATTENTION), sites.sizes(FFN)
+    total_attention, total_ffn = sum(attention_sizes), sum(ffn_sizes)
     budget = (1.0 - sparsity) * (total_attention + total_ffn)
-    cap = options.max_block_sparsity
+    cap = options.max_site_sparsity
     best = None
     for count in range(len(ranked_heads)):
         attention = count / (len(ranked_heads) - 1)
@@ -114,29 +128,24 @@ def allocate_by_head_search(
         value = float(ranked_heads[count] + ranked_channels[int(ffn * (len(ranked_channels) - 1))])
         if best is None or value > best[0]:
             best = (value, 1.0 - attention, 1.0 - ffn)
-    # No whole number of heads leaves the FFN a possible rest: both lose the same.
+    # No whole number of heads leaves the FFNs a possible rest: both lose the same.
     _, attention, ffn = best or (0.0, sparsity, sparsity)
-    return Allocation(
-        tuple(keep_fractions(heads, sizes.attention, attention, cap)),
-        tuple(keep_fractions(channels, sizes.ffn, ffn, cap)),
-    )
+    keep = {
+        ATTENTION: keep_fractions(heads, attention_sizes, attention, cap),
+        FFN: keep_fractions(channels, ffn_sizes, ffn, cap),
+    }
+    return Allocation.of_kinds(sites, keep)
 
 
 def allocate_by_mask_gradient(
-    scores: MaskScores, sizes: BlockSizes, sparsity: float, options: AllocationOptions
+    measured: MaskGradients, sites: ModelSites, sparsity: float, options: AllocationOptions
 ) -> Allocation:
     """Rank attention units against attention units and FFN units against FFN units over all layers."""
-    attention, ffn = split_sparsity(sizes, sparsity, options)
-
-    def importance(grads: Sequence[Tensor], moments: Sequence[Tensor], rotate: bool) -> list[Tensor]:
-        return [
-            channel_importance(grad, moment if rotate else None) for grad, moment in zip(grads, moments, strict=True)
+    attention, ffn = split_sparsity(sites, sparsity, options)
+    keep = {}
+    for kind, lost, rotate in ((ATTENTION, attention, options.pca_attention), (FFN, ffn, options.pca_ffn)):
+        importance = [
+            channel_importance(site.grad, site.moment if rotate else None) for site in measured.of(sites, kind)
         ]
-
-    context = importance(scores.context_grad, scores.context_moment, options.pca_attention)
-    act = importance(scores.act_grad, scores.act_moment, options.pca_ffn)
-    cap = options.max_block_sparsity
-    return Allocation(
-        tuple(keep_fractions(context, sizes.attention, attention, cap)),
-        tuple(keep_fractions(act, sizes.ffn, ffn, cap)),
-    )
+        keep[kind] = keep_fractions(importance, sites.sizes(kind), lost, options.max_site_sparsity)
+    return Allocation.of_kinds(sites, keep)

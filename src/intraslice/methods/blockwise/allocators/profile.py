@@ -6,65 +6,72 @@ Shapes: L layers, H query heads, d head_dim, F intermediate_size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from intraslice.methods.blockwise.allocators.base import Allocation, BlockSizes, split_sparsity
+from intraslice.layers.sites import ATTENTION, FFN, ModelSites
+from intraslice.methods.blockwise.allocators.base import Allocation, split_sparsity
 from intraslice.methods.blockwise.allocators.mask_gradient import keep_fractions
 from intraslice.methods.blockwise.options import AllocationOptions
 
 
 @dataclass(frozen=True)
-class LayerProfile:
-    """What the forward pass measured, one entry a layer.
+class ModelProfile:
+    """What the forward pass measured.
 
     Attributes:
-        context_fluctuation: fluctuation scores of the channels of `context`, [H, d].
-        act_fluctuation: fluctuation scores of the channels of `act`, [F].
-        similarity: mean over the tokens of the cosine similarity of the layer's input and output.
+        fluctuation: for each layer, by the name of the site, the fluctuation scores of its tap, one row per unit:
+            [H, d] of `context`, [F, 1] of `act`.
+        similarity: for each layer, the mean over the tokens of the cosine similarity of its input and output.
     """
 
-    context_fluctuation: tuple[Tensor, ...]
-    act_fluctuation: tuple[Tensor, ...]
+    fluctuation: tuple[Mapping[str, Tensor], ...]
     similarity: tuple[float, ...]
 
+    def of(self, sites: ModelSites, kind: str) -> list[Tensor]:
+        """Return the fluctuation scores of all sites of a kind, in the order of `ModelSites.of`."""
+        return [self.fluctuation[layer][site.name] for layer, site in sites.of(kind)]
 
-def standardised(scores: Tensor) -> Tensor:
-    """Return (scores - mean) / standard deviation over all channels of a block; 0 where all are equal."""
+
+def standardized(scores: Tensor) -> Tensor:
+    """Return (scores - mean) / standard deviation over all channels of a site; 0 where all are equal."""
     deviation = scores - scores.mean()
     return deviation / scores.std().clamp_min(1e-30)
 
 
 def allocate_by_fluctuation(
-    profile: LayerProfile, sizes: BlockSizes, sparsity: float, options: AllocationOptions
+    measured: ModelProfile, sites: ModelSites, sparsity: float, options: AllocationOptions
 ) -> Allocation:
-    """Rank heads and FFN channels of all layers together by standardised fluctuations: FLAP.
+    """Rank heads and FFN channels of all layers together by standardized fluctuations: FLAP.
 
-    Scores are standardised within each block, those of attention channels squared before (as in the published code,
-    which keeps more heads that way); a head counts the mean of its channels, and a unit weighs its share of the block's
+    Scores are standardized within each site, those of attention channels squared before (as in the published code,
+    which keeps more heads that way); a head counts the mean of its channels, and a unit weighs its share of the site's
     linear weights: a head more than a channel.
     """
-    heads = [standardised(scores.square()).mean(1) for scores in profile.context_fluctuation]
-    channels = [standardised(scores) for scores in profile.act_fluctuation]
-    kept = keep_fractions(heads + channels, sizes.attention + sizes.ffn, sparsity, options.max_block_sparsity)
-    return Allocation(tuple(kept[: len(heads)]), tuple(kept[len(heads) :]))
+    heads = [standardized(scores.square()).mean(1) for scores in measured.of(sites, ATTENTION)]
+    channels = [standardized(scores).flatten() for scores in measured.of(sites, FFN)]
+    sizes = sites.sizes(ATTENTION) + sites.sizes(FFN)
+    kept = keep_fractions(heads + channels, sizes, sparsity, options.max_site_sparsity)
+    return Allocation.of_kinds(sites, {ATTENTION: kept[: len(heads)], FFN: kept[len(heads) :]})
 
 
 def allocate_by_similarity(
-    profile: LayerProfile, sizes: BlockSizes, sparsity: float, options: AllocationOptions
+    measured: ModelProfile, sites: ModelSites, sparsity: float, options: AllocationOptions
 ) -> Allocation:
     """Take from each layer in proportion to softmax(alpha * similarity of its input and output): SlimLLM.
 
     The first and the last layer are kept as long as the others can lose it all under the cap.
     """
-    attention, ffn = split_sparsity(sizes, sparsity, options)
-    highest = max(profile.similarity)
-    shares = [math.exp(options.similarity_scale * (value - highest)) for value in profile.similarity]
-    cap = options.max_block_sparsity
-    kept = [tuple(1.0 - lost for lost in spread_loss(shares, ratio, cap)) for ratio in (attention, ffn)]
-    return Allocation(kept[0], kept[1])
+    losses = split_sparsity(sites, sparsity, options)
+    highest = max(measured.similarity)
+    shares = [math.exp(options.similarity_scale * (value - highest)) for value in measured.similarity]
+    keep = {}
+    for kind, mean in zip((ATTENTION, FFN), losses, strict=True):
+        lost = spread_loss([shares[layer] for layer, _ in sites.of(kind)], mean, options.max_site_sparsity)
+        keep[kind] = [1.0 - value for value in lost]
+    return Allocation.of_kinds(sites, keep)
 
 
 def spread_loss(shares: Sequence[float], mean: float, cap: float) -> list[float]:

@@ -19,11 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intraslice.algebra.selection import HeadPlan, top_indices
+from intraslice.algebra.selection import TOLERANCE, HeadPlan, top_indices
 from intraslice.errors import BudgetError
-from intraslice.methods.blockwise.allocators.base import Allocation, BlockSizes, split_sparsity
-from intraslice.methods.blockwise.allocators.mask_gradient import MaskScores, channel_importance
+from intraslice.layers.sites import ATTENTION, FFN, ModelSites
+from intraslice.methods.blockwise.allocators.base import Allocation, split_sparsity
+from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients, channel_importance
 from intraslice.methods.blockwise.options import AllocationOptions
+
+_NEAR = 0.9 * TOLERANCE
+"""How near to the budget one shape for all layers must come: closer than what a finished prune may miss it by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +63,13 @@ class _Choice:
 
 
 def allocate_shapes(
-    scores: MaskScores, sizes: BlockSizes, sparsity: float, options: AllocationOptions, grid: ShapeGrid
+    measured: MaskGradients, sites: ModelSites, sparsity: float, options: AllocationOptions, grid: ShapeGrid
 ) -> Allocation:
-    """Choose the shape of every block under `options.shapes`: "layer", "width" or "model".
+    """Choose the shape of every site under `options.shape_freedom`: "layer", "width" or "model".
 
     Args:
-        scores: what the gradient pass measured.
-        sizes: dense linear weights of the blocks.
+        measured: by the gradient pass.
+        sites: all sites of the dense model.
         sparsity: fraction of all of them to remove.
         options: settings.
         grid: the shapes that are allowed.
@@ -73,42 +77,46 @@ def allocate_shapes(
     Raises:
         BudgetError: no allowed shapes come near the sparsity.
     """
-    heads, channels = _importance(scores, options)
-    rate, free_value = _exchange_rate(heads, channels, sizes, sparsity, options)
+    heads, channels = _importance(measured, sites, options)
+    attention_sizes, ffn_sizes = sites.sizes(ATTENTION), sites.sizes(FFN)
+    rate, free_value = _exchange_rate(heads, channels, sites, sparsity, options)
     heads = [rate * layer for layer in heads]
     total = float(sum(layer.sum() for layer in (*heads, *channels)))
-    budget = (1.0 - sparsity) * (sum(sizes.attention) + sum(sizes.ffn))
-    cap = options.max_block_sparsity
+    budget = (1.0 - sparsity) * sites.num_weights
+    cap = options.max_site_sparsity
     ffn = [_ffn_choices(layer, grid, cap) for layer in channels]
-    mass = _pair_mass(scores)
+    mass = _pair_mass(measured)
     candidates = []
-    for widths in [grid.widths] if options.shapes == "layer" else [(width,) for width in grid.widths]:
-        pairs = None if options.shapes == "layer" or mass is None else _shared_pairs(mass, widths[0])
+    for widths in [grid.widths] if options.shape_freedom == "layer" else [(width,) for width in grid.widths]:
+        pairs = None if options.shape_freedom == "layer" or mass is None else _shared_pairs(mass, widths[0])
         kept_mass = [1.0] * len(heads) if pairs is None or mass is None else mass[:, list(pairs)].sum(1).tolist()
         attention = [
             _head_choices(layer * kept, grid, widths, size, cap)
-            for layer, kept, size in zip(heads, kept_mass, sizes.attention, strict=True)
+            for layer, kept, size in zip(heads, kept_mass, attention_sizes, strict=True)
         ]
         if not all(attention):
             continue
-        if options.shapes == "model":
-            # A little less than what a prune may miss its target by.
-            chosen = _one_shape(attention, ffn, budget, 0.0045 * (sum(sizes.attention) + sum(sizes.ffn)))
+        if options.shape_freedom == "model":
+            chosen = _one_shape(attention, ffn, budget, _NEAR * sites.num_weights)
         else:
             chosen = knapsack(attention + ffn, budget)
         if chosen is not None:
             candidates.append((sum(choice.value for choice in chosen), chosen, pairs))
     if not candidates:
         raise BudgetError(
-            f"no shapes that allocation.shapes = {options.shapes} allows remove {sparsity:g} of the weights; change "
-            "the sparsity or choose finer multiples with --align."
+            f"no shapes that allocation.shape_freedom = {options.shape_freedom} allows remove {sparsity:g} of the "
+            "weights; change the sparsity or choose finer multiples with --align."
         )
     value, chosen, pairs = max(candidates, key=lambda candidate: candidate[0])
     blocks = len(heads)
     everything = pairs is None or mass is None or len(pairs) == mass.shape[1]
-    return Allocation(
-        tuple(choice.cost / size for choice, size in zip(chosen[:blocks], sizes.attention, strict=True)),
-        tuple(choice.cost / size for choice, size in zip(chosen[blocks:], sizes.ffn, strict=True)),
+    keep = {
+        ATTENTION: [choice.cost / size for choice, size in zip(chosen[:blocks], attention_sizes, strict=True)],
+        FFN: [choice.cost / size for choice, size in zip(chosen[blocks:], ffn_sizes, strict=True)],
+    }
+    return Allocation.of_kinds(
+        sites,
+        keep,
         heads=tuple(choice.shape for choice in chosen[:blocks] if isinstance(choice.shape, HeadPlan)),
         rope_pairs=None if everything else pairs,
         kept_importance=value / total,
@@ -116,15 +124,17 @@ def allocate_shapes(
     )
 
 
-def _importance(scores: MaskScores, options: AllocationOptions) -> tuple[list[Tensor], list[Tensor]]:
+def _importance(
+    measured: MaskGradients, sites: ModelSites, options: AllocationOptions
+) -> tuple[list[Tensor], list[Tensor]]:
     """Return the importance of head channels [H, d], in the order in which they would be kept, and of channels [F]."""
     heads = []
-    for grad, moment in zip(scores.context_grad, scores.context_moment, strict=True):
-        importance = channel_importance(grad, moment if options.pca_attention else None).view(moment.shape[0], -1)
+    for site in measured.of(sites, ATTENTION):
+        moment = site.moment if options.pca_attention else None
+        importance = channel_importance(site.grad, moment).view(len(site.moment), -1)
         heads.append(importance if options.pca_attention else importance.sort(1, descending=True).values)
     channels = [
-        channel_importance(grad, moment if options.pca_ffn else None)
-        for grad, moment in zip(scores.act_grad, scores.act_moment, strict=True)
+        channel_importance(site.grad, site.moment if options.pca_ffn else None) for site in measured.of(sites, FFN)
     ]
     return heads, channels
 
@@ -132,7 +142,7 @@ def _importance(scores: MaskScores, options: AllocationOptions) -> tuple[list[Te
 def _exchange_rate(
     heads: Sequence[Tensor],
     channels: Sequence[Tensor],
-    sizes: BlockSizes,
+    sites: ModelSites,
     sparsity: float,
     options: AllocationOptions,
 ) -> tuple[float, float]:
@@ -144,18 +154,18 @@ def _exchange_rate(
         removed = min(round(lost * len(units)), len(units) - 1)
         return float(units[removed]) * len(units) / weights, float(units[removed:].sum())
 
-    attention_lost, ffn_lost = split_sparsity(sizes, sparsity, options)
-    attention_margin, attention_kept = threshold(heads, sum(sizes.attention), attention_lost)
-    ffn_margin, ffn_kept = threshold(channels, sum(sizes.ffn), ffn_lost)
+    attention_lost, ffn_lost = split_sparsity(sites, sparsity, options)
+    attention_margin, attention_kept = threshold(heads, sum(sites.sizes(ATTENTION)), attention_lost)
+    ffn_margin, ffn_kept = threshold(channels, sum(sites.sizes(FFN)), ffn_lost)
     rate = ffn_margin / max(attention_margin, 1e-30)
     return rate, rate * attention_kept + ffn_kept
 
 
-def _pair_mass(scores: MaskScores) -> Tensor | None:
+def _pair_mass(measured: MaskGradients) -> Tensor | None:
     """Return the share of each rotary pair in the mean |q k| of its layer, [L, d / 2]; None without RoPE."""
-    if scores.pair_scores is None:
+    if measured.pair_scores is None:
         return None
-    mass = torch.stack(scores.pair_scores)
+    mass = torch.stack(measured.pair_scores)
     return mass / mass.sum(1, keepdim=True).clamp_min(1e-30)
 
 

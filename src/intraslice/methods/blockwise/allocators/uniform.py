@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from intraslice.methods.blockwise.allocators.base import Allocation, BlockSizes, split_sparsity
+from intraslice.layers.sites import ATTENTION, FFN, ModelSites
+from intraslice.methods.blockwise.allocators.base import Allocation, split_sparsity
 from intraslice.methods.blockwise.options import AllocationOptions
 
 
-def allocate_uniform(sizes: BlockSizes, sparsity: float, options: AllocationOptions) -> Allocation:
-    """Give each attention block and each FFN block the same sparsity."""
-    attention, ffn = split_sparsity(sizes, sparsity, options)
-    return Allocation((1.0 - attention,) * len(sizes.attention), (1.0 - ffn,) * len(sizes.ffn))
+def allocate_uniform(measured: None, sites: ModelSites, sparsity: float, options: AllocationOptions) -> Allocation:
+    """Give each attention site and each FFN site the same sparsity; nothing is measured."""
+    attention, ffn = split_sparsity(sites, sparsity, options)
+    keep = {ATTENTION: [1.0 - attention] * len(sites.of(ATTENTION)), FFN: [1.0 - ffn] * len(sites.of(FFN))}
+    return Allocation.of_kinds(sites, keep)

@@ -1,0 +1,147 @@
+"""Checkpoints that `prune` has written, read one layer at a time as family-independent tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
+from torch import Tensor
+
+from intraslice.checkpoint.folder import StoredTensor, read_headers
+from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
+from intraslice.exporters.state_dict import NeutralLayer, split_layer
+from intraslice.runtime import register
+from intraslice.runtime.configuration_intraslice import dense_config, dense_shape, rotary_dim
+from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec, LayerShape
+from intraslice.runtime.modeling_intraslice import pair_channels
+
+
+class PrunedCheckpoint:
+    """A checkpoint folder written by this package, read one layer at a time; made by `open_pruned`.
+
+    Attributes:
+        folder: where it lies.
+        name: as the user gave it.
+        config: IntraSlice config.
+        dense: stock config of the dense model.
+        spec: the family.
+        shapes: of each layer.
+        dense_shape: of each layer of the dense model.
+    """
+
+    def __init__(self, folder: Path, name: str, config: Any, tensors: dict[str, StoredTensor]) -> None:
+        self.folder = folder
+        self.name = name
+        self.config = config
+        self.dense = dense_config(config)
+        self.spec: FamilySpec = FAMILIES[config.family]
+        self.shapes: tuple[LayerShape, ...] = config.layer_shapes
+        self.dense_shape = dense_shape(config, self.spec)
+        self._tensors = tensors
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.shapes)
+
+    @property
+    def has_output_biases(self) -> bool:
+        """Whether a layer has biases on o_proj and down_proj that its family may not have."""
+        return any(shape.output_bias for shape in self.shapes)
+
+    @property
+    def pair_channels(self) -> Tensor | None:
+        """Channels of each rotary pair of a dense head, [d / 2, 2]; None without RoPE."""
+        if not self.spec.rope:
+            return None
+        return pair_channels(rotary_dim(self.dense), self.dense_shape.qk_head_dim)
+
+    def layer_prefix(self, index: int) -> str:
+        """Return what the names of layer `index` begin with."""
+        return f"{self.spec.layers}.{index}."
+
+    def load_layer(self, index: int) -> NeutralLayer:
+        """Load one layer, as stored (no cast).
+
+        Raises:
+            CheckpointError: the weights do not have the shapes of the config.
+        """
+        prefix = self.layer_prefix(index)
+        tensors = {
+            name[len(prefix) :]: _read(stored) for name, stored in self._tensors.items() if name.startswith(prefix)
+        }
+        promise = f"layer {index} of {self.name!r} does not have the weights that its config.json promises"
+        try:
+            layer = split_layer(tensors, self.spec, self.shapes[index])
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{promise} ({one_line(error)})") from error
+        shape, ffn, hidden = layer.shape, layer.ffn, self.config.hidden_size
+        context, channels = shape.num_attention_heads * shape.v_head_dim, shape.intermediate_size
+        sizes = [(layer.attention.o, (hidden, context)), (ffn.down, (hidden, channels))]
+        sizes += [(tensor, (channels, hidden)) for tensor in (ffn.up, ffn.gate) if tensor is not None]
+        for tensor, size in sizes:
+            if tuple(tensor.shape) != size:
+                raise CheckpointError(f"{promise} (shape {list(tensor.shape)} instead of {list(size)})")
+        return layer
+
+    def load_rest(self) -> dict[str, Tensor]:
+        """Load all tensors outside the decoder layers, by full name."""
+        prefix = f"{self.spec.layers}."
+        return {name: _read(stored) for name, stored in self._tensors.items() if not name.startswith(prefix)}
+
+    def shared_pairs(self) -> tuple[int, ...] | None:
+        """Return the rotary pairs that every kv head of every layer keeps, when it is one choice; None otherwise.
+
+        All pairs of the dense head are one choice too.
+        """
+        if not self.spec.rope:
+            return None
+        everything = tuple(range(self.dense_shape.qk_head_dim // 2))
+        choices: set[tuple[int, ...]] = set()
+        for index, shape in enumerate(self.shapes):
+            if shape.qk_head_dim == self.dense_shape.qk_head_dim:
+                choices.add(everything)
+                continue
+            stored = self._tensors[f"{self.layer_prefix(index)}{self.spec.attention}.rope_index"]
+            choices.update(tuple(row) for row in _read(stored).tolist())
+        return choices.pop() if len(choices) == 1 else None
+
+
+def open_pruned(model: str) -> PrunedCheckpoint:
+    """Open a checkpoint that `prune` has written.
+
+    Raises:
+        CheckpointError: it is not there, not ours, or damaged.
+        UnsupportedModelError: its layers are not those of its family, only smaller.
+    """
+    from transformers import AutoConfig
+
+    register()
+    folder = Path(model).expanduser()
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{model!r} is not a checkpoint folder; give the output folder of 'intraslice prune'.")
+    try:
+        ours = "intraslice" in json.loads(path.read_text(encoding="utf-8"))
+        config = AutoConfig.from_pretrained(folder) if ours else None
+    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json of {model!r} is not valid: {one_line(error)}") from error
+    if config is None:
+        raise CheckpointError(
+            f"{model!r} was not pruned by intraslice, so there is nothing to export; give the output folder of "
+            "'intraslice prune'."
+        )
+    if any(shape.ranks or shape.shortcuts for shape in config.layer_shapes):
+        raise UnsupportedModelError(
+            f"{model!r} was pruned by {config.intraslice['method']}, whose layers no other runtime knows; it runs in "
+            "transformers, and can be exported only after another method, for example intraslice."
+        )
+    return PrunedCheckpoint(folder, model, config, read_headers(folder, model))
+
+
+def _read(stored: StoredTensor) -> Tensor:
+    with safe_open(stored.path, framework="pt") as file:
+        return file.get_tensor(stored.name)

@@ -1,0 +1,52 @@
+"""Text files that are whole under their final name or not there at all, and one sentence for what can go wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from intraslice.errors import OutputError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file: whole under its final name, or not at all.
+
+    Args:
+        path: the file; missing parent folders are made.
+        text: what it will hold, stored as UTF-8.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except OutputError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the errors of the operating system into one sentence about `path`.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"the disk is full while writing {str(path)!r}; free some space or choose another folder"
+            ) from error
+        raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error

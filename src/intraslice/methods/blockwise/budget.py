@@ -1,0 +1,138 @@
+"""Hands the budget out: what one site leaves over, a later one takes.
+
+Widths are rounded and heads are whole, so no site meets its share exactly. What attention leaves over (or overdraws)
+goes to the FFN of the same layer, and what the FFN leaves over goes to the next layer. FFN channels are the small coin.
+So that the last layers can always take what is left, no FFN leaves more, or less, than the later ones can absorb; and
+what no choice of widths can reach is refused before the first layer changes.
+
+All numbers are linear weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from intraslice.algebra.selection import TOLERANCE
+from intraslice.errors import BudgetError
+from intraslice.layers.sites import ATTENTION, ModelSites, Site
+from intraslice.methods.blockwise.allocators.base import Allocation
+from intraslice.methods.blockwise.options import BlockwiseOptions
+
+_COARSEST = 0.02
+"""Steps between possible widths may miss the sparsity by at most this, on a model of very few channels."""
+
+
+@dataclass(frozen=True)
+class _Range:
+    """What a site may come to weigh, whatever the calibration text says."""
+
+    low: float
+    planned: float
+    high: float
+
+
+class Budget:
+    """Where the budget of a run goes.
+
+    Args:
+        sites: all sites of the dense model.
+        allocation: what each keeps.
+        options: of the method; they say which widths there are.
+        carry: what the finished layers left over.
+    """
+
+    def __init__(
+        self, sites: ModelSites, allocation: Allocation, options: BlockwiseOptions, carry: float = 0.0
+    ) -> None:
+        self._sites = sites
+        self._keep = allocation.keep
+        self._options = options
+        self._planned_heads = allocation.heads is not None
+        self.carry = carry
+
+    def planned(self, layer: int, site: Site) -> float:
+        """Return the weights that the allocation gives a site."""
+        return self._keep[layer][site.name] * site.num_weights
+
+    def widths(self, site: Site) -> list[int]:
+        """Return the numbers of channels that an FFN site may keep, ascending."""
+        multiple = self._options.ffn.ffn_multiple
+        low = min(multiple, site.units)
+        return [*range(-(-low // multiple) * multiple, site.units, multiple), site.units]
+
+    def channels(self, layer: int, site: Site, wanted: float) -> int:
+        """Return how many channels an FFN site keeps.
+
+        Args:
+            layer: its layer.
+            site: the site.
+            wanted: what it may weigh, with what the sites before have left over.
+        """
+        low, high = self._window(layer, site, wanted)
+        widths = self.widths(site)
+        possible = [width for width in widths if low <= width * site.unit_weights <= high]
+        if possible:
+            return min(possible, key=lambda width: abs(width - wanted / site.unit_weights))
+        nearest = min(max(wanted, low), high)
+        return min(widths, key=lambda width: abs(width - nearest / site.unit_weights))
+
+    def _window(self, layer: int, site: Site, wanted: float) -> tuple[float, float]:
+        """Return the weights of a site with which the later sites can still meet the budget."""
+        names = [each.name for each in self._sites.layers[layer]]
+        later = [
+            self._range(number, each)
+            for number, sites in enumerate(self._sites.layers[layer:], start=layer)
+            for each in sites
+            if number > layer or names.index(each.name) > names.index(site.name)
+        ]
+        low = wanted + sum(each.planned - each.high for each in later)
+        high = wanted + sum(each.planned - each.low for each in later)
+        return (low, high) if low <= high else (wanted, wanted)
+
+    def _range(self, layer: int, site: Site) -> _Range:
+        planned = self.planned(layer, site)
+        if site.kind == ATTENTION:
+            # The heads are chosen when the layer is measured: what they will weigh is known up to a head. An FFN after
+            # them has to make up for it, so their range narrows what can be left to later sites.
+            slack = 0.0 if self._planned_heads or self._keep[layer][site.name] >= 1.0 else site.unit_weights
+            return _Range(planned + slack, planned, planned - slack)
+        widths = self.widths(site)
+        return _Range(widths[0] * site.unit_weights, planned, widths[-1] * site.unit_weights)
+
+    def check(self, sparsity: float) -> None:
+        """Refuse a sparsity that the possible widths do not reach.
+
+        Raises:
+            BudgetError: before any layer is changed; says what can be reached.
+        """
+        kept, carry, steps = 0.0, 0.0, []
+        for layer, sites in enumerate(self._sites.layers):
+            for site in sites:
+                planned = self.planned(layer, site)
+                spent = planned
+                if site.kind != ATTENTION:
+                    spent = float(self.channels(layer, site, planned + carry) * site.unit_weights)
+                    steps.append(self._options.ffn.ffn_multiple * site.unit_weights)
+                carry += planned - spent
+                kept += spent
+        total = self._sites.num_weights
+        reached = 1.0 - kept / total
+        if abs(reached - sparsity) > allowed_miss(steps, total):
+            raise BudgetError(
+                f"sparsity {sparsity:g} was asked for, but the widths that attention.head_multiple = "
+                f"{self._options.attention.head_multiple} and ffn.ffn_multiple = {self._options.ffn.ffn_multiple} "
+                f"allow reach only {reached:.4f}; lower the multiples or change the sparsity."
+            )
+
+
+def allowed_miss(steps: Sequence[float], total: float) -> float:
+    """Return how far the sparsity that is reached may be from the one that was asked for.
+
+    Half a step of the smallest FFN cannot be avoided; on models of millions of weights it is nothing.
+
+    Args:
+        steps: weights between two possible widths of the FFN sites.
+        total: weights of all sites.
+    """
+    return max(TOLERANCE, min(_COARSEST, min(steps, default=0.0) / 2 / total))

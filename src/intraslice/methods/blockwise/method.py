@@ -1,0 +1,128 @@
+"""Block-wise pruning as the engine runs it: heads and channels of each site become fewer or narrower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from intraslice.algebra.selection import TOLERANCE
+from intraslice.layers.decoder import DecoderLayer
+from intraslice.layers.sites import FFN
+from intraslice.methods.base import Context, LayerOutcome, Outside, Preview
+from intraslice.methods.blockwise.allocators.base import Allocation
+from intraslice.methods.blockwise.budget import Budget
+from intraslice.methods.blockwise.gradient_pass import pass_seconds
+from intraslice.methods.blockwise.layer import LayerPlan, prune_layer
+from intraslice.methods.blockwise.options import BlockwiseOptions
+from intraslice.methods.blockwise.plan import allocate, gradient_path, reads_gradients
+from intraslice.streaming.hidden import Streams
+from intraslice.streaming.propagate import propagate_layer
+
+
+@dataclass
+class _State:
+    """What goes from layer to layer."""
+
+    allocation: Allocation
+    budget: Budget
+    streams: Streams
+    iterated: set[int]
+    dense_weights: int
+
+
+class Blockwise:
+    """A composition of the parts in strategies.py.
+
+    Args:
+        options: which parts, and their settings.
+    """
+
+    resumes = True
+
+    def __init__(self, options: BlockwiseOptions) -> None:
+        self._options = options
+
+    def preview(self, dense: Any, sparsity: float) -> Preview:
+        """Say whether there is a gradient pass."""
+        return Preview(reads_gradients=reads_gradients(self._options, sparsity))
+
+    def plan(self, context: Context) -> dict[str, Any]:
+        """Return the allocation.
+
+        Raises:
+            BudgetError: the sparsity cannot be reached under the cap, or with the widths that there are.
+            NumericalError: activations or gradients are NaN or infinite.
+        """
+        allocation = allocate(context, self._options)
+        Budget(context.model.sites, allocation, self._options).check(context.sparsity)
+        return allocation.to_dict()
+
+    def plan_seconds(self, context: Context) -> float:
+        """Return what a kept gradient pass has cost."""
+        if not reads_gradients(self._options, context.sparsity):
+            return 0.0
+        return pass_seconds(gradient_path(context, self._options))
+
+    def open(self, context: Context, plan: dict[str, Any], carry: Any) -> _State:
+        """Return the streams at the input of the first layer, and the budget."""
+        allocation = Allocation.from_dict(plan)
+        sites = (self._options.attention, self._options.ffn)
+        # Where norms come after the sum there is no plain sum to repair: those layouts use the site's own output.
+        needs_dense = any(site.repair_against == "dense_stream" for site in sites) and context.model.norm_first
+        streams = Streams(pruned=context.embedded(), dense=context.embedded("hidden-dense") if needs_dense else None)
+        return _State(
+            allocation=allocation,
+            budget=Budget(context.model.sites, allocation, self._options, carry or 0.0),
+            streams=streams,
+            iterated=self._layers_to_iterate(allocation.fractions(FFN)),
+            dense_weights=context.model.sites.num_weights,
+        )
+
+    def _layers_to_iterate(self, ffn_fractions: Sequence[float]) -> set[int]:
+        """Return the layers whose FFN loses the most: the share of layers that iter_pca_fraction names."""
+        if not self._options.ffn.iter_pca:
+            return set()
+        count = max(1, round(self._options.ffn.iter_pca_fraction * len(ffn_fractions)))
+        return set(sorted(range(len(ffn_fractions)), key=lambda index: (ffn_fractions[index], index))[:count])
+
+    def layer(self, context: Context, state: _State, index: int, layer: DecoderLayer) -> LayerOutcome:
+        """Prune the layer in place, and advance the streams through it."""
+        heads = state.allocation.heads
+        plan = LayerPlan(
+            iter_pca=index in state.iterated,
+            heads=None if heads is None else heads[index],
+            rope_pairs=state.allocation.rope_pairs,
+        )
+        pruned = prune_layer(context.model, layer, index, state.streams, state.budget, plan, self._options)
+        num_weights = context.model.spec.num_parameters(pruned.shape, context.model.config.hidden_size)
+        if index == context.model.num_layers - 1:
+            self._say_when_missed(context, state)
+        return LayerOutcome(
+            shape=pruned.shape,
+            num_weights=num_weights,
+            errors=pruned.errors,
+            heads=pruned.heads,
+            carry=state.budget.carry,
+            extra={"iter_pca": plan.iter_pca},
+        )
+
+    def _say_when_missed(self, context: Context, state: _State) -> None:
+        missed = state.budget.carry / state.dense_weights
+        if abs(missed) > TOLERANCE:
+            context.progress.note(
+                f"sparsity {context.sparsity + missed:.4f} is reached instead of {context.sparsity:g}: on a model this "
+                f"small, channels in steps of ffn.ffn_multiple = {self._options.ffn.ffn_multiple} come no nearer."
+            )
+
+    def replay(self, context: Context, state: _State, index: int, layer: DecoderLayer) -> None:
+        """Advance the streams through a finished layer."""
+        propagate_layer(layer, state.streams.pruned)
+        if state.streams.dense is not None:
+            propagate_layer(context.model.load_layer(index), state.streams.dense)
+
+    def finish(self, context: Context, state: _State, outside: dict[str, Tensor]) -> Outside:
+        """Return what is stored outside of the decoder layers: what the dense model has."""
+        return Outside(tensors=outside)

@@ -1,0 +1,236 @@
+"""The parts that block-wise methods are composed of: one row per score, repair, allocation rule and so on. No torch.
+
+Help, docs, validation of recipes, and the statistics that are measured are read from these tables. A new part is one
+function and one row here; docs/extending.md shows each kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from intraslice.methods.choices import Row
+
+_HERE = "intraslice.methods.blockwise"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(Row):
+    """What the units of a site are worth; `heads` and `channels` are functions of a `ScoreInput` (scores.py).
+
+    A function returns one number per unit, or one per channel of the site: those of a head are then added up.
+
+    Attributes:
+        heads: function for query heads, "package.module:name"; "" when there is none.
+        channels: the same for FFN channels.
+        needs_full_moment: whether the second moment of all channels with all others is read. For FFNs it is always
+            measured; for attention, where it costs (H d)^2 numbers, only when a score asks for it.
+        head_rules: values of attention.heads that the score makes sense with; () means all.
+        refine: function that improves the kept heads after they were chosen, or "".
+    """
+
+    heads: str = ""
+    channels: str = ""
+    needs_full_moment: bool = False
+    head_rules: tuple[str, ...] = ()
+    refine: str = ""
+
+
+SCORES: dict[str, Score] = {
+    "energy": Score(
+        summary="energy of the activations times that of the weights",
+        heads=f"{_HERE}.scores:energy",
+        channels=f"{_HERE}.scores:energy",
+        paper="IntraSlice, Eq. 2",
+    ),
+    "norm": Score(
+        summary="norm of the activations times norm of the weights",
+        heads=f"{_HERE}.scores:norm",
+        channels=f"{_HERE}.scores:norm",
+        paper="Wanda, summed over a head or channel",
+    ),
+    "magnitude": Score(summary="norm of the activations alone", channels=f"{_HERE}.scores:magnitude", paper="TransAct"),
+    "fluctuation": Score(
+        summary="variance of the activations times energy of the weights; squared for the channels of heads",
+        heads=f"{_HERE}.scores:squared_fluctuation",
+        channels=f"{_HERE}.scores:fluctuation",
+        paper="FLAP",
+    ),
+    "pearson": Score(
+        summary="what the output's correlation with itself loses, then swaps of heads",
+        heads=f"{_HERE}.scores:pearson",
+        needs_full_moment=True,
+        head_rules=("whole",),
+        refine=f"{_HERE}.scores:swap_heads",
+        paper="SlimLLM",
+    ),
+    "feature": Score(
+        summary="norm of the activations times the weights in the directions in which the output varies",
+        channels=f"{_HERE}.scores:feature",
+        paper="SlimLLM",
+    ),
+    "obs": Score(
+        summary="order of greedy optimal-brain-surgeon elimination",
+        heads=f"{_HERE}.scores:elimination",
+        channels=f"{_HERE}.scores:elimination",
+        needs_full_moment=True,
+        reads=("obs_damping",),
+        paper="SoBP",
+    ),
+}
+"""`attention.score` and `ffn.score`; a row reads options of the section that names it."""
+
+
+REPAIRS: dict[str, Row] = {
+    "ridge": Row(
+        summary="ridge regression of the output projection",
+        function=f"{_HERE}.repairs:ridge",
+        reads=("damping", "shrink_to", "repair_against"),
+        paper="IntraSlice, Eq. 6 and 8",
+    ),
+    "bias": Row(
+        summary="a bias that adds back the mean of what is missing",
+        function=f"{_HERE}.repairs:mean_bias",
+        reads=("repair_against",),
+        paper="FLAP",
+    ),
+    "affine": Row(
+        summary="a factor and a bias for each output channel by least squares",
+        function=f"{_HERE}.repairs:affine_fit",
+        reads=("repair_against",),
+        paper="SlimLLM",
+    ),
+    "none": Row(summary="nothing is repaired", function=f"{_HERE}.repairs:nothing"),
+}
+"""`attention.repair` and `ffn.repair`; a row reads options of the section that names it."""
+
+
+def in_section(table: Mapping[str, Row], section: str) -> dict[str, Row]:
+    """Return a table that two sections share as one of them reads it: with dotted names."""
+    return {
+        name: replace(row, reads=tuple(f"{section}.{option}" for option in row.reads)) for name, row in table.items()
+    }
+
+
+HEAD_RULES: dict[str, Row] = {
+    "adaptive": Row(
+        summary="weak heads go while that keeps more of the output, the others become narrower",
+        reads=(
+            "attention.score",
+            "attention.min_head_fraction",
+            "attention.head_multiple",
+            "attention.gqa_groups",
+            "attention.basis",
+        ),
+        paper="IntraSlice, Algorithm 2",
+    ),
+    "whole": Row(
+        summary="whole heads go, the others keep their width",
+        reads=("attention.score", "attention.gqa_groups"),
+        paper="IntraSlice, Table 4 without Ada-H",
+    ),
+    "all": Row(
+        summary="no head goes, all become narrower",
+        reads=("attention.head_multiple", "attention.basis"),
+        paper="TransAct",
+    ),
+}
+"""`attention.heads`."""
+
+BASES: dict[str, Row] = {
+    "pca": Row(summary="the leading directions of the context", paper="IntraSlice, Algorithm 2"),
+    "channels": Row(summary="the channels of q, k and v with the largest activations", paper="TransAct"),
+}
+"""`attention.basis`: what narrower heads keep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocationRule(Row):
+    """How much each site loses: a function (measured, sites, sparsity, options) -> Allocation.
+
+    Attributes:
+        measures: what the rule reads of the dense model: "nothing", "profile" (one forward pass, profile_pass.py), or
+            "gradients" (a backward pass per sequence, gradient_pass.py).
+    """
+
+    measures: str = "nothing"
+
+
+_ALLOCATORS = f"{_HERE}.allocators"
+ALLOCATION_RULES: dict[str, AllocationRule] = {
+    "mask_gradient": AllocationRule(
+        summary="channels ranked over all layers by the gradient of a mask",
+        function=f"{_ALLOCATORS}.mask_gradient:allocate_by_mask_gradient",
+        measures="gradients",
+        reads=(
+            "allocation.pca_attention",
+            "allocation.pca_ffn",
+            "allocation.ffn_share",
+            "allocation.shape_freedom",
+        ),
+        paper="IntraSlice, Eq. 9-11",
+    ),
+    "uniform": AllocationRule(
+        summary="the same share of every layer",
+        function=f"{_ALLOCATORS}.uniform:allocate_uniform",
+        reads=("allocation.ffn_share",),
+    ),
+    "fluctuation": AllocationRule(
+        summary="whole heads and channels ranked by standardized fluctuations",
+        function=f"{_ALLOCATORS}.profile:allocate_by_fluctuation",
+        measures="profile",
+        paper="FLAP",
+    ),
+    "similarity": AllocationRule(
+        summary="more from layers whose output resembles their input",
+        function=f"{_ALLOCATORS}.profile:allocate_by_similarity",
+        measures="profile",
+        reads=("allocation.ffn_share", "allocation.similarity_scale"),
+        paper="SlimLLM",
+    ),
+    "head_search": AllocationRule(
+        summary="whole heads and channels ranked by squared mask gradients, the number of heads searched",
+        function=f"{_ALLOCATORS}.mask_gradient:allocate_by_head_search",
+        measures="gradients",
+        paper="SoBP",
+    ),
+}
+"""`allocation.rule`."""
+
+_SHAPED = ("attention.gqa_groups", "allocation.budget_unit")
+SHAPE_FREEDOMS: dict[str, Row] = {
+    "free": Row(summary="every layer its own, groups may be ragged", paper="IntraSlice"),
+    "layer": Row(summary="one group size per layer", reads=("attention.context_multiple",), excludes=_SHAPED),
+    "width": Row(
+        summary="also one head width and one choice of RoPE pairs for all layers",
+        reads=("attention.context_multiple",),
+        excludes=_SHAPED,
+    ),
+    "model": Row(summary="one shape for all layers", reads=("attention.context_multiple",), excludes=_SHAPED),
+}
+"""`allocation.shape_freedom`: which shapes layers may take, for runtimes that want them alike."""
+
+PCA_FFN: dict[bool, Row] = {
+    True: Row(summary="gradients rotated into eigenvectors", reads=("allocation.num_channel_groups",)),
+    False: Row(summary="gradients as they are"),
+}
+"""`allocation.pca_ffn`."""
+
+ITER_PCA: dict[bool, Row] = {
+    True: Row(
+        summary="dense maps of the channels in the FFNs that lose most",
+        reads=(
+            "ffn.iter_pca_fraction",
+            "ffn.iter_pca_rounds",
+            "ffn.iter_pca_slice",
+            "ffn.iter_pca_steps",
+            "ffn.iter_pca_lr",
+            "ffn.damping",
+            "ffn.shrink_to",
+            "ffn.repair_against",
+        ),
+        paper="IntraSlice, Eq. 7",
+    ),
+    False: Row(summary="channels are selected only"),
+}
+"""`ffn.iter_pca`."""
