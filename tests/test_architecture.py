@@ -30,19 +30,23 @@ RULES: dict[str, set[str]] = {
     "evaluation.task_data": {"errors"},
     "blocks": {"edits", "runtime"},
     "surgery": {"blocks", "edits", "runtime"},
-    "checkpoint": {"checkpoint", "errors", "progress", "runtime"},
+    "checkpoint": {"checkpoint", "errors", "names", "progress", "runtime"},
     "exporters": {"exporters", "edits", "checkpoint", "errors", "progress"}
     | {"placement", "loading", "runtime", "result"},
-    "report": {"report", "errors"},
+    "report": {"report", "errors", "numbers", "results.sites"},
     "presets": set(),
-    "comparison": {"comparison", "api", "pruning", "recipe", "errors", "progress", "result", "report", "evaluation"}
-    | {"checkpoint", "calibration", "inspection", "loading", "placement", "presets", "text", ""},
+    "comparison": {"comparison", "api", "pruning", "recipes", "errors", "progress", "results", "report", "evaluation"}
+    | {"checkpoint", "data", "inspection", "loading", "methods.presets", "names", "placement", "process", "speed"}
+    | {"streaming.analysis", ""},
+    "process": {"errors", "progress"},
+    "names": set(),
+    "numbers": set(),
+    "results.sites": set(),
     "engine": PURE
     | {"engine", "compressors", "allocators", "blocks", "surgery", "checkpoint", "calibration"}
     | {"placement", "progress", "result", "model_card", "runtime", ""},
-    # Looks at activations with the engine's own streaming; the rest of `evaluation` sees saved models only.
-    "evaluation.analysis": {"blocks", "checkpoint", "compressors", "engine.hidden", "engine.model", "errors"}
-    | {"placement", "progress", "selection", "stats"},
+    # Judges saved models only.
+    "evaluation": {"evaluation", "errors", "progress", "runtime"},
 }
 
 

@@ -13,10 +13,20 @@ from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from intraslice.api import evaluate, evaluate_tasks, export, load, prune
+    from intraslice.api import analyze, benchmark, benchmark_layers, evaluate, evaluate_tasks, export, load, prune
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "evaluate_tasks", "export", "load", "prune"]
+__all__ = [
+    "__version__",
+    "analyze",
+    "benchmark",
+    "benchmark_layers",
+    "evaluate",
+    "evaluate_tasks",
+    "export",
+    "load",
+    "prune",
+]
 
 
 class _RegisterAfterImport(MetaPathFinder):
@@ -52,6 +62,6 @@ else:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("evaluate", "evaluate_tasks", "export", "load", "prune"):
+    if name in __all__:
         return getattr(importlib.import_module("intraslice.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

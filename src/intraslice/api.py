@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from transformers import PreTrainedModel
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.data.text import check_source, load_text
 from intraslice.evaluation.perplexity import Perplexity, measure_perplexity, tokenize
-from intraslice.evaluation.tasks import DEFAULT_BATCH_SIZE, TaskResults, check_range, open_tasks, score_tasks
+from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
+from intraslice.evaluation.tasks import TaskResults, check_range, open_tasks, score_tasks
 from intraslice.exporters.export import export_checkpoint
 from intraslice.exporters.options import ExportOptions, ExportReport
 from intraslice.loading import load_model
@@ -22,7 +24,7 @@ from intraslice.recipes.recipe import load_recipe
 from intraslice.results.result import PruneResult
 from intraslice.speed.bench import BenchOptions, BenchResult, bench_models
 from intraslice.speed.layer_bench import LayerBenchResult, bench_layers
-from intraslice.streaming.analysis import analyse_model
+from intraslice.streaming.analysis import analyze_model
 
 
 def prune(
@@ -114,7 +116,7 @@ def evaluate(
         model: folder, hub id, .gguf file or built-in name.
         text: "builtin", a data set name (its test split) or a text file.
         seqlen: tokens in a window; windows do not overlap.
-        windows: measure at most so many windows, from the start.
+        windows: measure at most this many windows, from the start.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: "auto", "cpu" or a torch device.
         revision: branch, tag or commit of a hub model.
@@ -155,7 +157,7 @@ def evaluate_tasks(
         model: folder, hub id, .gguf file or built-in name.
         tasks: names of lm-eval, for example ["arc_easy", "piqa"].
         task_data: folder of <task>.jsonl files with the field names of the hub's data sets; None loads those.
-        limit: use at most so many examples of each task, from the start; None uses all.
+        limit: use at most this many examples of each task, from the start; None uses all.
         batch_size: examples at a time.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         device: "auto", "cpu" or a torch device.
@@ -177,7 +179,7 @@ def evaluate_tasks(
     return score_tasks(loaded, tokenizer, opened, limit=limit, batch_size=batch_size, progress=progress)
 
 
-def analyse(
+def analyze(
     model: str | Path,
     *,
     text: str = "builtin",
@@ -195,29 +197,32 @@ def analyse(
     Args:
         model: hub id, folder, .gguf file or built-in name.
         text: as the calibration text of `prune`; the same text gives the same tokens.
-        num_samples: token blocks.
-        seqlen: tokens in a block.
-        seed: of the choice of blocks.
+        num_samples: how many sequences of tokens.
+        seqlen: tokens in a sequence.
+        seed: decides which sequences are taken.
         device: "auto", "cpu" or a torch device.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: whether code that comes with the model may be executed.
         text_field: the column of a .jsonl or .parquet file that holds the text.
         progress: shows the layers.
 
-    Returns what `evaluation.analysis.analyse_model` says.
+    Returns:
+        What `streaming.analysis.analyze_model` says, in JSON types.
+
+    Raises:
+        IntraSliceError: see errors.py.
     """
     check_source(text)
     checkpoint = open_checkpoint(str(model), revision=revision, trust_remote_code=trust_remote_code, progress=progress)
     wanted = CalibrationOptions(source=text, num_samples=num_samples, seqlen=seqlen, seed=seed, text_field=text_field)
     calibration = calibrate(checkpoint, wanted, device=device, progress=progress)
-    return analyse_model(
-        str(model),
-        calibration.tokens,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
+    return analyze_model(checkpoint, calibration.tokens, device=device, progress=progress)
+
+
+def analyse(model: str | Path, **options: Any) -> dict[str, Any]:
+    """Call `analyze`; the name goes away with the next release."""
+    warnings.warn("analyse is now called analyze.", DeprecationWarning, stacklevel=2)
+    return analyze(model, **options)
 
 
 def benchmark(

@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from intraslice.checkpoint.folder import read_headers, weight_files
-from intraslice.checkpoint.source import BUILT_IN, find_built_in, resolve_model
+from intraslice.checkpoint.source import find_built_in, resolve_model
 from intraslice.errors import CheckpointError
+from intraslice.names import NameKind, kind_of
 from intraslice.placement import choose_device, dtype_from_name
 from intraslice.progress import Progress
 from intraslice.quiet import quiet
@@ -44,15 +45,16 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
     """
     register()
     extra: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-    path = Path(name).expanduser()
-    gguf = find_built_in(name) if name in BUILT_IN else path
     files: list[Path] = []
-    source = name
-    if path.is_dir():
+    source, path, kind = name, Path(name).expanduser(), kind_of(name)
+    if kind is NameKind.FOLDER:
         files, source = weight_files(path, name), str(path)
-    elif gguf.is_file() and gguf.suffix.lower() == ".gguf":
+    elif kind is NameKind.BUILT_IN or (kind is NameKind.FILE and path.suffix.lower() == ".gguf"):
+        gguf = find_built_in(name) if kind is NameKind.BUILT_IN else path
         files, source, extra = [gguf], str(gguf.parent), {"gguf_file": gguf.name}
-    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    elif kind is NameKind.FILE:
+        raise CheckpointError(f"{name!r} is a file; give the folder it lies in, or a .gguf file")
+    elif kind is NameKind.MISSING_PATH:
         raise CheckpointError(f"there is no folder or file {name!r}")
     try:
         with quiet("transformers"):

@@ -39,14 +39,15 @@ def register() -> None:
         )
         return
     from intraslice import runtime
-    from intraslice.runtime.modeling_intraslice import MODELS
+    from intraslice.runtime.configuration_intraslice import PREFIX, class_stem, known_families
 
     runtime.register()
     checks: Any = importlib.import_module("vllm.model_executor.models.config")
-    for _, _, causal_lm in MODELS:
+    for family in known_families():
+        architecture = f"{PREFIX}{class_stem(family)}ForCausalLM"
         # By name: vLLM imports the class late, because that may touch the accelerator.
-        vllm.ModelRegistry.register_model(causal_lm.__name__, BACKEND)
-        checks.MODELS_CONFIG_MAP[causal_lm.__name__] = _EarlyCheck
+        vllm.ModelRegistry.register_model(architecture, BACKEND)
+        checks.MODELS_CONFIG_MAP[architecture] = _EarlyCheck
 
 
 class _EarlyCheck:

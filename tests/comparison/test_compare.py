@@ -39,14 +39,14 @@ def test_whole_comparison(finished_folder: tuple[Path, Jobs]):
     ]
     dense, *pruned = document["cells"]
     assert dense["method"] == "dense" and dense["prune"] is None and dense["sparsity"] == 0
-    assert all(layer["num_attention_heads"] == 4 and layer["ffn_error"] is None for layer in dense["layers"])
+    assert all(layer["num_attention_heads"] == 4 and layer["errors"] == {} for layer in dense["layers"])
     for cell in pruned:
         assert abs(cell["sparsity"] - cell["asked"]) < 0.005
         assert cell["layer_parameters"] == sum(layer["num_parameters"] for layer in cell["layers"])
         assert cell["parameters"] < dense["parameters"] and cell["weight_bytes"] < dense["weight_bytes"]
         assert cell["perplexity"] > 1 and cell["perplexity"] != dense["perplexity"]
         assert cell["prune"]["peak_memory_bytes"] > 0 and cell["prune"]["seconds"]["total"] > 0
-        assert cell["layers"][0]["ffn_error"] is not None
+        assert set(cell["layers"][0]["errors"]) == {"attention", "ffn"}
         assert cell["tasks"] is cell["average"] is cell["speed"] is cell["effective_rank"] is None
     assert len({cell["key"] for cell in document["cells"]}) == 5
     assert len(list((folder / "cells").iterdir())) == 5

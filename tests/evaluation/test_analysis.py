@@ -10,12 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
-from intraslice.api import analyse
+from intraslice.api import analyse, analyze
+from intraslice.checkpoint.source import open_checkpoint
 from intraslice.errors import NumericalError, RecipeError
 from intraslice.runtime.configuration_intraslice import pruned_config
 from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.streaming.analysis import (
-    analyse_model,
+    analyze_model,
     effective_rank,
     effective_ranks,
     pair_masks,
@@ -95,7 +96,7 @@ def test_streamed_numbers_are_those_of_stored_activations(family: str, overrides
         for row in rows:
             stock(row[None])
 
-    result = analyse_model(str(folder), rows, device="cpu")
+    result = analyze_model(open_checkpoint(str(folder)), rows, device="cpu")
     assert json.loads(json.dumps(result)) == result
     assert (result["num_tokens"], result["hidden_size"], result["head_dim"]) == (60, 32, 8)
     assert result["intermediate_size"] == 64
@@ -156,7 +157,9 @@ def test_rope_pair_errors_are_those_of_the_stock_class_without_the_pairs(tmp_pat
         changed = run()
         expected.append(float(((dense - changed).norm(dim=(0, 2)) / dense.norm(dim=(0, 2))).mean()))
 
-    result = analyse_model(str(folder), rows, kept_fractions=(1.0, 0.75, 0.25), device="cpu")["rope_pairs"]
+    result = analyze_model(open_checkpoint(str(folder)), rows, kept_fractions=(1.0, 0.75, 0.25), device="cpu")[
+        "rope_pairs"
+    ]
     assert result["kept_fraction"] == [1.0, 0.75, 0.25]
     assert result["relative_error"][layer] == pytest.approx(expected, rel=1e-6, abs=1e-12)
     assert 0 == expected[0] < expected[1] < expected[2]
@@ -167,7 +170,10 @@ def test_effective_ranks_of_dense_and_pruned_models(family: str, tiny_folder):
     rows, config = token_rows(), tiny_config(family)
     folder = tiny_folder(family)
     dense = AutoModelForCausalLM.from_pretrained(folder).eval()
-    assert effective_ranks(dense, rows) == analyse_model(str(folder), rows, device="cpu")["effective_rank"]["residual"]
+    assert (
+        effective_ranks(dense, rows)
+        == analyze_model(open_checkpoint(str(folder)), rows, device="cpu")["effective_rank"]["residual"]
+    )
     shape = LayerShape(heads_per_kv=(1, 1), qk_head_dim=6, v_head_dim=5, intermediate_size=24)
     layout = pruned_config(config, FAMILIES[family], [shape] * 3, method="random", recipe={})
     torch.manual_seed(0)
@@ -188,11 +194,14 @@ def test_effective_ranks_of_dense_and_pruned_models(family: str, tiny_folder):
 def test_the_function_for_users_reads_a_text(tiny_folder, tmp_path: Path):
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(97 + i * i % 26) for i in range(600)))
-    result = analyse(str(tiny_folder("llama")), text=str(text), num_samples=3, seqlen=32, device="cpu")
+    result = analyze(str(tiny_folder("llama")), text=str(text), num_samples=3, seqlen=32, device="cpu")
     assert result["num_tokens"] == 96
     assert [len(result["effective_rank"][name]) for name in ("context", "residual")] == [3, 3]
     with pytest.raises(RecipeError, match="seqlen 256 is beyond the 128 positions"):
-        analyse(str(tiny_folder("llama")), text=str(text), seqlen=256)
+        analyze(str(tiny_folder("llama")), text=str(text), seqlen=256)
+    with pytest.warns(DeprecationWarning, match="analyze"):
+        same = analyse(str(tiny_folder("llama")), text=str(text), num_samples=3, seqlen=32, device="cpu")
+    assert same == result
 
 
 def test_infinite_activations_name_the_layer(tmp_path: Path):
@@ -202,6 +211,6 @@ def test_infinite_activations_name_the_layer(tmp_path: Path):
     weights["model.layers.1.mlp.gate_proj.weight"] *= 1e38
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NumericalError, match="layer 1: the activations"):
-        analyse_model(str(folder), token_rows(), device="cpu")
+        analyze_model(open_checkpoint(str(folder)), token_rows(), device="cpu")
     with pytest.raises(NumericalError, match="layer 1: the activations"):
         effective_ranks(AutoModelForCausalLM.from_pretrained(folder).eval(), token_rows())

@@ -14,7 +14,7 @@ import pytest
 
 from intraslice.errors import RecipeError
 from intraslice.report import render_report
-from intraslice.report.figures import pareto_front
+from intraslice.report.document import pareto_front
 from support.sample_comparison import METHODS, SPARSITIES, sample
 
 VOID = {"meta", "br", "input", "link", "img", "hr", "line", "rect", "circle", "path"}
@@ -131,10 +131,28 @@ def test_parts_of_layers_and_costs_that_are_missing(document):
         assert cell["layers"]  # the input was not changed
     errorless = copy.deepcopy(document)
     for layer in itertools.chain.from_iterable(cell["layers"] for cell in errorless["cells"]):
-        layer["attention_error"] = None
+        layer["errors"].pop("attention", None)
     page = Page(render_report(errorless))
-    assert page.charts(chart="error", field="attention_error") == 0
-    assert page.charts(chart="error", field="ffn_error") == 1
+    assert page.charts(chart="error", site="attention") == 0
+    assert page.charts(chart="error", site="ffn") == 1
+
+
+def test_every_site_with_an_error_has_a_figure(document):
+    experts = copy.deepcopy(document)
+    for layer in itertools.chain.from_iterable(cell["layers"] for cell in experts["cells"] if cell["asked"]):
+        layer["errors"] = {"attention": 0.1, "ffn.0": 0.2, "ffn.1": 0.3}
+    text = render_report(experts)
+    page = Page(text)
+    assert page.charts(chart="error") == 3 and page.charts(chart="error", site="ffn.1") == 1
+    assert data(text)["cells"][1]["layers"][0]["errors"]["ffn.1"] == 0.3
+
+
+def test_the_two_errors_of_earlier_versions_are_read(document, text):
+    old = copy.deepcopy(document)
+    for layer in itertools.chain.from_iterable(cell["layers"] for cell in old["cells"]):
+        errors = layer.pop("errors")
+        layer["attention_error"], layer["ffn_error"] = errors.get("attention"), errors.get("ffn")
+    assert render_report(old) == text
 
 
 def test_nothing_comes_from_the_network(text, page):

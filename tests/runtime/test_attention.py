@@ -122,7 +122,7 @@ def test_odd_or_too_wide_query_heads_are_refused():
     for width in (5, 10):
         shape = LayerShape(heads_per_kv=(1,), qk_head_dim=width, v_head_dim=4, intermediate_size=8)
         with pytest.raises(ValueError, match="is not even or exceeds 8"):
-            PrunedAttention(model.config, 0, FAMILIES["llama"], shape)
+            PrunedAttention(model.config, 0, FAMILIES["llama"], shape, model.model.layers[0].self_attn)
 
 
 def test_rope_pairs_of_another_layer_are_refused():

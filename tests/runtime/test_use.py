@@ -110,7 +110,7 @@ def test_lora_train_save_merge(case, targets, tmp_path):
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(tokens()).logits, trained, atol=1e-4, rtol=0)
-    for path in ("configuration_intraslice.py", "modeling_intraslice.py"):
+    for path in ("configuration_intraslice.py", "modeling_intraslice.py", "families_intraslice.py"):
         assert (tmp_path / "merged" / path).exists(), "a fine-tuned model must load without the package too"
 
 

@@ -151,8 +151,7 @@ def _layer(draw: random.Random, index: int, layers: int, asked: float, uniform: 
         "v_head_dim": 64 - 8 * round(3 * local),
         "intermediate_size": 8 * round(FFN * (1 - 1.05 * local) / 8),
         "num_parameters": round(DENSE_LAYER / layers * (1 - local)),
-        "attention_error": error if asked else None,
-        "ffn_error": 1.7 * error if asked else None,
+        "errors": {"attention": error, "ffn": 1.7 * error} if asked else {},
     }
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from intraslice.comparison import child, run, worker
+from intraslice import process
+from intraslice.comparison import run, worker
+from intraslice.errors import ComparisonError
 
 SMALL: dict[str, Any] = {
     "title": "Small",
@@ -34,8 +36,8 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def run_job(job: dict[str, Any], progress: Any, keep: Any = None) -> Any:
         jobs.append(job)
         lines: list[str] = []
-        worker.do_job(job, lambda kind, **content: lines.append(json.dumps({"kind": kind, **content})))
-        return child.read_replies(lines, progress, keep)
+        process.answer(worker.serve, iter([job]), process.Parent(lines.append))
+        return process.read_replies(lines, progress, ComparisonError, keep)
 
     monkeypatch.setattr(run, "run_job", run_job)
     return jobs

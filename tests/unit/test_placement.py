@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from intraslice import placement
-from intraslice.placement import Placement
+from intraslice.placement import Placement, peak_resident_bytes
 
 
 def _placement(device: str) -> Placement:
@@ -45,3 +49,44 @@ def test_events_on_an_accelerator(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "Event", Event)
     assert _placement("meta").timed(lambda: happened.append("work")) == (1.5, None)
     assert happened[2:] == ["begin on stream", "work", "end on stream", "wait for end"]
+
+
+def test_peak_memory_stays_when_memory_is_given_back():
+    ballast = bytearray(80_000_000)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    peak = peak_resident_bytes()
+    del ballast
+    # The kernel counts in steps per thread, so the last digits may move.
+    assert 80e6 < peak < 1.01 * peak_resident_bytes()
+
+
+@pytest.mark.parametrize("platform", ["darwin", "win32", "freebsd"])
+def test_peak_memory_on_other_systems(platform: str, monkeypatch: pytest.MonkeyPatch):
+    memory = SimpleNamespace(peak_wset=3_000_000)
+    process = SimpleNamespace(memory_info=lambda: memory)
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: process))
+    usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: SimpleNamespace(ru_maxrss=5_000))
+    monkeypatch.setitem(sys.modules, "resource", usage)
+    monkeypatch.setattr(placement, "Path", lambda _: SimpleNamespace(exists=lambda: False))
+    monkeypatch.setattr(placement.sys, "platform", platform)
+    assert peak_resident_bytes() == {"darwin": 5_000, "win32": 3_000_000, "freebsd": 5_120_000}[platform]
+
+
+UNIX = ("fcntl", "resource", "pwd", "grp", "termios")
+
+
+def test_modules_import_without_those_that_only_unix_has():
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({UNIX}))"
+    modules = "intraslice.placement, intraslice.process, filelock"
+    subprocess.run([sys.executable, "-c", f"{blocked}; import {modules}"], check=True)
+
+
+def test_no_module_needs_what_only_unix_has():
+    # transformers cannot be imported without them where the system is Linux, so that most modules cannot be tried.
+    files = list(Path(placement.__file__).parent.rglob("*.py"))
+    assert len(files) > 50
+    for file in files:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not set(names) & set(UNIX), f"{file} imports {names}"

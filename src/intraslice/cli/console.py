@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,9 @@ from rich.progress import (
 from rich.progress import Progress as RichBars
 from rich.table import Table
 from rich.text import Text
+
+from intraslice.numbers import percent
+from intraslice.results.sites import short_site_title
 
 if TYPE_CHECKING:
     from intraslice.runtime.families_intraslice import LayerShape
@@ -48,7 +51,7 @@ class _Rate(ProgressColumn):
 
 
 class ConsoleProgress:
-    """Progress on standard error: bars with rate and time left on a terminal, else a line a step."""
+    """Progress on standard error: bars with rate and time left on a terminal, else one line per step."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -91,7 +94,7 @@ class ConsoleProgress:
         finally:
             self._depth -= 1
             self._bars.remove_task(task)
-        # Inner steps come once a layer; only the outer ones stay on the screen.
+        # Inner steps come once per layer; only the outer ones stay on the screen.
         if self._depth == 0:
             self.note(f"{description}: {done} of {total} in {time.perf_counter() - start:.1f} s")
 
@@ -122,38 +125,18 @@ def _output() -> Console:
     return console if console.is_terminal else Console(width=120)
 
 
-_LAYER_COLUMNS = (
-    "layer",
-    "heads",
-    "kv",
-    "qk dim",
-    "v dim",
-    "FFN",
-    "parameters",
-    "kept",
-)
-_SHORT = {"attention": "attn", "ffn": "FFN"}
+_LAYER_COLUMNS = ("layer", "heads", "kv", "qk dim", "v dim", "FFN", "parameters", "kept")
 
 
-def error_sites(errors: Iterable[Mapping[str, float]]) -> list[str]:
-    """Return the sites that any of the layers has an error of, in their order."""
-    return list(dict.fromkeys(site for layer in errors for site in layer))
-
-
-def layer_columns(sites: Sequence[str]) -> tuple[str, ...]:
-    """Return the titles of the table of layers, with a column for the error of each site."""
-    return (*_LAYER_COLUMNS, *(f"{_SHORT.get(site, site)} err" for site in sites))
+def layer_columns(sites: Sequence[str]) -> list[str]:
+    """Return the heads of a table of layers, with one column for the error at each site."""
+    return [*_LAYER_COLUMNS, *(f"{short_site_title(site)} err" for site in sites)]
 
 
 def layer_row(
-    layer: int,
-    shape: LayerShape,
-    num_parameters: int,
-    kept: float,
-    errors: Mapping[str, float],
-    sites: Sequence[str],
+    layer: int, shape: LayerShape, num_parameters: int, kept: float, errors: Mapping[str, float], sites: Sequence[str]
 ) -> list[str]:
-    """Return the cells of a layer under `layer_columns`."""
+    """Return the cells of a layer under `layer_columns(sites)`."""
     return [
         str(layer),
         str(shape.num_attention_heads),
@@ -165,22 +148,3 @@ def layer_row(
         percent(kept),
         *(f"{errors[site]:.4f}" if site in errors else "" for site in sites),
     ]
-
-
-def percent(fraction: float) -> str:
-    """Return 0.314 as "31.4 %"."""
-    return f"{100 * fraction:.1f} %"
-
-
-def size(num_bytes: float) -> str:
-    """Return a number of bytes in the unit that suits it (1 MB = 10^6 bytes)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.2f} TB"
-
-
-def count(number: int) -> str:
-    """Return 134515008 as "134,515,008"."""
-    return f"{number:,}"

@@ -8,6 +8,7 @@ import typer
 
 from intraslice.cli.console import ConsoleProgress, print_line, print_table, write_json
 from intraslice.errors import RecipeError
+from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
 
 if TYPE_CHECKING:
     from intraslice.evaluation.tasks import TaskResults
@@ -25,7 +26,7 @@ def evaluate(
     ] = "builtin",
     seqlen: Annotated[int, typer.Option(help="Tokens in a window; windows do not overlap.")] = 2048,
     windows: Annotated[
-        int | None, typer.Option(help="Measure at most so many windows, from the start (default: all).")
+        int | None, typer.Option(help="Measure at most this many windows, from the start (default: all).")
     ] = None,
     text_field: Annotated[
         str | None, typer.Option(help="Column of a .jsonl or .parquet file that holds the text.")
@@ -43,9 +44,9 @@ def evaluate(
         typer.Option(metavar="DIR", help="Read <task>.jsonl files, with the field names of the hub, from here."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Use at most so many examples of each task, from the start (default: all).")
+        int | None, typer.Option(help="Use at most this many examples of each task, from the start (default: all).")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples of a task at a time.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Examples of a task at a time.")] = DEFAULT_BATCH_SIZE,
     device: Annotated[str, typer.Option(help="auto, cpu, or a torch device.")] = "auto",
     dtype: Annotated[str, typer.Option(help="To compute in: auto (as stored), float32, bfloat16 or float16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,

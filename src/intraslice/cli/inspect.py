@@ -6,17 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from intraslice.cli.console import (
-    count,
-    error_sites,
-    layer_columns,
-    layer_row,
-    percent,
-    print_line,
-    print_table,
-    size,
-    write_json,
-)
+from intraslice.cli.console import layer_columns, layer_row, print_line, print_table, write_json
+from intraslice.numbers import count, percent, size
+from intraslice.results.sites import list_sites, site_errors
 
 if TYPE_CHECKING:
     from intraslice.inspection import ModelInfo
@@ -42,9 +34,9 @@ def inspect(
 
 
 def _print(info: ModelInfo) -> None:
-    sites = error_sites(layer.errors for layer in info.layers)
+    sites = list_sites(info.layers)
     rows = [
-        layer_row(layer.layer, layer.shape, layer.num_parameters, layer.kept, layer.errors, sites)
+        layer_row(layer.layer, layer.shape, layer.num_parameters, layer.kept, site_errors(layer), sites)
         for layer in info.layers
     ]
     how = f"pruned by {info.method}, sparsity {info.sparsity:.4f}" if info.method else "dense"

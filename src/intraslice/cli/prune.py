@@ -13,16 +13,14 @@ from intraslice.cli.console import (
     INTERRUPTED_STATUS,
     ConsoleProgress,
     complain,
-    count,
-    error_sites,
     layer_columns,
     layer_row,
-    percent,
     print_line,
     print_table,
-    size,
     write_json,
 )
+from intraslice.numbers import count, percent, size
+from intraslice.results.sites import list_sites, site_errors
 
 if TYPE_CHECKING:
     from intraslice.pruning import DryRun
@@ -170,14 +168,14 @@ def _run(recipe: Recipe, overwrite: bool, resume: bool, arguments: Sequence[str]
 def print_result(result: PruneResult) -> None:
     """Print the table of layers and the totals of a finished run."""
     dense_layer = result.dense_layer_parameters / len(result.layers)
-    sites = error_sites(record.errors for record in result.layers)
+    sites = list_sites(result.layers)
     rows = [
         layer_row(
             record.layer,
             record.shape,
             record.num_parameters,
             record.num_parameters / dense_layer,
-            record.errors,
+            site_errors(record),
             sites,
         )
         for record in result.layers

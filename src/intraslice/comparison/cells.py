@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from intraslice import __version__
-from intraslice.comparison.spec import DENSE, ComparisonSpec, Variant
+from intraslice.comparison.spec import ComparisonSpec, Variant
 from intraslice.options import CalibrationOptions
 from intraslice.recipes.recipe import Recipe
+from intraslice.report.document import DENSE
 
 PRUNE, PERPLEXITY, SPEED, RANK, TASK = "prune", "perplexity", "speed", "rank", "task-"
 ANALYSIS = "analysis"

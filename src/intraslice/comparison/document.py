@@ -10,8 +10,10 @@ from typing import Any
 
 from intraslice.comparison.cells import PERPLEXITY, PRUNE, RANK, SPEED, TASK, Facts, TextFacts, Work, calibration_name
 from intraslice.comparison.spec import ComparisonSpec
+from intraslice.evaluation.task_data import task_score
+from intraslice.report.document import FORMAT
+from intraslice.results.sites import site_errors
 
-FORMAT = 1
 _SPEEDS = (
     "prefill_tokens_per_second",
     "decode_tokens_per_second",
@@ -34,7 +36,7 @@ def build_cell(work: Work, parts: Mapping[str, Any], facts: Facts) -> dict[str, 
         for name, result in parts.items()
         if name.startswith(TASK)
     }
-    scores = [task_score(task) for task in tasks.values()]
+    scores = [task_score(task["acc"], task["acc_norm"]) for task in tasks.values()]
     return {
         **_names(work),
         **(_dense_fields(facts) if work.cell.recipe is None else pruned_fields(parts[PRUNE])),
@@ -98,14 +100,8 @@ def _layer(layer: Mapping[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": len(shape["heads_per_kv"]),
         **{name: shape[name] for name in ("qk_head_dim", "v_head_dim", "intermediate_size")},
         "num_parameters": layer["num_parameters"],
-        "attention_error": layer["attention_error"],
-        "ffn_error": layer["ffn_error"],
+        "errors": site_errors(layer),
     }
-
-
-def task_score(task: Mapping[str, Any]) -> float:
-    """Return the accuracy that averages are made of: acc_norm where the task has it, as in the paper."""
-    return task["acc"] if task["acc_norm"] is None else task["acc_norm"]
 
 
 def _speed(result: Mapping[str, Any]) -> dict[str, Any]:

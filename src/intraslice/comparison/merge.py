@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from intraslice.comparison.cells import digest, short_names
-from intraslice.comparison.document import FORMAT, pruned_fields
-from intraslice.comparison.spec import DENSE
+from intraslice.comparison.document import pruned_fields
 from intraslice.comparison.tables import DOCUMENT_FILE
 from intraslice.errors import CheckpointError, ComparisonError, one_line
 from intraslice.methods.registry import METHODS
+from intraslice.report.document import DENSE, FORMAT
 from intraslice.results.result import RESULT_FILE
 
 

@@ -23,13 +23,29 @@ from intraslice.comparison.cells import (
     list_cells,
     plan_work,
 )
-from intraslice.comparison.child import run_job
 from intraslice.comparison.document import build_cell, build_document, build_protocol, failed_cell
 from intraslice.comparison.spec import ComparisonSpec, check_names
 from intraslice.comparison.store import Store
 from intraslice.comparison.tables import write_outputs
 from intraslice.errors import ComparisonError, IntraSliceError, RecipeError, one_line
+from intraslice.process import Keep, Worker
 from intraslice.progress import Progress
+
+
+def run_job(job: dict[str, Any], progress: Progress, keep: Keep | None = None) -> Any:
+    """Run a job of `worker.py` in a process of its own, and return its result.
+
+    Args:
+        job: JSON types; "job" names the job, the rest are its arguments.
+        progress: shows the steps of the job.
+        keep: is called with each part of the job as soon as it is finished.
+
+    Raises:
+        ComparisonError: the job failed, or its process died.
+    """
+    name = f"the process of the job {job['job']!r}"
+    with Worker("intraslice.comparison.worker:serve", name=name, error=ComparisonError) as worker:
+        return worker.ask(job, progress, keep)
 
 
 @dataclass(frozen=True)
@@ -131,7 +147,7 @@ class Comparison:
                     left = _time_left(time.monotonic() - started, len(unfinished) - remaining, remaining)
                     self._progress.note(f"{number} {work.cell.title}: {outcome}{left}")
             if self.spec.analysis:
-                document = self._analyse(document, failures)
+                document = self._analyze(document, failures)
         return document
 
     def _run_cell(self, work: Work, command: str) -> str:
@@ -174,7 +190,7 @@ class Comparison:
         against = None if work.cell.recipe is None else dense
         return bench_models(folder, against, options=self._bench_options, progress=self._progress).to_dict()
 
-    def _analyse(self, document: dict[str, Any], failures: dict[str, str]) -> dict[str, Any]:
+    def _analyze(self, document: dict[str, Any], failures: dict[str, str]) -> dict[str, Any]:
         for model, identity in self._analyses():
             if self.store.part(ANALYSIS, identity) is None:
                 job = {"job": ANALYSIS, "folder": self.facts[model].folder, "device": self._device}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from intraslice.data.text import check_source
 from intraslice.errors import RecipeError, nearest, one_line
+from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
 from intraslice.methods.registry import METHODS
+from intraslice.names import NameKind, kind_of
 from intraslice.options import CalibrationOptions
 from intraslice.recipes.recipe import Recipe, load_recipe
+from intraslice.report.document import DENSE
 
-DENSE = "dense"
 _TEXT_FILES = (".txt", ".jsonl", ".parquet")
 _OWN_FIELDS = ("model", "revision", "output", "method", "sparsity")
 
@@ -45,7 +48,7 @@ class Evaluation(_Section):
     Attributes:
         text: "builtin", a data set name (its test split) or a text file.
         seqlen: tokens in a window.
-        windows: measure at most so many windows, from the start; None measures all.
+        windows: measure at most this many windows, from the start; None measures all.
         text_field: the column of a .jsonl or .parquet file that holds the text.
         dtype: to compute in: "auto" (as stored), "float32", "bfloat16" or "float16".
     """
@@ -62,15 +65,15 @@ class Tasks(_Section):
 
     Attributes:
         names: names of lm-eval tasks.
-        task_data: folder with a .jsonl file a task; None takes the hub's data.
-        limit: measure at most so many samples of a task.
-        batch_size: requests at a time.
+        task_data: folder with one .jsonl file per task; None takes the hub's data.
+        limit: measure at most this many samples of a task.
+        batch_size: examples at a time.
     """
 
     names: list[str] = Field(min_length=1)
     task_data: str | None = None
     limit: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=DEFAULT_BATCH_SIZE, ge=1)
 
 
 class Sweep(_Section):
@@ -210,17 +213,14 @@ def _fields(place: tuple[int | str, ...]) -> list[str]:
 
 
 def _with_absolute_paths(spec: ComparisonSpec, base: Path) -> ComparisonSpec:
-    from dataclasses import replace
-
     def text(source: str) -> str:
         # A bare word is the name of a data set, so that a misspelt one gets the nearest name.
         is_file = Path(source).suffix.lower() in _TEXT_FILES or "/" in source
         return str(base / Path(source).expanduser()) if is_file else source
 
     def model(name: str) -> str:
-        path = base / Path(name).expanduser()
-        # What is not there may be a hub id, unless it is written like a path.
-        return str(path) if path.exists() or name.startswith((".", "~")) or name.endswith(".gguf") else name
+        is_name = kind_of(name, base) in (NameKind.BUILT_IN, NameKind.HUB)
+        return name if is_name else str(base / Path(name).expanduser())
 
     tasks = spec.tasks
     if tasks is not None and tasks.task_data is not None:

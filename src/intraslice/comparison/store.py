@@ -1,8 +1,7 @@
-"""Finished work on disk: one file a part, one file a finished cell, each written whole or not at all."""
+"""Finished work on disk: one file per part and one per finished cell, each written whole or not at all."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import shutil
@@ -10,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from intraslice.comparison.cells import PRUNE, Work, digest
 from intraslice.errors import CheckpointError, OutputError
@@ -36,14 +37,17 @@ class Store:
             OutputError: another run works in it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(
-                    f"another comparison is running in {str(self.folder)!r}; wait for it or choose another folder."
-                ) from None
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise OutputError(
+                f"another comparison is running in {str(self.folder)!r}; wait for it or choose another folder."
+            ) from None
+        try:
             yield
+        finally:
+            lock.release()
 
     def part(self, name: str, identity: dict[str, Any]) -> Any:
         """Return the result of a finished part, or None."""

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from intraslice.comparison.document import task_score
-from intraslice.comparison.spec import DENSE
 from intraslice.errors import OutputError
+from intraslice.evaluation.task_data import task_score
 from intraslice.files import write_text
+from intraslice.report.document import DENSE
 
 DOCUMENT_FILE = "comparison.json"
 TABLE_FORMS = (".md", ".csv", ".json")
@@ -74,7 +74,10 @@ def _row(cell: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
         "parameters": cell["parameters"],
         "weight_bytes": cell["weight_bytes"],
         "perplexity": cell["perplexity"],
-        **{name: task_score(scores[name]) if name in scores else None for name in tasks},
+        **{
+            name: task_score(scores[name]["acc"], scores[name]["acc_norm"]) if name in scores else None
+            for name in tasks
+        },
         "average": cell["average"],
         "prune_seconds": prune.get("seconds", {}).get("total"),
         "peak_memory_bytes": prune.get("peak_memory_bytes"),
@@ -84,6 +87,10 @@ def _row(cell: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
         "decode_speedup": speed.get("decode_speedup"),
         "error": cell.get("error"),
     }
+
+
+def _score(task: Mapping[str, Any] | None) -> float | None:
+    return None if task is None else task_score(task["acc"], task["acc_norm"])
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -136,7 +143,7 @@ def to_markdown(document: Mapping[str, Any]) -> str:
         parts.append("\n".join(["Failed:", "", *lines]))
     if any(cell["prune"] for cell in document["cells"]):
         parts.append(
-            "Variants that rank by mask gradients share one gradient pass a model; its seconds count in each of them."
+            "Variants that rank by mask gradients share one gradient pass per model; its seconds count in each of them."
         )
     parts.extend(_sweep_tables(document))
     return "\n\n".join(parts) + "\n"

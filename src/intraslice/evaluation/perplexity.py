@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from intraslice.errors import CalibrationError, NumericalError, RecipeError
+from intraslice.layers.head import LanguageHead
 from intraslice.progress import Progress, SilentProgress
 from intraslice.runtime.families_intraslice import FAMILIES
 
@@ -146,14 +147,13 @@ def _window_nll(model: PreTrainedModel, window: Tensor) -> float:
 
 
 def decoder_and_head(model: PreTrainedModel) -> tuple[Any, Any] | None:
-    """Return the decoder and the head of a model whose logits are the head of the decoder's outputs.
+    """Return the decoder of a model, and what makes logits of its outputs.
 
-    None for architectures that we do not know: they may scale or cap their logits after the head, so that only their
-    own forward pass is right.
+    None for architectures that we do not know.
     """
     if model.config.model_type.removeprefix("intraslice_") not in FAMILIES:
         return None
-    return model.base_model, model.get_output_embeddings()
+    return model.base_model, LanguageHead(model)
 
 
 def _summed_nll(logits: Tensor, targets: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Local data of zero-shot tasks: JSON lines with the field names of the data sets on the hub."""
+"""What is known of zero-shot tasks without lm-eval: their local data, as JSON lines with the field names of the hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from intraslice.errors import TaskError
+
+DEFAULT_BATCH_SIZE = 16
+"""Examples of a task that are scored at a time."""
 
 Row = dict[str, Any]
 _Check = tuple[str, Callable[[Any, Row], bool]]
@@ -60,6 +63,11 @@ FIELDS: Mapping[str, Mapping[str, _Check]] = {
     "hellaswag": {"activity_label": _TEXT, "ctx_a": _TEXT, "ctx_b": _TEXT, "endings": _ENDINGS, "label": _ENDING},
 }
 """The tasks that can be read from local files, and the fields that their official definitions use."""
+
+
+def task_score(acc: float, acc_norm: float | None) -> float:
+    """Return what the paper reports, and averages are made of: acc_norm where the task has it, else acc."""
+    return acc if acc_norm is None else acc_norm
 
 
 def task_file(folder: Path, task: str) -> Path:

@@ -11,10 +11,16 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from intraslice.errors import MissingExtraError, RecipeError, TaskError, nearest
-from intraslice.evaluation.task_data import FIELDS, check_files, fingerprint, read_rows
+from intraslice.evaluation.task_data import (
+    DEFAULT_BATCH_SIZE,
+    FIELDS,
+    check_files,
+    fingerprint,
+    read_rows,
+    task_score,
+)
 from intraslice.progress import Progress, SilentProgress
 
-DEFAULT_BATCH_SIZE = 16
 HUB = "hub"
 
 
@@ -40,7 +46,7 @@ class TaskScore:
     @property
     def reported(self) -> float:
         """The metric that the paper reports (its tables 5, 9 and 10): acc_norm where the task has it, else acc."""
-        return self.acc if self.acc_norm is None else self.acc_norm
+        return task_score(self.acc, self.acc_norm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +58,7 @@ class TaskResults:
         average: plain mean of `TaskScore.reported`, as in the paper.
         data: "hub", or a sha256 over the local files of the tasks.
         lm_eval: version of lm-eval.
-        limit: at most so many examples of each task were used, from the start; None means all.
+        limit: at most this many examples of each task were used, from the start; None means all.
         seconds: wall-clock seconds from the prompts to the scores.
         num_fewshot: solved examples in the prompts.
     """
@@ -100,7 +106,7 @@ def evaluate_tasks(
         tokenizer: the one that belongs to it.
         tasks: names of lm-eval; with `task_data` those of `task_data.FIELDS`.
         task_data: folder of <task>.jsonl files, with the field names of the hub; None loads the data sets of the hub.
-        limit: use at most so many examples of each task, from the start; None uses all.
+        limit: use at most this many examples of each task, from the start; None uses all.
         batch_size: examples at a time.
         progress: shows the answers.
 

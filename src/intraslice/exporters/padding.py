@@ -17,7 +17,7 @@ from torch import Tensor
 
 from intraslice.checkpoint.pruned import PrunedCheckpoint
 from intraslice.errors import UnsupportedModelError
-from intraslice.exporters.state_dict import NeutralLayer
+from intraslice.layers.state_dict import NeutralLayer
 from intraslice.layers.weights import AttentionWeights, FFNWeights
 from intraslice.runtime.families_intraslice import LayerShape
 

@@ -25,9 +25,9 @@ from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
 from intraslice.exporters.options import ExportOptions, ExportReport
 from intraslice.exporters.padding import pad_layer, padding_cost, scale_queries, with_all_biases
 from intraslice.exporters.rope import dense_frequencies, rope_type
-from intraslice.exporters.state_dict import NeutralLayer, join_layer
 from intraslice.exporters.verify import verify
 from intraslice.files import write_text
+from intraslice.layers.state_dict import NeutralLayer, join_layer
 from intraslice.placement import dtype_from_name
 from intraslice.progress import Progress
 from intraslice.runtime.configuration_intraslice import rotary_dim, stock_config_class
@@ -106,7 +106,7 @@ def write_stock(
     if pairs is not None and len(pairs) == dense_width // 2:
         pairs = None
     config = stock_config(checkpoint, shape, pairs)
-    factor = (shape.qk_head_dim / dense_width) ** 0.5
+    factor = 1.0 if checkpoint.spec.fixed_scale else (shape.qk_head_dim / dense_width) ** 0.5
     with staged_folder(output, options.overwrite, source=checkpoint.folder) as staging:
         layers = staging.parent / "layers"
         files: list[Path] = []

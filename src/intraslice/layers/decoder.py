@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from intraslice.layers.sites import ATTENTION, FFN
+from intraslice.layers.state_dict import split_attention, split_ffn
 from intraslice.layers.weights import AttentionWeights, FFNWeights
 from intraslice.runtime.families_intraslice import FamilySpec, LayerShape, Slot
 from intraslice.runtime.modeling_intraslice import FactoredLinear, PrunedAttention
@@ -42,7 +43,7 @@ class DecoderLayer:
         self.spec = spec
         self.arguments = dict(arguments or {})
         self.norm_first = norms_come_first(spec, config)
-        self.activation = _activation(getattr(config, spec.activation))
+        self.activation = self.ffn.get_submodule(spec.act_fn)
 
     @property
     def attention(self) -> PrunedAttention:
@@ -159,47 +160,20 @@ class DecoderLayer:
         return {ATTENTION: self.out_projection, FFN: self.down_projection}[site]
 
 
-def _activation(name: str) -> nn.Module:
-    from transformers.activations import ACT2FN
-
-    return ACT2FN[name]
-
-
-def _rows(linear: nn.Linear, slot: Slot, sizes: dict[str, int]) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias rows of one part of a (fused) Linear, on the CPU in float32 or float64."""
-    dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
-    start = sum(sizes[part] for part in slot.parts[: slot.part])
-    stop = start + sizes[slot.parts[slot.part]] if slot.parts else linear.weight.shape[0]
-    weight = linear.weight.detach()[start:stop].to("cpu", dtype)
-    bias = None if linear.bias is None else linear.bias.detach()[start:stop].to("cpu", dtype)
-    return weight, bias
+def _neutral(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a module on the CPU, in float32 or float64."""
+    return {
+        name: tensor.to("cpu", torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+        for name, tensor in module.state_dict().items()
+        if tensor.is_floating_point()
+    }
 
 
 def read_attention(block: DecoderLayer, shape: LayerShape) -> AttentionWeights:
     """Return the neutral weights of the attention block (CPU, float32 or float64)."""
-    spec, module = block.spec, block.attention
-    qk, v = shape.qk_head_dim, shape.v_head_dim
-    num_heads, num_kv = shape.num_attention_heads, shape.num_key_value_heads
-    sizes = {"q": num_heads * qk, "k": num_kv * qk, "v": num_kv * v}
-
-    def read(slot: Slot, heads: int, width: int) -> tuple[Tensor, Tensor | None]:
-        weight, bias = _rows(block._linear(module, slot), slot, sizes)
-        return weight.reshape(heads, width, -1), None if bias is None else bias.view(heads, width)
-
-    q, q_bias = read(spec.q, num_heads, qk)
-    k, k_bias = read(spec.k, num_kv, qk)
-    value, v_bias = read(spec.v, num_kv, v)
-    o, o_bias = _rows(block.out_projection, spec.o, {})
-    return AttentionWeights(q=q, k=k, v=value, o=o, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=o_bias)
+    return split_attention(_neutral(block.attention), block.spec, shape)
 
 
 def read_ffn(block: DecoderLayer, shape: LayerShape) -> FFNWeights:
     """Return the neutral weights of the FFN block (CPU, float32 or float64)."""
-    spec = block.spec
-    sizes = {"up": shape.intermediate_size, "gate": shape.intermediate_size}
-    up, up_bias = _rows(block._linear(block.ffn, spec.up), spec.up, sizes)
-    gate, gate_bias = (
-        (None, None) if spec.gate is None else _rows(block._linear(block.ffn, spec.gate), spec.gate, sizes)
-    )
-    down, down_bias = _rows(block.down_projection, spec.down, {})
-    return FFNWeights(up=up, gate=gate, down=down, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)
+    return split_ffn(_neutral(block.ffn), block.spec, shape)

@@ -11,29 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from intraslice.layers.decoder import DecoderLayer
+from intraslice.layers.state_dict import Part, attention_parts, ffn_parts, join_parts
 from intraslice.layers.weights import AttentionWeights, FFNWeights
-from intraslice.runtime.families_intraslice import FamilySpec, LayerShape, Slot
+from intraslice.runtime.families_intraslice import FamilySpec, LayerShape
 from intraslice.runtime.modeling_intraslice import FactoredLinear, apply_layer_shape
 
 
-def _fill(linear: nn.Linear, parts: list[tuple[Tensor, Tensor | None]]) -> None:
-    """Write the rows of all parts of a Linear, cast once to its dtype."""
-    with torch.no_grad():
-        linear.weight.copy_(torch.cat([weight for weight, _ in parts]))
-        if linear.bias is not None:
-            biases = [bias for _, bias in parts if bias is not None]
-            # Without one, the shape has a bias for the sake of the other output projection of the layer.
-            linear.bias.copy_(torch.cat(biases)) if biases else linear.bias.zero_()
-
-
-def _write(module: nn.Module, slots: list[tuple[Slot, Tensor, Tensor | None]]) -> None:
-    by_path: dict[str, list[tuple[int, Tensor, Tensor | None]]] = {}
-    for slot, weight, bias in slots:
-        by_path.setdefault(slot.path, []).append((slot.part, weight, bias))
-    for path, parts in by_path.items():
+def _write(module: nn.Module, parts: list[Part]) -> None:
+    """Write the Linears of a block, cast once to their dtype."""
+    for path, (weight, bias) in join_parts(parts).items():
         linear = module.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        _fill(linear, [(weight, bias) for _, weight, bias in sorted(parts, key=lambda part: part[0])])
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+            if linear.bias is not None:
+                # Without one, the shape has a bias for the sake of the other output projection of the layer.
+                linear.bias.zero_() if bias is None else linear.bias.copy_(bias)
 
 
 def write_attention(
@@ -58,18 +51,7 @@ def write_attention(
     apply_layer_shape(block.module, config, spec, layer_idx, shape)
     module = block.attention
 
-    def rows(tensor: Tensor | None, flat: int) -> Tensor | None:
-        return None if tensor is None else tensor.reshape(flat)
-
-    _write(
-        module,
-        [
-            (spec.q, weights.q.flatten(0, 1), rows(weights.q_bias, -1)),
-            (spec.k, weights.k.flatten(0, 1), rows(weights.k_bias, -1)),
-            (spec.v, weights.v.flatten(0, 1), rows(weights.v_bias, -1)),
-            (spec.o, weights.o, weights.o_bias),
-        ],
-    )
+    _write(module, attention_parts(weights, spec))
     if rope_pairs is not None:
         module.set_rope_pairs(rope_pairs)
 
@@ -78,11 +60,7 @@ def write_ffn(block: DecoderLayer, config: Any, layer_idx: int, shape: LayerShap
     """Resize the FFN of the layer to `shape` and write these weights; attention already has that shape."""
     spec = block.spec
     apply_layer_shape(block.module, config, spec, layer_idx, shape)
-    slots = [(spec.up, weights.up, weights.up_bias), (spec.down, weights.down, weights.down_bias)]
-    if spec.gate is not None:
-        assert weights.gate is not None
-        slots.append((spec.gate, weights.gate, weights.gate_bias))
-    _write(block.ffn, slots)
+    _write(block.ffn, ffn_parts(weights, spec))
 
 
 def write_factors(block: DecoderLayer, path: str, first_rC: Tensor, second_Or: Tensor, save_dtype: torch.dtype) -> None:

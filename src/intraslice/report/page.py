@@ -1,4 +1,4 @@
-"""The page: head, controls, one article a model with the sections that have data, and the data itself."""
+"""The page: head, controls, one article per model with the sections that have data, and the data itself."""
 
 from __future__ import annotations
 
@@ -6,16 +6,29 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
-from html import escape
+from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from intraslice.errors import RecipeError
-from intraslice.report.figures import DENSE, OURS, SPEED, Cell, finite, get, pareto_front, plain
-from intraslice.report.protocol import protocol_section
-from intraslice.report.sections import article
+from intraslice.report.document import (
+    DENSE,
+    FORMAT,
+    OURS,
+    SPEED,
+    Cell,
+    finite,
+    get,
+    pareto_front,
+    plain,
+    with_site_errors,
+)
+from intraslice.report.protocol import build_protocol
+from intraslice.report.sections import build_article
 
-FORMAT = 1
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 SCRIPTS = ("marks.js", "charts.js", "figures.js", "controls.js")
 FRONT_METRICS = {"perplexity": 1, "average": -1}
 
@@ -37,20 +50,43 @@ def render_report(comparison: dict[str, Any]) -> str:
             f"the comparison has format {comparison.get('format')!r}; this version reads format {FORMAT}: "
             "write it again with `intraslice compare`."
         )
+    comparison = with_site_errors(comparison)
     models = list(dict.fromkeys(cell["model"] for cell in comparison["cells"]))
     models += [name for name in comparison.get("analysis") or {} if name not in models]
-    articles = "".join(article(index, name, comparison, alone=len(models) == 1) for index, name in enumerate(models))
+    labels = _labels(comparison["cells"])
     script = "".join(_asset(name) for name in SCRIPTS)
-    title = escape(str(comparison["title"]))
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">'
-        f"<style>{_asset('report.css')}</style></head><body>"
-        f"{_header(comparison, models)}{_controls(comparison, models)}"
-        f"<main>{articles or '<p>This comparison has no cells yet.</p>'}{protocol_section(comparison)}</main>"
-        f"{_data('comparison', plain(comparison))}{_data('view', _view(comparison, models))}"
-        f"<script>{script}</script></body></html>\n"
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=str(comparison["title"]),
+            facts=_facts(comparison, models, labels),
+            models=models,
+            labels=[label for label in labels if label != DENSE],
+            articles=[build_article(index, name, comparison) for index, name in enumerate(models)],
+            protocol=build_protocol(comparison),
+            comparison=_json(plain(comparison)),
+            view=_json(_view(comparison, models, labels)),
+            style=_asset("report.css"),
+            script=script,
+            policy=_policy(script),
+            ours=OURS,
+        )
+    )
+
+
+@cache
+def _environment() -> Environment:
+    # Comparisons take their constants from this package; only who renders a page waits for jinja2.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("intraslice.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
 
 
@@ -65,14 +101,12 @@ def _policy(script: str) -> str:
     return "; ".join(rules)
 
 
-def _data(name: str, value: Any) -> str:
+def _json(value: Any) -> str:
     # "<" would end the element (</script>) or start a comment in it (<!--).
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return f'<script type="application/json" id="{name}">{text}</script>'
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _header(comparison: dict[str, Any], models: Sequence[str]) -> str:
-    labels = _labels(comparison["cells"])
+def _facts(comparison: dict[str, Any], models: Sequence[str], labels: Sequence[str]) -> list[str]:
     methods = sum(label != DENSE for label in labels)
     protocol = comparison.get("protocol") or {}
     facts = [
@@ -81,45 +115,21 @@ def _header(comparison: dict[str, Any], models: Sequence[str]) -> str:
         f"{methods} method{'' if methods == 1 else 's'}",
         str(protocol.get("machine") or ""),
     ]
-    items = "".join(f"<li>{escape(fact)}</li>" for fact in facts if fact)
-    return f'<header><h1>{escape(str(comparison["title"]))}</h1><ul class="facts">{items}</ul></header>'
-
-
-def _controls(comparison: dict[str, Any], models: Sequence[str]) -> str:
-    options = "".join(f'<option value="{index}">{escape(name)}</option>' for index, name in enumerate(models))
-    select = (
-        f'<label class="pick"><span>Model </span><select id="model" aria-label="Model">{options}</select></label>'
-        if len(models) > 1
-        else ""
-    )
-    chips = "".join(
-        f'<button type="button" class="chip" aria-pressed="true" data-label="{escape(label)}">'
-        f'<span data-swatch="{escape(label)}">{escape(label)}</span></button>'
-        for label in _labels(comparison["cells"])
-        if label != DENSE
-    )
-    return (
-        f'<nav class="bar" aria-label="Controls">{select}'
-        f'<div class="chips" role="group" aria-label="Methods shown in the charts">{chips}</div>'
-        '<div class="actions"><button type="button" id="csv"><span class="wide">Download </span>CSV</button>'
-        '<button type="button" id="json">JSON</button>'
-        '<button type="button" id="theme">Dark</button></div></nav>'
-        "<noscript><p>Charts, sorting and downloads need JavaScript; the tables below do not.</p></noscript>"
-    )
+    return [fact for fact in facts if fact]
 
 
 def _labels(cells: Sequence[Cell]) -> list[str]:
-    """Row names in the order of their colours: ours first, then as they appear."""
+    """Return the row names in the order of their colors: ours first, then as they appear."""
     main = [cell for cell in cells if not cell.get("sweep")]
     ours = [cell["label"] for cell in main if cell["method"] == OURS]
     return list(dict.fromkeys([*ours, *(DENSE if cell["method"] == DENSE else cell["label"] for cell in main)]))
 
 
-def _view(comparison: dict[str, Any], models: Sequence[str]) -> dict[str, Any]:
+def _view(comparison: dict[str, Any], models: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
     cells = [cell for cell in comparison["cells"] if not cell.get("sweep") and not cell.get("error")]
     return {
         "models": list(models),
-        "labels": [label for label in _labels(comparison["cells"]) if label != DENSE],
+        "labels": [label for label in labels if label != DENSE],
         "ours": OURS,
         "dense": DENSE,
         "fronts": {
@@ -130,7 +140,7 @@ def _view(comparison: dict[str, Any], models: Sequence[str]) -> dict[str, Any]:
 
 
 def _front(cells: Sequence[Cell], model: str, metric: str, sign: int) -> list[str]:
-    """Keys of the cells of a model that are not beaten in both decode speed and this metric, fastest first."""
+    """Return the keys of the cells of a model that none beats in both decode speed and this metric, fastest first."""
     found = [
         (cell["key"], speed, sign * value)
         for cell in cells

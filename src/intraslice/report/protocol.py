@@ -4,16 +4,58 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
-from html import escape
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from intraslice.report.figures import DASH, DENSE, asked
+from intraslice.numbers import DASH
+from intraslice.report.document import DENSE, Cell
+from intraslice.report.words import asked
 
 TITLES = {"text": "Perplexity text", "tasks": "Tasks", "speed": "Speed", "calibration": "Calibration"}
 
 
-def protocol_section(comparison: dict[str, Any]) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One part of the protocol.
+
+    Attributes:
+        title: its head.
+        rows: names and texts; or none of them, and
+        text: a text.
+    """
+
+    title: str
+    rows: Sequence[tuple[str, str]] = ()
+    text: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """The command that makes a method's cells again.
+
+    Attributes:
+        label: row name of the method.
+        model: the model.
+        sparsities: at which it was run.
+        command: without the sparsity and the output.
+    """
+
+    label: str
+    model: str
+    sparsities: Sequence[str]
+    command: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What `protocol.html` shows."""
+
+    blocks: Sequence[Block]
+    commands: Sequence[Command]
+
+
+def build_protocol(comparison: dict[str, Any]) -> Protocol:
     """Return the section about protocol, machine, versions and commands."""
     protocol: dict[str, Any] = comparison.get("protocol") or {}
     blocks = [
@@ -25,19 +67,13 @@ def protocol_section(comparison: dict[str, Any]) -> str:
         blocks.append(_block("Machine", protocol["machine"]))
     if protocol.get("versions"):
         blocks.append(_block("Versions", protocol["versions"]))
-    return (
-        '<section id="protocol"><h2>Protocol and how to reproduce</h2>'
-        f'<div class="protocol">{"".join(blocks)}</div>{_commands(comparison)}'
-        "<p>All numbers are part of this page, with six digits: the buttons at the top save them as CSV or JSON.</p>"
-        "</section>"
-    )
+    return Protocol(blocks=blocks, commands=_commands(comparison["cells"]))
 
 
-def _block(title: str, value: Any) -> str:
+def _block(title: str, value: Any) -> Block:
     if isinstance(value, dict):
-        rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in _flat(value))
-        return f"<div><h3>{escape(title)}</h3><dl>{rows}</dl></div>"
-    return f"<div><h3>{escape(title)}</h3><p>{escape(_text(value))}</p></div>"
+        return Block(title=title, rows=list(_flat(value)))
+    return Block(title=title, text=_text(value))
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -56,30 +92,20 @@ def _text(value: Any) -> str:
     return DASH if value is None else str(value)
 
 
-def _commands(comparison: dict[str, Any]) -> str:
-    rows: dict[tuple[str, str], tuple[str, list[str]]] = {}
-    for cell in comparison["cells"]:
+def _commands(cells: Sequence[Cell]) -> list[Command]:
+    found: dict[tuple[str, str], tuple[str, list[str]]] = {}
+    for cell in cells:
         if cell["method"] == DENSE or cell.get("sweep"):
             continue
         parts = ["intraslice", "prune", cell["model"], "--method", cell["method"]]
         for name, value in (cell.get("options") or {}).items():
             parts += ["--set", f"{name}={_plain(value)}"]
-        _, sparsities = rows.setdefault((cell["model"], cell["label"]), (shlex.join(parts), []))
+        _, sparsities = found.setdefault((cell["model"], cell["label"]), (shlex.join(parts), []))
         sparsities.append(asked(cell["asked"]))
-    if not rows:
-        return ""
-    body = "".join(
-        f'<tr><th scope="row">{escape(label)}</th><td>{escape(model)}</td><td>{", ".join(sparsities)}</td>'
-        f"<td><code>{escape(command)} --sparsity &hellip; -o &hellip;</code></td></tr>"
-        for (model, label), (command, sparsities) in rows.items()
-    )
-    return (
-        "<p><code>intraslice compare FILE.yaml</code> makes all of it, and goes on where it was stopped. One model "
-        "at a time, with the calibration above:</p>"
-        '<div class="scroll" tabindex="0" role="region" aria-label="Commands"><table class="left">'
-        '<caption class="sr">Commands</caption><thead><tr><th scope="col">Method</th><th scope="col">Model</th>'
-        f'<th scope="col">Sparsities</th><th scope="col">Command</th></tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    return [
+        Command(label=label, model=model, sparsities=sparsities, command=command)
+        for (model, label), (command, sparsities) in found.items()
+    ]
 
 
 def _plain(value: Any) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass, field
 from typing import Any
 
-from intraslice.report.figures import DENSE, SPEED, Cell, asked, finite, get, key
-from intraslice.report.tables import main_table, task_table
-from intraslice.report.words import by_sparsity, headline
+from intraslice.report.document import DENSE, SPEED, Cell, by_sparsity, finite, get
+from intraslice.report.summary import Summary, summarize
+from intraslice.report.tables import Choice, Table, main_table, task_table
+from intraslice.report.words import asked, key
+from intraslice.results.sites import list_sites, site_title
 
 KEPT = (
     ("num_attention_heads", "Query heads"),
@@ -18,7 +20,6 @@ KEPT = (
     ("intermediate_size", "FFN channels"),
     ("num_parameters", "Parameters"),
 )
-ERRORS = (("attention_error", "Attention"), ("ffn_error", "FFN"))
 QUALITY = (("perplexity", "Perplexity"), ("average", "Average accuracy"))
 SPECTRA = (
     ("context", "Context: input of the output projection, mean over heads"),
@@ -27,34 +28,87 @@ SPECTRA = (
 )
 
 
-def article(index: int, model: str, comparison: dict[str, Any], *, alone: bool) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A figure, which a script draws from the data of the page.
+
+    Attributes:
+        caption: above the figure.
+        data: which chart it is, and what the chart shows.
+        kind: CSS class.
+    """
+
+    caption: str
+    data: dict[str, str]
+    kind: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What `figures.html` shows.
+
+    Attributes:
+        figures: side by side.
+        choice: the choice of the sparsity that they show.
+        failures: sentences about cells that are not in them.
+    """
+
+    template = "figures.html"
+    figures: Sequence[Figure]
+    choice: Choice | None = None
+    failures: Sequence[str] = field(default=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One section.
+
+    Attributes:
+        id: of its element.
+        title: its head.
+        note: how it is to be read.
+        body: what it shows; its `template` shows it.
+    """
+
+    id: str
+    title: str
+    note: str
+    body: Summary | Table | Figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Article:
+    """Everything about one model: its number on the page, its name, and the sections that have data."""
+
+    index: int
+    model: str
+    sections: Sequence[Section]
+
+
+def build_article(index: int, model: str, comparison: dict[str, Any]) -> Article:
     """Return everything about one model."""
     cells = [cell for cell in comparison["cells"] if cell["model"] == model]
     main = [cell for cell in cells if not cell.get("sweep")]
     done = [cell for cell in main if not cell.get("error")]
     analysis = (comparison.get("analysis") or {}).get(model) or {}
     found = [
-        ("summary", "Summary", "", headline(main) if main else ""),
+        ("summary", "Summary", "", summarize(main) if main else None),
         ("results", "All results", TABLE_NOTE, _results(index, main)),
         ("tasks", "Accuracy by task", TASK_NOTE, task_table(done, f"Accuracy by task, {model}")),
         ("size", "Quality against size", SIZE_NOTE, _quality(done, "sparsity", "against sparsity", "sparsity")),
         ("speed", "Quality against decode speed", SPEED_NOTE, _quality(done, "speed", "against decode speed", SPEED)),
-        ("layers", "What is kept in each layer", KEPT_NOTE, _per_layer(index, "layers", done, "kept", KEPT)),
-        ("errors", "Error of each block", ERROR_NOTE, _per_layer(index, "errors", done, "error", ERRORS)),
+        ("layers", "What is kept in each layer", KEPT_NOTE, _kept(index, done)),
+        ("errors", "Error of each block", ERROR_NOTE, _errors(index, done)),
         ("rank", "Effective rank of the layer outputs", RANK_NOTE, _rank(index, done)),
         ("spectra", "Spectra of the dense model", SPECTRA_NOTE, _spectra(analysis)),
         ("rope", "Sensitivity to rotary pairs", ROPE_NOTE, _rope(analysis)),
         ("sweeps", "Sweeps", SWEEP_NOTE, _sweeps(cells)),
         ("cost", "Cost of pruning", COST_NOTE, _cost(index, done)),
     ]
-    found = [(f"{name}-{index}", title, note, body) for name, title, note, body in found if body]
-    links = "".join(f'<li><a href="#{name}">{escape(title)}</a></li>' for name, title, _, _ in found)
-    heading = "" if alone else f'<h2 class="model">{escape(model)}</h2>'
-    sections = "".join(
-        f'<section id="{name}"><h2>{title}</h2>{f"<p>{note}</p>" if note else ""}{body}</section>'
-        for name, title, note, body in found
-    )
-    return f'<article data-model="{index}">{heading}<ul class="contents">{links}</ul>{sections}</article>'
+    sections = [
+        Section(id=f"{name}-{index}", title=title, note=note, body=body) for name, title, note, body in found if body
+    ]
+    return Article(index=index, model=model, sections=sections)
 
 
 TABLE_NOTE = (
@@ -94,40 +148,27 @@ COST_NOTE = (
 )
 
 
-def _figure(chart: str, caption: str, kind: str = "", **data: str) -> str:
-    fields = "".join(f' data-{name}="{escape(value)}"' for name, value in {"chart": chart, **data}.items())
-    return (
-        f'<figure class="{kind}"{fields}><figcaption>{escape(caption)}</figcaption><div class="plot"></div>'
-        '<details class="numbers"><summary>Show as table</summary></details></figure>'
-    )
+def _figure(chart: str, caption: str, kind: str = "", **data: str) -> Figure:
+    return Figure(caption=caption, data={"chart": chart, **data}, kind=kind)
 
 
-def _grid(figures: Sequence[str]) -> str:
-    return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
+def _grid(figures: Sequence[Figure]) -> Figures | None:
+    return Figures(figures=figures) if figures else None
 
 
-def _selector(name: str, values: Sequence[float], chosen: str, first: str = "") -> str:
-    """Radio buttons for a sparsity; `first` names a button for all of them."""
-    options = [("", first)] if first else []
-    options += [(key(value), asked(value)) for value in values]
-    buttons = "".join(
-        f'<label><input type="radio" name="{name}" value="{value}"{" checked" if value == chosen else ""}>'
-        f"<span>{text}</span></label>"
-        for value, text in options
-    )
-    return f'<fieldset class="choice"><legend>Sparsity</legend>{buttons}</fieldset>'
+def _buttons(values: Sequence[float]) -> list[tuple[str, str]]:
+    return [(key(value), asked(value)) for value in values]
 
 
-def _results(index: int, cells: Sequence[Cell]) -> str:
+def _results(index: int, cells: Sequence[Cell]) -> Table | None:
     if not cells:
-        return ""
+        return None
     values = sorted({cell["asked"] for cell in cells if cell["method"] != DENSE})
-    selector = _selector(f"rows-{index}", values, "", first="All") if len(values) > 1 else ""
-    table = main_table(cells, f"All results, {cells[0]['model']}")
-    return f'<div class="filter">{selector}</div>{table}'
+    choice = Choice(name=f"rows-{index}", options=[("", "All"), *_buttons(values)], chosen="")
+    return main_table(cells, f"All results, {cells[0]['model']}", choice if len(values) > 1 else None)
 
 
-def _quality(cells: Sequence[Cell], chart: str, against: str, other: str) -> str:
+def _quality(cells: Sequence[Cell], chart: str, against: str, other: str) -> Figures | None:
     pruned = [cell for cell in cells if cell["method"] != DENSE and get(cell, other) is not None]
     return _grid(
         [
@@ -138,42 +179,52 @@ def _quality(cells: Sequence[Cell], chart: str, against: str, other: str) -> str
     )
 
 
-def _with_selector(index: int, name: str, cells: Sequence[Cell], figures: Sequence[str]) -> str:
+def _with_choice(index: int, name: str, cells: Sequence[Cell], figures: Sequence[Figure]) -> Figures | None:
     if not figures:
-        return ""
+        return None
     values = list(by_sparsity(cells))
     # The middle one: at the smallest sparsity methods hardly differ, at the largest many have broken down.
     middle = values[(len(values) - 1) // 2]
-    return f'<div class="chosen">{_selector(f"{name}-{index}", values, key(middle))}</div>{_grid(figures)}'
+    return Figures(figures=figures, choice=Choice(name=f"{name}-{index}", options=_buttons(values), chosen=key(middle)))
 
 
-def _per_layer(index: int, name: str, cells: Sequence[Cell], chart: str, fields: Sequence[tuple[str, str]]) -> str:
-    pruned = [cell for cell in cells if cell["method"] != DENSE]
-    layers = [layer for cell in pruned for layer in cell.get("layers") or []]
+def _layers_of(cells: Sequence[Cell]) -> list[Cell]:
+    return [layer for cell in cells if cell["method"] != DENSE for layer in cell.get("layers") or []]
+
+
+def _kept(index: int, cells: Sequence[Cell]) -> Figures | None:
+    layers = _layers_of(cells)
     figures = [
-        _figure(chart, title, field=f) for f, title in fields if any(get(layer, f) is not None for layer in layers)
+        _figure("kept", title, field=name)
+        for name, title in KEPT
+        if any(get(layer, name) is not None for layer in layers)
     ]
-    return _with_selector(index, name, cells, figures)
+    return _with_choice(index, "layers", cells, figures)
 
 
-def _rank(index: int, cells: Sequence[Cell]) -> str:
+def _errors(index: int, cells: Sequence[Cell]) -> Figures | None:
+    figures = [_figure("error", site_title(site), site=site) for site in list_sites(_layers_of(cells))]
+    return _with_choice(index, "errors", cells, figures)
+
+
+def _rank(index: int, cells: Sequence[Cell]) -> Figures | None:
     known = any(cell.get("effective_rank") for cell in cells if cell["method"] != DENSE)
-    return _with_selector(index, "rank", cells, [_figure("rank", "Effective rank", "full")] if known else [])
+    return _with_choice(index, "rank", cells, [_figure("rank", "Effective rank", "full")] if known else [])
 
 
-def _spectra(analysis: dict[str, Any]) -> str:
+def _spectra(analysis: dict[str, Any]) -> Figures | None:
     figures = [_figure("spectrum", title, field=name) for name, title in SPECTRA if analysis.get(f"{name}_spectrum")]
     if any((analysis.get("effective_rank") or {}).values()):
         figures.append(_figure("sites", "Effective rank, site by site"))
     return _grid(figures)
 
 
-def _rope(analysis: dict[str, Any]) -> str:
+def _rope(analysis: dict[str, Any]) -> Figures | None:
     known = (analysis.get("rope_pairs") or {}).get("relative_error")
-    return _grid([_figure("rope", "Error of the attention output, layer by layer", "full")]) if known else ""
+    return _grid([_figure("rope", "Error of the attention output, layer by layer", "full")]) if known else None
 
 
-def _sweeps(cells: Sequence[Cell]) -> str:
+def _sweeps(cells: Sequence[Cell]) -> Figures | None:
     sweeps = [cell for cell in cells if cell.get("sweep")]
     done = [cell for cell in sweeps if not cell.get("error")]
     options = list(dict.fromkeys(cell["sweep"]["option"] for cell in done))
@@ -183,20 +234,19 @@ def _sweeps(cells: Sequence[Cell]) -> str:
         for field, title in QUALITY
         if any(get(c, field) is not None for c in done if c["sweep"]["option"] == option)
     ]
-    failed = "".join(
-        f"<li>{escape(cell['label'])}, {escape(str(cell['sweep']['option']))} = {escape(str(cell['sweep']['value']))}: "
-        f"{escape(str(cell['error']))}</li>"
+    failures = [
+        f"{cell['label']}, {cell['sweep']['option']} = {cell['sweep']['value']}: {cell['error']}"
         for cell in sweeps
         if cell.get("error")
-    )
-    return _grid(figures) + (f'<ul class="failed">{failed}</ul>' if failed else "")
+    ]
+    return Figures(figures=figures, failures=failures) if figures or failures else None
 
 
-def _cost(index: int, cells: Sequence[Cell]) -> str:
+def _cost(index: int, cells: Sequence[Cell]) -> Figures | None:
     prunes = [cell.get("prune") or {} for cell in cells]
     figures = []
     if any(finite(value) is not None for prune in prunes for value in (prune.get("seconds") or {}).values()):
         figures.append(_figure("time", "Time"))
     if any(get(prune, "peak_memory_bytes") is not None for prune in prunes):
         figures.append(_figure("memory", "Peak memory"))
-    return _with_selector(index, "cost", cells, figures)
+    return _with_choice(index, "cost", cells, figures)

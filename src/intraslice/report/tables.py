@@ -4,26 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-from intraslice.report.figures import (
-    DASH,
-    DENSE,
-    OURS,
-    SPEED,
-    Cell,
-    asked,
-    count,
-    duration,
-    get,
-    key,
-    number,
-    percent,
-    perplexity,
-    size,
-    times,
-)
+from intraslice.numbers import DASH, duration, number, perplexity, short_count, size, times
+from intraslice.report.document import DENSE, OURS, SPEED, Cell, get
+from intraslice.report.words import asked, key, percent
 
 Path = str | tuple[str, ...]
 
@@ -57,8 +42,8 @@ COLUMNS = (
     Column(title="Decode", unit="\u00d7 dense", path=SPEED, text=times, best="max"),
     Column(title="Prefill", unit="tokens/s", path="speed.prefill_tokens_per_second", text=number),
     Column(title="Prefill", unit="\u00d7 dense", path="speed.prefill_speedup", text=times, best="max"),
-    Column(title="Parameters", unit="all", path="parameters", text=count),
-    Column(title="Parameters", unit="decoder layers", path="layer_parameters", text=count),
+    Column(title="Parameters", unit="all", path="parameters", text=short_count),
+    Column(title="Parameters", unit="decoder layers", path="layer_parameters", text=short_count),
     Column(title="Weights", unit="on disk", path="weight_bytes", text=size),
     Column(title="KV cache", unit="per token", path="speed.kv_cache_bytes_per_token", text=size, best="min"),
     Column(title="Memory", unit="peak, running", path="speed.peak_memory_bytes", text=size, best="min"),
@@ -67,19 +52,96 @@ COLUMNS = (
 )
 
 
-def main_table(cells: Sequence[Cell], caption: str) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Radio buttons for a sparsity.
+
+    Attributes:
+        name: of the group.
+        options: value and text of each button.
+        chosen: value of the one that is pressed at first.
+    """
+
+    name: str
+    options: Sequence[tuple[str, str]]
+    chosen: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """A number in a table.
+
+    Attributes:
+        text: as it is shown.
+        sort: by which the column is sorted; None where nothing was measured.
+        best: whether it is marked as the best of its sparsity.
+        spread: its standard error, or "".
+    """
+
+    text: str
+    sort: float | None = None
+    best: bool = False
+    spread: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A cell in a table.
+
+    Attributes:
+        kinds: CSS classes.
+        label: row name of the method.
+        key: the sparsity by which the row is found.
+        sort: the sparsity by which rows are sorted.
+        asked: the sparsity as it is shown.
+        error: sentence of a failed cell, or "".
+        values: its numbers, column by column; none of a failed cell.
+    """
+
+    kinds: str
+    label: str
+    key: str
+    sort: float
+    asked: str
+    error: str
+    values: Sequence[Value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """What `table.html` shows.
+
+    Attributes:
+        caption: for those who do not see the table.
+        columns: of numbers.
+        rows: the cells.
+        filtered: whether there is a place for a choice of sparsities.
+        choice: the choice, if there is more than one sparsity.
+    """
+
+    template = "table.html"
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+    filtered: bool = False
+    choice: Choice | None = None
+
+
+def main_table(cells: Sequence[Cell], caption: str, choice: Choice | None) -> Table:
     """Return the table of all cells, with the sentence of those that failed."""
-    return _table(cells, [c for c in COLUMNS if _measured(cells, c.path)], caption)
+    columns = [column for column in COLUMNS if _measured(cells, column.path)]
+    return Table(caption=caption, columns=columns, rows=_rows(cells, columns), filtered=True, choice=choice)
 
 
-def task_table(cells: Sequence[Cell], caption: str) -> str:
-    """Return accuracy by task, with standard errors; "" if no task was measured."""
+def task_table(cells: Sequence[Cell], caption: str) -> Table | None:
+    """Return accuracy by task, with standard errors; None if no task was measured."""
     cells = [cell for cell in cells if cell.get("tasks")]
     names = list(dict.fromkeys(name for cell in cells for name in cell["tasks"]))
     columns = [column for name in names if (column := _task_column(cells, name))]
     if not columns:
-        return ""
-    return _table(cells, [*columns, COLUMNS[2]], caption)
+        return None
+    columns = [*columns, COLUMNS[2]]
+    return Table(caption=caption, columns=columns, rows=_rows(cells, columns))
 
 
 def _task_column(cells: Sequence[Cell], name: str) -> Column | None:
@@ -95,16 +157,9 @@ def _measured(cells: Sequence[Cell], path: Path) -> bool:
     return any(get(cell, path) is not None for cell in cells)
 
 
-def _table(cells: Sequence[Cell], columns: Sequence[Column], caption: str) -> str:
+def _rows(cells: Sequence[Cell], columns: Sequence[Column]) -> list[Row]:
     best = {column.path: _best_of(cells, column) for column in columns if column.best}
-    heads = "".join(_head(c.title, c.unit) for c in columns)
-    rows = "".join(_row(cell, columns, best) for cell in sorted(cells, key=_order))
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">'
-        f'<table class="sortable"><caption class="sr">{escape(caption)}</caption><thead><tr>'
-        f"{_head('Method', '', 'method')}{_head('Asked', 'sparsity')}{heads}</tr></thead>"
-        f"<tbody>{rows}</tbody></table></div>"
-    )
+    return [_row(cell, columns, best) for cell in sorted(cells, key=_order)]
 
 
 def _order(cell: Cell) -> tuple[float, float]:
@@ -123,31 +178,29 @@ def _best_of(cells: Sequence[Cell], column: Column) -> dict[Any, float]:
     return {value: pick(values) for value, values in groups.items() if min(values) < max(values)}
 
 
-def _head(title: str, unit: str, kind: str = "") -> str:
-    name = f' class="{kind}"' if kind else ""
-    small = f"<small>{escape(unit)}</small>" if unit else ""
-    return f'<th scope="col"{name}><button type="button">{escape(title)}{small}</button></th>'
-
-
-def _row(cell: Cell, columns: Sequence[Column], best: dict[Path, dict[Any, float]]) -> str:
-    kinds = [kind for kind, on in (("dense", cell["method"] == DENSE), ("ours", cell["method"] == OURS)) if on]
-    label = escape(cell["label"])
-    head = (
-        f'<tr class="{" ".join(kinds)}" data-asked="{key(cell.get("asked") or 0)}"><th scope="row" class="method">'
-        f'<span data-swatch="{label}">{label}</span></th>'
-        f'<td data-sort="{cell.get("asked") or 0}">{DASH if "dense" in kinds else asked(cell.get("asked"))}</td>'
+def _row(cell: Cell, columns: Sequence[Column], best: dict[Path, dict[Any, float]]) -> Row:
+    dense, wanted = cell["method"] == DENSE, cell.get("asked")
+    kinds = [kind for kind, on in (("dense", dense), ("ours", cell["method"] == OURS)) if on]
+    error = cell.get("error")
+    return Row(
+        kinds=" ".join(kinds),
+        label=cell["label"],
+        key=key(wanted or 0),
+        sort=wanted or 0,
+        asked=DASH if dense else asked(wanted),
+        error=str(error) if error else "",
+        values=[] if error else [_value(cell, c, best.get(c.path, {}).get(wanted)) for c in columns],
     )
-    if cell.get("error"):
-        return f'{head}<td class="failed" colspan="{len(columns)}">Failed: {escape(str(cell["error"]))}</td></tr>'
-    return head + "".join(_value(cell, c, best.get(c.path, {}).get(cell.get("asked"))) for c in columns) + "</tr>"
 
 
-def _value(cell: Cell, column: Column, best: float | None) -> str:
+def _value(cell: Cell, column: Column, best: float | None) -> Value:
     value = get(cell, column.path)
     if value is None:
-        return f"<td>{DASH}</td>"
+        return Value(text=DASH)
     error = get(cell, column.error) if column.error else None
-    spread = "" if error is None else f" <small>\u00b1 {100 * error:.1f}</small>"
-    if value == best and cell["method"] != DENSE:
-        return f'<td class="best" data-sort="{value}">{column.text(value)}<span class="sr"> (best)</span>{spread}</td>'
-    return f'<td data-sort="{value}">{column.text(value)}{spread}</td>'
+    return Value(
+        text=column.text(value),
+        sort=value,
+        best=value == best and cell["method"] != DENSE,
+        spread="" if error is None else f"\u00b1 {100 * error:.1f}",
+    )

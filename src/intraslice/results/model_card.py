@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from intraslice.names import NameKind, kind_of
 from intraslice.results.result import PruneResult
 
 _TITLES = {"ffn": "FFN"}
@@ -35,8 +36,7 @@ def render(result: PruneResult) -> str:
 
 
 def _hub_id(model: str) -> str | None:
-    is_path = model.startswith((".", "/", "~")) or model.endswith(".gguf") or Path(model).exists()
-    return model if model.count("/") == 1 and not is_path else None
+    return model if model.count("/") == 1 and kind_of(model) is NameKind.HUB else None
 
 
 def _shown_model(result: PruneResult) -> str:

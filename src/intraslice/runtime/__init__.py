@@ -18,9 +18,10 @@ def register() -> None:
     """Register all pruned architectures with the Auto classes; again is harmless."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    from intraslice.runtime.modeling_intraslice import MODELS
+    from intraslice.runtime.configuration_intraslice import known_families
+    from intraslice.runtime.modeling_intraslice import model_classes
 
-    for config, model, causal_lm in MODELS:
+    for config, model, causal_lm in map(model_classes, known_families()):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
         AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)

@@ -8,19 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import (
-    CONFIG_MAPPING,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    Phi3Config,
-    PretrainedConfig,
-    Qwen2Config,
-)
+from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .families_intraslice import FAMILIES, FamilySpec, LayerShape
 
@@ -35,11 +30,6 @@ if [int(part) for part in transformers.__version__.split(".")[:2]] < [
     )
 
 FORMAT_VERSION = 1
-
-
-def stock_config_class(family: str) -> type[Any]:
-    """Return the stock config class of a family."""
-    return CONFIG_MAPPING[family]
 
 
 def dense_head_dim(config: PretrainedConfig) -> int:
@@ -154,7 +144,8 @@ class _PrunedConfig(_ConfigBase):
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what config.json holds: also the RoPE keys that older readers know."""
         rope = vars(self).get("rope_parameters")
-        if not rope:
+        if not rope or "rope_theta" not in rope:
+            # Parameters per layer type never had an older form.
             return super().to_diff_dict()
         # Without rope_theta, older readers silently take the default angles.
         scaled = rope.get("rope_type", "default") != "default"
@@ -165,58 +156,65 @@ class _PrunedConfig(_ConfigBase):
         }
 
 
-@strict
-class IntraSliceLlamaConfig(_PrunedConfig, LlamaConfig):
-    """Llama whose layers have their own shapes."""
-
-    model_type = "intraslice_llama"
-    family = "llama"
-    intraslice: dict | None = None
+PREFIX = "IntraSlice"
 
 
-@strict
-class IntraSliceMistralConfig(_PrunedConfig, MistralConfig):
-    """Mistral whose layers have their own shapes."""
-
-    model_type = "intraslice_mistral"
-    family = "mistral"
-    intraslice: dict | None = None
+def known_families() -> tuple[str, ...]:
+    """Return the families of the table that the installed transformers has."""
+    return tuple(family for family in FAMILIES if family in CONFIG_MAPPING_NAMES)
 
 
-@strict
-class IntraSliceQwen2Config(_PrunedConfig, Qwen2Config):
-    """Qwen2 whose layers have their own shapes."""
-
-    model_type = "intraslice_qwen2"
-    family = "qwen2"
-    intraslice: dict | None = None
+def class_stem(family: str) -> str:
+    """Return what the class names of a family begin with in transformers, for example "Llama"."""
+    return CONFIG_MAPPING_NAMES[family].removesuffix("Config")
 
 
-@strict
-class IntraSlicePhi3Config(_PrunedConfig, Phi3Config):
-    """Phi3 whose layers have their own shapes."""
-
-    model_type = "intraslice_phi3"
-    family = "phi3"
-    intraslice: dict | None = None
+def stock_config_class(family: str) -> type[Any]:
+    """Return the stock config class of a family; nothing of other families is imported."""
+    return CONFIG_MAPPING[family]
 
 
-@strict
-class IntraSliceOPTConfig(_PrunedConfig, OPTConfig):
-    """OPT whose layers have their own shapes."""
+@cache
+def config_class(family: str) -> type[Any]:
+    """Return the config class of pruned models of a family, for example `IntraSliceLlamaConfig`."""
+    stem = class_stem(family)
+    name = f"{PREFIX}{stem}Config"
+    fields = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"{stem} whose layers have their own shapes.",
+        "__annotations__": {"intraslice": dict | None},
+        "intraslice": None,
+        "model_type": f"intraslice_{family}",
+        "family": family,
+    }
+    return strict(type(name, (_PrunedConfig, stock_config_class(family)), fields))
 
-    model_type = "intraslice_opt"
-    family = "opt"
-    intraslice: dict | None = None
+
+def family_of_class(name: str) -> tuple[str, str]:
+    """Take the name of one of our classes apart: family, and what stands behind the stem, for example "ForCausalLM".
+
+    Raises:
+        AttributeError: no class has that name here; checkpoints name their classes, so it says what is missing.
+    """
+    for family in known_families():
+        stem = PREFIX + class_stem(family)
+        rest = name.removeprefix(stem)
+        if rest in ("Config", "Model", "Decoder", "ForCausalLM") and name == stem + rest:
+            return family, rest
+    unknown = {family: FAMILIES[family].since for family in FAMILIES if family not in CONFIG_MAPPING_NAMES}
+    needed = "".join(f"; {family} needs transformers {since} or later" for family, since in unknown.items())
+    raise AttributeError(f"{__name__} has no class {name!r} with transformers {transformers.__version__}{needed}")
 
 
-_DENSE_CONFIGS = {
-    "llama": (LlamaConfig, IntraSliceLlamaConfig),
-    "mistral": (MistralConfig, IntraSliceMistralConfig),
-    "qwen2": (Qwen2Config, IntraSliceQwen2Config),
-    "phi3": (Phi3Config, IntraSlicePhi3Config),
-    "opt": (OPTConfig, IntraSliceOPTConfig),
-}
+def __getattr__(name: str) -> Any:
+    # Checkpoints and pickles name the classes; one is made when it is asked for.
+    family, rest = family_of_class(name)
+    if rest != "Config":
+        raise AttributeError(f"{__name__} has no class {name!r}")
+    return config_class(family)
+
+
 # What belongs to one class or one file, not to the model.
 _NOT_CARRIED_OVER = (
     "model_type",
@@ -239,9 +237,9 @@ def _carried_over(config: PretrainedConfig) -> dict[str, Any]:
 def dense_config(config: PretrainedConfig) -> PretrainedConfig:
     """Return a copy of a pruned config as the stock class, with the dense sizes."""
     family = config.model_type.removeprefix("intraslice_")
-    stock, _ = _DENSE_CONFIGS[family]
+    stock = stock_config_class(family)
     values = {**_carried_over(config), **((vars(config)["intraslice"] or {}).get("dense", {}))}
-    return stock(**values, architectures=[stock.__name__.replace("Config", "ForCausalLM")])
+    return stock(**values, architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]])
 
 
 def pruned_config(
@@ -266,7 +264,7 @@ def pruned_config(
     Returns:
         The IntraSlice config of the family, complete for config.json.
     """
-    _, pruned = _DENSE_CONFIGS[spec.name]
+    pruned = config_class(spec.name)
     name = pruned.__name__.removesuffix("Config")
     per_layer = {
         layer_idx: {

@@ -106,6 +106,7 @@ class FamilySpec:
         head_dim_field: whether the stock config has a head_dim, so that the stock class can have other heads than
             hidden_size / num_attention_heads.
         rope_subset: whether the stock config can say which of the rotary pairs of a wider head its heads have.
+        fixed_scale: whether the stock class takes its softmax scale from another config attribute than the head width.
         heads_divide_hidden: whether the stock config refuses head counts that do not divide hidden_size.
         stand_in: another family that computes the same without that check, and without biases; None if there is none.
         gguf: name of the architecture in GGUF files that transformers reads as this family; None when there is none.
@@ -139,6 +140,7 @@ class FamilySpec:
     bias_fields: tuple[str, ...] = ()
     head_dim_field: bool = True
     rope_subset: bool = True
+    fixed_scale: bool = False
     heads_divide_hidden: bool = False
     stand_in: str | None = None
     gguf: str | None = None
@@ -236,7 +238,7 @@ FAMILIES: dict[str, FamilySpec] = {
             gguf_interleaved=True,
         ),
         FamilySpec(name="mistral", sliding_window="sliding_window"),
-        FamilySpec(name="qwen2", sliding_window="sliding_window", qkv_bias=True, gguf="qwen2"),
+        FamilySpec(name="qwen2", qkv_bias=True, gguf="qwen2"),
         FamilySpec(
             name="phi3",
             q=Slot("qkv_proj", 0, _QKV),
@@ -269,6 +271,93 @@ FAMILIES: dict[str, FamilySpec] = {
             o_bias="enable_bias",
             bias_fields=("enable_bias",),
             head_dim_field=False,
+        ),
+        FamilySpec(
+            name="seed_oss",
+            qkv_bias="attention_bias",
+            o_bias="attention_out_bias",
+            bias_fields=("attention_bias", "attention_out_bias", "mlp_bias"),
+        ),
+        FamilySpec(
+            name="starcoder2",
+            up=Slot("c_fc"),
+            gate=None,
+            down=Slot("c_proj"),
+            act_fn="act",
+            norm="layer",
+            sliding_window="sliding_window",
+            qkv_bias="use_bias",
+            o_bias="use_bias",
+            bias_fields=("use_bias",),
+            head_dim_field=False,
+        ),
+        FamilySpec(
+            name="arcee",
+            gate=None,
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            bias_fields=("attention_bias", "mlp_bias"),
+            heads_divide_hidden=True,
+        ),
+        FamilySpec(name="cwm", heads_divide_hidden=True),
+        FamilySpec(name="ministral"),
+        FamilySpec(
+            name="gemma",
+            norm="rms_plus_one",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            refuse=("use_bidirectional_attention",),
+        ),
+        FamilySpec(
+            name="internlm3",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            bias_fields=("attention_bias", "mlp_bias"),
+            heads_divide_hidden=True,
+            stand_in="mistral",
+        ),
+        FamilySpec(
+            name="jais2",
+            gate=None,
+            norm="layer",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            bias_fields=("attention_bias", "mlp_bias"),
+            heads_divide_hidden=True,
+        ),
+        FamilySpec(
+            name="olmo",
+            norm="layer_plain",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            head_dim_field=False,
+            refuse=("clip_qkv",),
+        ),
+        FamilySpec(
+            name="stablelm",
+            norm="layer",
+            qkv_bias="use_qkv_bias",
+            head_dim_field=False,
+            rope_subset=False,
+            refuse=("use_parallel_residual", "qk_layernorm"),
+        ),
+        FamilySpec(
+            name="nemotron",
+            gate=None,
+            norm="layer_plus_one",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            bias_fields=("attention_bias", "mlp_bias"),
+        ),
+        FamilySpec(
+            name="vaultgemma",
+            activation="hidden_activation",
+            ffn_norm="pre_feedforward_layernorm",
+            norm="rms_plus_one",
+            fixed_scale=True,
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            heads_divide_hidden=True,
         ),
     )
 }

@@ -1,7 +1,7 @@
 """Attention and models of pruned checkpoints.
 
 This file travels with every pruned checkpoint (`trust_remote_code=True`), so it may import only the standard
-library, torch, transformers and its neighbour.
+library, torch, transformers and its neighbours.
 
 Shapes: B batch, T new tokens, S tokens in the cache, D hidden_size, H query heads, K kv heads, r qk_head_dim,
 p v_head_dim, d head_dim of the dense model.
@@ -11,33 +11,35 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
-from transformers.models.opt.modeling_opt import OPTDecoder, OPTDecoderLayer, OPTForCausalLM, OPTModel
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3ForCausalLM, Phi3Model
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from .configuration_intraslice import (
-    IntraSliceLlamaConfig,
-    IntraSliceMistralConfig,
-    IntraSliceOPTConfig,
-    IntraSlicePhi3Config,
-    IntraSliceQwen2Config,
+    PREFIX,
+    class_stem,
+    config_class,
     dense_config,
     dense_head_dim,
     dense_sizes,
+    family_of_class,
     rotary_dim,
+    stock_config_class,
 )
 from .families_intraslice import FAMILIES, FamilySpec, LayerShape
 from .shortcuts_intraslice import add_shortcuts
+
+if TYPE_CHECKING:
+    _ModelBase = PreTrainedModel
+else:
+    _ModelBase = object
 
 
 def pair_channels(rotary_dim: int, head_dim: int) -> torch.Tensor:
@@ -77,6 +79,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention that also returns its weights.
@@ -89,6 +92,7 @@ def eager_attention_forward(
         attention_mask: added to the scores, [B or 1, 1, T, S], or None.
         scaling: factor on the scores.
         dropout: probability.
+        softcap: cap of the scores, softcap * tanh(scores / softcap); None for none.
         kwargs: not used; other attention functions take more.
 
     Returns:
@@ -99,6 +103,8 @@ def eager_attention_forward(
         key = key.repeat_interleave(groups, dim=1)
         value = value.repeat_interleave(groups, dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling  # [B, H, T, S]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
@@ -123,6 +129,8 @@ class PrunedAttention(nn.Module):
         layer_idx: number of the layer, for the cache.
         spec: the family.
         shape: of the layer.
+        stock: the attention module that is replaced, of the stock class or one of this class. What it knows is
+            inherited: softmax scale, causality, window, dropout, cap of the scores.
 
     Raises:
         ValueError: when the family has RoPE and qk_head_dim is odd or larger than the dense head.
@@ -132,16 +140,22 @@ class PrunedAttention(nn.Module):
     head_slot: torch.Tensor | None
     attn: Any
 
-    def __init__(self, config: PretrainedConfig, layer_idx: int, spec: FamilySpec, shape: LayerShape):
+    def __init__(self, config: PretrainedConfig, layer_idx: int, spec: FamilySpec, shape: LayerShape, stock: nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.spec = spec
         self.shape = shape
-        self.is_causal = True
         dense_dim = dense_head_dim(config)
-        self.scaling = dense_dim**-0.5
-        self.attention_dropout = config.attention_dropout
+        inherited = vars(stock)
+        self.is_causal = inherited["is_causal"]
+        self.scaling = inherited["scaling"]
+        self.attention_dropout = inherited.get("attention_dropout", config.attention_dropout)
+        self.residual_dropout = inherited.get("residual_dropout", 0.0)
+        self.attn_logit_softcapping = inherited.get("attn_logit_softcapping")
+        self.sliding_window = inherited.get("sliding_window")
+        if spec.sliding_window is not None:
+            self.sliding_window = vars(config).get(spec.sliding_window)
 
         self.num_heads = shape.num_attention_heads
         self.num_kv_heads = shape.num_key_value_heads
@@ -151,11 +165,6 @@ class PrunedAttention(nn.Module):
         self.ragged = min(shape.heads_per_kv) != self.max_group
         # Attention functions repeat K and V by this number; ragged groups gather before the call instead.
         self.num_key_value_groups = 1 if self.ragged else self.max_group
-
-        layer_types = getattr(config, "layer_types", None)
-        self.sliding_window = vars(config).get(spec.sliding_window) if spec.sliding_window else None
-        if layer_types is not None and layer_types[layer_idx] != "sliding_attention":
-            self.sliding_window = None
 
         hidden = config.hidden_size
         rows = (self.num_heads * shape.qk_head_dim, self.num_kv_heads * shape.qk_head_dim)
@@ -306,6 +315,8 @@ class PrunedAttention(nn.Module):
             query, key, value = (_widened(x, width) for x in (query, key, value))
         if self.sliding_window is not None:
             kwargs["sliding_window"] = self.sliding_window
+        if self.attn_logit_softcapping is not None:
+            kwargs["softcap"] = self.attn_logit_softcapping
         context, weights = attention(
             _PACKED if packed else self,
             query,
@@ -374,7 +385,10 @@ class PrunedAttention(nn.Module):
             context = self._narrowed(context, *hidden_states.shape[:2])
         else:
             context, weights = self.attend(query, key, value, attention_mask, **kwargs)
-        return getattr(self, self.spec.o.path)(context), weights
+        output = getattr(self, self.spec.o.path)(context)
+        if self.residual_dropout and self.training:
+            output = nn.functional.dropout(output, p=self.residual_dropout)
+        return output, weights
 
 
 def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -436,7 +450,7 @@ def apply_layer_shape(
         old.shape = shape
     else:
         with torch.device("meta"):
-            new = PrunedAttention(config, layer_idx, spec, shape)
+            new = PrunedAttention(config, layer_idx, spec, shape, old)
         with torch.device(next(old.parameters()).device):
             new.register_indices()
         for path in dict.fromkeys(slot.path for slot in (spec.q, spec.k, spec.v, spec.o)):
@@ -459,7 +473,7 @@ def apply_layer_shape(
     for path, rank in shape.ranks:
         layer.set_submodule(path, FactoredLinear.like(layer.get_submodule(path), rank))  # type: ignore[arg-type]
     if shape.shortcuts:
-        add_shortcuts(layer, hidden)
+        add_shortcuts(layer, spec, hidden)
 
 
 def _resized(linear: Any, out_features: int, in_features: int) -> nn.Module:
@@ -479,7 +493,7 @@ def _add_bias(linear: Any) -> None:
 
 
 def _shape_layers(model: Any, config: Any) -> None:
-    """Give the layers of a dense stock model (or OPT decoder) the shapes of the config."""
+    """Give the layers of a dense stock model (or decoder of one) the shapes of the config."""
     if config._attn_implementation == "vllm":
         # Nothing here may import vLLM; when it builds a model, it is there.
         config.check_vllm(sys.modules["vllm.distributed"].get_tensor_model_parallel_world_size())
@@ -495,152 +509,83 @@ def _shape_layers(model: Any, config: Any) -> None:
     model.post_init()
 
 
-def _add_head(model: PreTrainedModel, base: PreTrainedModel, in_features: int) -> None:
-    model.model = base
-    model.vocab_size = model.config.vocab_size
-    model.lm_head = nn.Linear(in_features, model.vocab_size, bias=False)
-    model.post_init()
+class _HoldsLayers(_ModelBase):
+    """The class that holds the decoder layers: the stock one, whose layers then get their own shapes."""
 
-
-class IntraSliceLlamaModel(LlamaModel):
-    """Llama whose layers have their own shapes."""
-
-    config_class = IntraSliceLlamaConfig
-    _auto_class = "AutoModel"
-    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": PrunedAttention}
-
-    def __init__(self, config: IntraSliceLlamaConfig):
+    def __init__(self, config: Any):
         with dense_sizes(config):
             super().__init__(config)
         _shape_layers(self, config)
 
 
-class IntraSliceLlamaForCausalLM(LlamaForCausalLM):
-    """Llama with a language head, whose layers have their own shapes."""
+class _HoldsDecoder(_ModelBase):
+    """The class around a decoder that holds the layers."""
 
-    config_class = IntraSliceLlamaConfig
-    _auto_class = "AutoModelForCausalLM"
-
-    def __init__(self, config: IntraSliceLlamaConfig):
+    def __init__(self, config: Any):
         # Not the constructor of the stock class, which would build the dense layers first.
         PreTrainedModel.__init__(self, config)
-        _add_head(self, IntraSliceLlamaModel(config), config.hidden_size)
-
-
-class IntraSliceMistralModel(MistralModel):
-    """Mistral whose layers have their own shapes."""
-
-    config_class = IntraSliceMistralConfig
-    _auto_class = "AutoModel"
-    _can_record_outputs = {"hidden_states": MistralDecoderLayer, "attentions": PrunedAttention}
-
-    def __init__(self, config: IntraSliceMistralConfig):
-        with dense_sizes(config):
-            super().__init__(config)
-        _shape_layers(self, config)
-
-
-class IntraSliceMistralForCausalLM(MistralForCausalLM):
-    """Mistral with a language head, whose layers have their own shapes."""
-
-    config_class = IntraSliceMistralConfig
-    _auto_class = "AutoModelForCausalLM"
-
-    def __init__(self, config: IntraSliceMistralConfig):
-        # Not the constructor of the stock class, which would build the dense layers first.
-        PreTrainedModel.__init__(self, config)
-        _add_head(self, IntraSliceMistralModel(config), config.hidden_size)
-
-
-class IntraSliceQwen2Model(Qwen2Model):
-    """Qwen2 whose layers have their own shapes."""
-
-    config_class = IntraSliceQwen2Config
-    _auto_class = "AutoModel"
-    _can_record_outputs = {"hidden_states": Qwen2DecoderLayer, "attentions": PrunedAttention}
-
-    def __init__(self, config: IntraSliceQwen2Config):
-        with dense_sizes(config):
-            super().__init__(config)
-        _shape_layers(self, config)
-
-
-class IntraSliceQwen2ForCausalLM(Qwen2ForCausalLM):
-    """Qwen2 with a language head, whose layers have their own shapes."""
-
-    config_class = IntraSliceQwen2Config
-    _auto_class = "AutoModelForCausalLM"
-
-    def __init__(self, config: IntraSliceQwen2Config):
-        # Not the constructor of the stock class, which would build the dense layers first.
-        PreTrainedModel.__init__(self, config)
-        _add_head(self, IntraSliceQwen2Model(config), config.hidden_size)
-
-
-class IntraSlicePhi3Model(Phi3Model):
-    """Phi3 whose layers have their own shapes."""
-
-    config_class = IntraSlicePhi3Config
-    _auto_class = "AutoModel"
-    _can_record_outputs = {"hidden_states": Phi3DecoderLayer, "attentions": PrunedAttention}
-
-    def __init__(self, config: IntraSlicePhi3Config):
-        with dense_sizes(config):
-            super().__init__(config)
-        _shape_layers(self, config)
-
-
-class IntraSlicePhi3ForCausalLM(Phi3ForCausalLM):
-    """Phi3 with a language head, whose layers have their own shapes."""
-
-    config_class = IntraSlicePhi3Config
-    _auto_class = "AutoModelForCausalLM"
-
-    def __init__(self, config: IntraSlicePhi3Config):
-        # Not the constructor of the stock class, which would build the dense layers first.
-        PreTrainedModel.__init__(self, config)
-        _add_head(self, IntraSlicePhi3Model(config), config.hidden_size)
-
-
-class IntraSliceOPTDecoder(OPTDecoder):
-    """Decoder of OPT whose layers have their own shapes."""
-
-    config_class = IntraSliceOPTConfig
-    _can_record_outputs = {"hidden_states": OPTDecoderLayer, "attentions": PrunedAttention}
-
-    def __init__(self, config: IntraSliceOPTConfig):
-        with dense_sizes(config):
-            super().__init__(config)
-        _shape_layers(self, config)
-
-
-class IntraSliceOPTModel(OPTModel):
-    """OPT whose layers have their own shapes."""
-
-    config_class = IntraSliceOPTConfig
-    _auto_class = "AutoModel"
-
-    def __init__(self, config: IntraSliceOPTConfig):
-        PreTrainedModel.__init__(self, config)
-        self.decoder = IntraSliceOPTDecoder(config)
+        (_, decoder) = FAMILIES[config.family].class_fields
+        setattr(self, decoder, _model_class(config.family, "Decoder")(config))
         self.post_init()
 
 
-class IntraSliceOPTForCausalLM(OPTForCausalLM):
-    """OPT with a language head, whose layers have their own shapes."""
+class _HoldsHead(_ModelBase):
+    """The class with the language head."""
 
-    config_class = IntraSliceOPTConfig
     _auto_class = "AutoModelForCausalLM"
 
-    def __init__(self, config: IntraSliceOPTConfig):
+    def __init__(self, config: Any):
+        # Not the constructor of the stock class, which would build the dense layers first.
         PreTrainedModel.__init__(self, config)
-        _add_head(self, IntraSliceOPTModel(config), vars(config)["word_embed_proj_dim"])
+        self.model = _model_class(config.family, "Model")(config)
+        self.vocab_size = config.vocab_size
+        # As wide as the embeddings, which may be another width than that of the layers.
+        embeddings: Any = self.get_input_embeddings()
+        self.lm_head = nn.Linear(embeddings.embedding_dim, config.vocab_size, bias=False)
+        self.post_init()
 
 
-MODELS = (
-    (IntraSliceLlamaConfig, IntraSliceLlamaModel, IntraSliceLlamaForCausalLM),
-    (IntraSliceMistralConfig, IntraSliceMistralModel, IntraSliceMistralForCausalLM),
-    (IntraSliceQwen2Config, IntraSliceQwen2Model, IntraSliceQwen2ForCausalLM),
-    (IntraSlicePhi3Config, IntraSlicePhi3Model, IntraSlicePhi3ForCausalLM),
-    (IntraSliceOPTConfig, IntraSliceOPTModel, IntraSliceOPTForCausalLM),
-)
+@cache
+def _model_class(family: str, kind: str) -> type[Any]:
+    """Return one of our classes of a family; `kind` is "Model", "Decoder" or "ForCausalLM".
+
+    Only the module of transformers that has this family is imported.
+    """
+    stock_config = stock_config_class(family)
+    head: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+    nested = len(FAMILIES[family].class_fields) > 1
+    name = f"{PREFIX}{class_stem(family)}{kind}"
+    fields: dict[str, Any] = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"{class_stem(family)}{kind} whose layers have their own shapes.",
+        "config_class": config_class(family),
+    }
+    if kind == "ForCausalLM":
+        return type(name, (_HoldsHead, head), fields)
+    if kind == "Decoder":
+        stock: Any = getattr(sys.modules[head.__module__], head.__name__.replace("ForCausalLM", kind))
+    else:
+        stock = MODEL_MAPPING[stock_config]
+        fields["_auto_class"] = "AutoModel"
+        if nested:
+            return type(name, (_HoldsDecoder, stock), fields)
+    fields["_can_record_outputs"] = {**stock._can_record_outputs, "attentions": PrunedAttention}
+    return type(name, (_HoldsLayers, stock), fields)
+
+
+def model_classes(family: str) -> tuple[type[Any], type[Any], type[Any]]:
+    """Return the config, the model, and the model with a language head of a family."""
+    return config_class(family), _model_class(family, "Model"), _model_class(family, "ForCausalLM")
+
+
+def __getattr__(name: str) -> Any:
+    # Checkpoints and pickles name the classes; one is made when it is asked for.
+    if name.startswith("__"):
+        raise AttributeError(name)
+    family, kind = family_of_class(name)
+    if kind == "Config":
+        return config_class(family)
+    if kind == "Decoder" and len(FAMILIES[family].class_fields) == 1:
+        raise AttributeError(f"{__name__} has no class {name!r}")
+    return _model_class(family, kind)

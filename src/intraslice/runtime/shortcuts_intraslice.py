@@ -4,31 +4,35 @@ Between two blocks the stream changes from the leading directions of one rotatio
 the norms are in the Linears that follow. Paper: SliceGPT, arXiv 2401.15024.
 
 This file travels with every pruned checkpoint (`trust_remote_code=True`), so it may import only the standard
-library, torch and transformers.
+library, torch, transformers and its neighbours.
 
 Shapes: B batch, T tokens, D hidden_size (of the sliced stream).
 """
 
 from __future__ import annotations
 
+import sys
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from .configuration_intraslice import class_stem, known_families, stock_config_class
+from .families_intraslice import FAMILIES, FamilySpec
 
 if TYPE_CHECKING:
-    _LayerBase = LlamaDecoderLayer
+    _LayerBase = GradientCheckpointingLayer
 else:
     _LayerBase = object
 
 
 class _Shortcuts(_LayerBase):
-    """What the four layers share; their modules have the same names."""
+    """What such layers of all families do instead of what their stock class does."""
 
+    family: str
     attn_shortcut: nn.Linear
     mlp_shortcut: nn.Linear
 
@@ -39,42 +43,42 @@ class _Shortcuts(_LayerBase):
             hidden_states: [B, T, D].
             kwargs: what the attention module takes.
         """
-        output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        spec = FAMILIES[self.family]
+        output, _ = getattr(self, spec.attention)(getattr(self, spec.attention_norm)(hidden_states), **kwargs)
         hidden_states = self.attn_shortcut(hidden_states) + output
-        return self.mlp_shortcut(hidden_states) + self.mlp(self.post_attention_layernorm(hidden_states))
+        return self.mlp_shortcut(hidden_states) + getattr(self, spec.mlp)(getattr(self, spec.ffn_norm)(hidden_states))
 
 
-class SlicedLlamaDecoderLayer(_Shortcuts, LlamaDecoderLayer):
-    """Layer of Llama with a matrix on each residual connection."""
+@cache
+def _sliced_class(stock: type[nn.Module], family: str) -> type[nn.Module]:
+    name = f"Sliced{stock.__name__}"
+    fields = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"{stock.__name__} with a matrix on each residual connection.",
+        "family": family,
+    }
+    return type(name, (_Shortcuts, stock), fields)
 
 
-class SlicedMistralDecoderLayer(_Shortcuts, MistralDecoderLayer):
-    """Layer of Mistral with a matrix on each residual connection."""
+def __getattr__(name: str) -> Any:
+    # Pickles name the classes; one is made when it is asked for.
+    for family in known_families():
+        stock = f"{class_stem(family)}DecoderLayer"
+        if name == f"Sliced{stock}":
+            module = sys.modules[MODEL_MAPPING[stock_config_class(family)].__module__]
+            return _sliced_class(getattr(module, stock), family)
+    raise AttributeError(f"{__name__} has no class {name!r}")
 
 
-class SlicedQwen2DecoderLayer(_Shortcuts, Qwen2DecoderLayer):
-    """Layer of Qwen2 with a matrix on each residual connection."""
-
-
-class SlicedPhi3DecoderLayer(_Shortcuts, Phi3DecoderLayer):
-    """Layer of Phi3 with a matrix on each residual connection."""
-
-
-_SLICED: dict[type[nn.Module], type[nn.Module]] = {
-    LlamaDecoderLayer: SlicedLlamaDecoderLayer,
-    MistralDecoderLayer: SlicedMistralDecoderLayer,
-    Qwen2DecoderLayer: SlicedQwen2DecoderLayer,
-    Phi3DecoderLayer: SlicedPhi3DecoderLayer,
-}
-
-
-def add_shortcuts(layer: nn.Module, hidden_size: int) -> None:
+def add_shortcuts(layer: nn.Module, spec: FamilySpec, hidden_size: int) -> None:
     """Turn a stock decoder layer into one with a matrix on each residual connection, in place.
 
     The matrices get the device and dtype of the layer and are not initialised.
 
     Args:
         layer: decoder layer of the stock class.
+        spec: the family.
         hidden_size: width of the residual stream.
     """
     like = next(layer.parameters())
@@ -84,4 +88,4 @@ def add_shortcuts(layer: nn.Module, hidden_size: int) -> None:
         shortcut = shortcut if like.device.type == "meta" else shortcut.to_empty(device=like.device)
         layer.add_module(name, shortcut.requires_grad_(like.requires_grad))
     # The modules are already there; only what `forward` does with them is another.
-    layer.__class__ = _SLICED[type(layer)]
+    layer.__class__ = _sliced_class(type(layer), spec.name)

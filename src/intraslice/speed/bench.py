@@ -1,11 +1,7 @@
-"""Speed and memory of saved models: a process for each, interleaved repetitions, medians, ratios."""
+"""Speed and memory of saved models: one process per model, repetitions in turns, medians and ratios."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -15,6 +11,7 @@ from typing import Any
 from intraslice.checkpoint.folder import weight_files
 from intraslice.checkpoint.source import resolve_model
 from intraslice.errors import CheckpointError, RecipeError
+from intraslice.process import Worker
 from intraslice.progress import Progress, SilentProgress
 from intraslice.speed.timing import Spread
 
@@ -69,8 +66,8 @@ class PointSpeed:
     Attributes:
         batch_size: sequences at a time.
         kv_length: tokens of the prompt, and of the KV cache when decoding begins.
-        prefill: prompt tokens a second.
-        decode: decoded tokens a second, all sequences of the batch counted.
+        prefill: prompt tokens per second.
+        decode: decoded tokens per second, all sequences of the batch counted.
         kv_cache_bytes: of the cache after the prompt.
     """
 
@@ -179,18 +176,16 @@ def bench_models(
     # GGUF files are converted here, once, and not inside a process whose memory is measured.
     folders = [resolve_model(name, progress=progress) for name in names]
     with ExitStack() as stack:
-        workers = [
-            stack.enter_context(_Worker(name, folder, options)) for name, folder in zip(names, folders, strict=True)
-        ]
+        models = [_Model(name, folder, options).load(stack) for name, folder in zip(names, folders, strict=True)]
         # The first repetition warms caches and is not counted.
         points = options.points
-        with progress.step("benchmark", (options.repetitions + 1) * len(points) * len(workers)) as advance:
+        with progress.step("benchmark", (options.repetitions + 1) * len(points) * len(models)) as advance:
             for _ in range(options.repetitions + 1):
                 for point in points:
-                    for worker in workers:
-                        worker.repeat(point)
+                    for measured in models:
+                        measured.repeat(point)
                         advance(1)
-    speeds = [worker.speed() for worker in workers]
+    speeds = [measured.speed() for measured in models]
     return BenchResult(
         model=speeds[0],
         base=speeds[1] if len(speeds) == 2 else None,
@@ -222,68 +217,34 @@ def _point_ratios(speeds: Sequence[ModelSpeed]) -> tuple[PointRatio, ...]:
     )
 
 
-class _Worker:
-    """The process of one model."""
+class _Model:
+    """A model in its process, and what was measured of it."""
 
     def __init__(self, name: str, folder: Path, options: BenchOptions) -> None:
         self._name = name
         self._folder = folder
         self._options = options
+        self._worker = Worker(
+            "intraslice.speed.worker:serve", name=f"the process that runs {name!r}", error=CheckpointError
+        )
         self._loaded: dict[str, Any] = {}
         self._measured: dict[tuple[int, int], list[dict[str, Any]]] = {point: [] for point in options.points}
         self._peak_memory_bytes = 0
 
-    def __enter__(self) -> _Worker:
-        # A file and not a pipe: nobody reads it until the process has died, and a full pipe would block it.
-        self._messages = tempfile.TemporaryFile("w+", errors="replace")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "intraslice.speed.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._messages,
-            text=True,
+    def load(self, stack: ExitStack) -> _Model:
+        """Start the process, which ends with `stack`, and load the model in it."""
+        stack.enter_context(self._worker)
+        longest = max(length for _, length in self._options.points)
+        self._loaded = self._worker.ask(
+            {"model": str(self._folder), **asdict(self._options), "longest_prompt": longest}
         )
-        try:
-            longest = max(length for _, length in self._options.points)
-            settings = {**asdict(self._options), "longest_prompt": longest}
-            self._loaded = self._ask({"model": str(self._folder), **settings})
-        except CheckpointError:
-            self.__exit__()
-            raise
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._messages.close()
 
     def repeat(self, point: tuple[int, int]) -> None:
         batch_size, kv_length = point
-        reply = self._ask({"batch_size": batch_size, "kv_length": kv_length})
+        reply = self._worker.ask({"batch_size": batch_size, "kv_length": kv_length})
         self._measured[point].append(reply)
         self._peak_memory_bytes = reply["peak_memory_bytes"]
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        requests, replies = self._process.stdin, self._process.stdout
-        assert requests is not None and replies is not None
-        try:
-            requests.write(json.dumps(request) + "\n")
-            requests.flush()
-            line = replies.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise CheckpointError(f"the process that runs {self._name!r} died: {self._last_message()}")
-        reply = json.loads(line)
-        if "error" in reply:
-            raise CheckpointError(reply["error"])
-        return reply
-
-    def _last_message(self) -> str:
-        status = self._process.wait()
-        self._messages.seek(0)
-        lines = [line.strip() for line in self._messages if line.strip()]
-        return lines[-1] if lines else f"exit status {status}"
 
     def speed(self) -> ModelSpeed:
         points = tuple(self._point(point) for point in self._measured)

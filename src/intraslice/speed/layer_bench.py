@@ -37,7 +37,7 @@ class LayerSpeed:
         layers: the layers that have it.
         parameters: all weights of one of them.
         prefill_seconds: of the prompt through one layer.
-        decode_seconds: of one token through one layer, behind a cache of the prompt's length.
+        decode_seconds: of one token through one layer, with a cache of the prompt's length before it.
         kv_cache_bytes_per_token: of one layer, for one sequence.
     """
 

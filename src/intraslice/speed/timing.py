@@ -22,7 +22,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise one or more measurements."""
+        """Summarize one or more measurements."""
         # Quartiles of a single value are not defined; of the same value twice they are that value.
         low, median, high = statistics.quantiles([*values, *values] if len(values) == 1 else values, method="inclusive")
         return cls(median, low, high)

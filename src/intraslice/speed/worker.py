@@ -1,42 +1,38 @@
-"""A child process that holds one saved model and times it on request.
+"""The child process that holds one saved model and times it on request.
 
-Each model has a process of its own, so that peak memory is that of this model alone. The parent writes one
-JSON object a line to standard input and reads one a line from standard output; end of input ends the process.
-The first line says what to load, each one after it names a batch size and a KV length to measure once.
+Each model has a process of its own, so that the peak memory is that of this model alone.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Callable
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch._dynamo.config as dynamo_config
 from torch._dynamo.exc import TorchDynamoException
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from intraslice.errors import IntraSliceError, RecipeError
+from intraslice.errors import RecipeError
 from intraslice.loading import count_parameters, load_model
 from intraslice.placement import Placement
+from intraslice.process import Parent
 
 
-def main() -> None:
-    """Answer requests until standard input ends."""
-    # Libraries that print must not end up in the protocol: file descriptor 1 becomes standard error.
-    with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as replies:
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        try:
-            _serve(sys.stdin, replies)
-        except (IntraSliceError, MemoryError, torch.OutOfMemoryError) as error:
-            text = str(error) if isinstance(error, IntraSliceError) else "not enough memory for this benchmark."
-            replies.write(json.dumps({"error": text}) + "\n")
+def serve(requests: Iterator[dict[str, Any]], parent: Parent) -> None:
+    """Load the model that the first request names, then time it at the batch size and KV length of each further one.
+
+    Raises:
+        IntraSliceError: the model cannot be loaded or cannot run this.
+    """
+    try:
+        _serve(requests, parent)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise RecipeError("not enough memory for this benchmark.") from None
 
 
-def _serve(requests: IO[str], replies: IO[str]) -> None:
-    settings = json.loads(requests.readline())
+def _serve(requests: Iterator[dict[str, Any]], parent: Parent) -> None:
+    settings = next(requests)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     model, _ = load_model(
@@ -49,10 +45,10 @@ def _serve(requests: IO[str], replies: IO[str]) -> None:
     _check_length(model, settings["longest_prompt"] + settings["decode_tokens"])
     bench = _Bench(model, placement, settings["decode_tokens"], compiled=settings["compile"])
     loaded = {"parameters": count_parameters(model), "dtype": str(model.dtype).removeprefix("torch.")}
-    replies.write(json.dumps({**loaded, "device": model.device.type}) + "\n")
-    for line in requests:
-        measured = bench.repetition(**json.loads(line))
-        replies.write(json.dumps({**measured, "peak_memory_bytes": placement.peak_memory_bytes()}) + "\n")
+    parent.done({**loaded, "device": model.device.type})
+    for point in requests:
+        measured = bench.repetition(**point)
+        parent.done({**measured, "peak_memory_bytes": placement.peak_memory_bytes()})
 
 
 def _check_length(model: PreTrainedModel, length: int) -> None:
@@ -161,7 +157,3 @@ def _cache_bytes(cache: Any, batch_size: int) -> tuple[float, int]:
             per_token += size / (batch_size * tensor.shape[-2])
             total += size
     return per_token, total
-
-
-if __name__ == "__main__":
-    main()

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from intraslice.algebra.scores import rope_pair_scores
 from intraslice.algebra.selection import top_indices
 from intraslice.algebra.statistics import BlockSecondMoment, SecondMoment, Sum
-from intraslice.checkpoint.source import open_checkpoint
+from intraslice.checkpoint.reader import Checkpoint
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer
 from intraslice.placement import Placement
@@ -52,7 +52,7 @@ def sample_spectrum(eigenvalues_C: Tensor) -> list[float]:
     """
     count = len(eigenvalues_C)
     ranks = torch.linspace(0, count - 1, min(count, SPECTRUM_POINTS), dtype=torch.float64).round().long()
-    return _normalised(eigenvalues_C)[ranks].tolist()
+    return _normalized(eigenvalues_C)[ranks].tolist()
 
 
 def pair_masks(pair_scores_Kp: Tensor, pairs_to_channels: Tensor, kept: int) -> Tensor:
@@ -70,43 +70,36 @@ def pair_masks(pair_scores_Kp: Tensor, pairs_to_channels: Tensor, kept: int) -> 
 
 
 @torch.no_grad()
-def analyse_model(
-    model: str,
+def analyze_model(
+    checkpoint: Checkpoint,
     tokens_NT: Tensor,
     *,
     kept_fractions: Sequence[float] = KEPT_FRACTIONS,
     device: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure spectra, effective ranks and RoPE-pair sensitivity of every layer of a dense model.
 
-    Spectra are the eigenvalues of uncentred second moments over their sum, sampled at 64 ranks: of `context` for each
-    head alone (mean over the heads), of `act`, and of the residual stream behind each layer. Effective ranks are
+    Spectra are the eigenvalues of uncentered second moments over their sum, sampled at 64 ranks: of `context` for each
+    head alone (mean over the heads), of `act`, and of the residual stream after each layer. Effective ranks are
     those of `effective_rank`, of `context` again the mean over heads.
 
     The error of a kept fraction of RoPE pairs is ||c - c'|| / ||c|| of a head's context c, mean over the heads
     (Paper: Figure 7, appendix C.1); each kv head keeps the pairs that pruning would keep.
 
     Args:
-        model: hub id, local folder, .gguf file or built-in name.
+        checkpoint: the dense model.
         tokens_NT: token ids, int64.
         kept_fractions: shares of the RoPE pairs to try.
         device: "auto", "cpu" or a torch device.
-        revision: branch, tag or commit of a hub model.
-        trust_remote_code: whether code that comes with the model may be executed.
         progress: shows the layers.
 
     Returns:
-        Plain JSON types; lists have one entry a layer. `rope_pairs` is None without RoPE.
+        Plain JSON types; lists have one entry per layer. `rope_pairs` is None without RoPE.
 
     Raises:
-        CheckpointError: there is no such model.
-        UnsupportedModelError: it is not a dense model that could be pruned.
         NumericalError: activations are NaN or infinite.
     """
-    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
     placement = Placement.choose(device, "auto", checkpoint.dtype)
     N, T = tokens_NT.shape
     streamed = StreamedModel(checkpoint, placement, (1, T))
@@ -118,7 +111,7 @@ def analyse_model(
     layers = []
     with (progress or SilentProgress()).step("analysis", total=streamed.num_layers) as advance:
         for index in range(streamed.num_layers):
-            layers.append(_analyse_layer(streamed, index, hidden, fractions))
+            layers.append(_analyze_layer(streamed, index, hidden, fractions))
             advance(1)
     dense = streamed.dense_shape
     return {
@@ -191,10 +184,10 @@ class _LayerAnalysis:
 
     def context_spectrum(self) -> list[float]:
         """Return the mean over heads of their normalised spectra."""
-        return sample_spectrum(_normalised(self.eigenvalues["context"]).mean(0))
+        return sample_spectrum(_normalized(self.eigenvalues["context"]).mean(0))
 
 
-def _analyse_layer(
+def _analyze_layer(
     model: StreamedModel, index: int, hidden: HiddenStates, fractions: Sequence[float]
 ) -> _LayerAnalysis:
     """Measure a layer and overwrite the hidden states with its outputs."""
@@ -300,6 +293,6 @@ def _eigenvalues(moment: Tensor, layer: int) -> Tensor:
     return torch.linalg.eigvalsh(moment).flip(-1).clamp_min(0.0)
 
 
-def _normalised(eigenvalues: Tensor) -> Tensor:
+def _normalized(eigenvalues: Tensor) -> Tensor:
     total = eigenvalues.sum(-1, keepdim=True)
     return eigenvalues / total.clamp_min(torch.finfo(eigenvalues.dtype).tiny)

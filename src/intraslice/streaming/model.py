@@ -6,6 +6,7 @@ Shapes: N sequences, T tokens a sequence, D hidden_size, V vocabulary.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer, norms_come_first
+from intraslice.layers.head import LanguageHead
 from intraslice.layers.sites import ModelSites, layer_sites
 from intraslice.placement import Placement
 from intraslice.runtime.configuration_intraslice import dense_shape, rotary_dim
@@ -24,18 +26,43 @@ _LOGIT_POSITIONS = 512  # positions whose logits exist at once in the loss
 
 
 class _Recorder(nn.Module):
-    """Stands where a decoder layer was: keeps what the model hands to it, and passes the hidden states on."""
+    """Stands where a decoder layer was: keeps what the model hands to it, and passes the hidden states on.
 
-    def __init__(self) -> None:
+    Args:
+        layer: the layer without weights (meta device).
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.hidden: Tensor | None = None
-        self.kwargs: dict[str, Any] = {}
+        self.arguments: dict[str, Any] = {}
         self.replacement: Tensor | None = None
+        # In a tuple, so that it is no submodule.
+        self._layer = (layer,)
+        self._signature = inspect.signature(layer.forward)
+        self._gives_tuple: bool | None = None
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.hidden = hidden_states
-        self.kwargs = {name: kwargs.get(name) for name in ("attention_mask", "position_embeddings")}
-        return hidden_states if self.replacement is None else self.replacement
+        # Some models hand everything over by position.
+        given = self._signature.bind(hidden_states, *args, **kwargs).arguments
+        given |= given.get("kwargs", {})
+        self.arguments = {name: given.get(name) for name in ("attention_mask", "position_embeddings")}
+        if self._gives_tuple is None:
+            # Annotations are not always right; without weights the layer itself can say it for nothing.
+            with torch.no_grad():
+                output = self._layer[0](*_on_meta((hidden_states, *args)), **_on_meta(kwargs))
+            self._gives_tuple = isinstance(output, tuple)
+        passed = hidden_states if self.replacement is None else self.replacement
+        return (passed, None) if self._gives_tuple else passed
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, dict):
+        return {name: _on_meta(part) for name, part in value.items()}
+    return tuple(map(_on_meta, value)) if isinstance(value, tuple) else value
 
 
 class StreamedModel:
@@ -65,24 +92,43 @@ class StreamedModel:
         assert isinstance(layers, nn.ModuleList)
         self.num_layers = len(layers)
         self._skeletons = list(layers)
-        self._recorders = [_Recorder() for _ in self._skeletons]
+        self._recorders = [_Recorder(layer) for layer in self._skeletons]
         setattr(self._decoder, name, nn.ModuleList(self._recorders))
         self.sites = ModelSites((layer_sites(self.spec, self.dense_shape, self.config.hidden_size),) * self.num_layers)
         self._materialise()
         self.batch_shape = batch_shape
         self.embed(torch.zeros(batch_shape, dtype=torch.int64))
-        self._arguments = [recorder.kwargs for recorder in self._recorders]
+        self._arguments = [recorder.arguments for recorder in self._recorders]
 
     def _materialise(self) -> None:
         device, dtype = self.placement.device, self.placement.compute_dtype
         rest = {name: tensor.to(device, dtype) for name, tensor in self.checkpoint.load_rest().items()}
         self.model.load_state_dict(rest, strict=False, assign=True)
         self.model.tie_weights()
-        if self.spec.rope:
-            # Rotary tables are not in the checkpoint and were lost on the meta device.
-            rotary = self._decoder.get_submodule("rotary_emb")
-            self._decoder.rotary_emb = type(rotary)(config=self.config).to(device)
+        self._restore_buffers()
         self.model.requires_grad_(False)
+
+    @torch.no_grad()
+    def _restore_buffers(self) -> None:
+        """Make the buffers anew that no checkpoint holds and that were lost on the meta device.
+
+        Rotary tables, factors of embeddings: the model itself knows how to fill them.
+        """
+        for module in self.model.modules():
+            buffers = dict(module.named_buffers(recurse=False))
+            lost = {name: buffer for name, buffer in buffers.items() if buffer.device.type == "meta"}
+            if not lost:
+                continue
+            for name, buffer in lost.items():
+                # A factor that was rounded like the weights on disk would stay so in a wider computation.
+                dtype = buffer.dtype
+                if buffer.is_floating_point():
+                    dtype = torch.promote_types(dtype, self.placement.compute_dtype)
+                setattr(module, name, torch.empty_like(buffer, dtype=dtype, device=self.placement.device))
+            for parameter in module.parameters(recurse=False):
+                # What was loaded must stay; this is the mark that transformers itself sets.
+                setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - no attribute of the class
+            self.model._init_weights(module)
 
     @property
     def pairs_to_channels(self) -> Tensor | None:
@@ -162,8 +208,7 @@ class StreamedModel:
             NumericalError: the loss is NaN or infinite.
         """
         tokens = tokens_NT.to(self.placement.device)
-        head = self.model.get_output_embeddings()
-        assert isinstance(head, nn.Linear)
+        head = LanguageHead(self.model)
         with torch.enable_grad():
             top = top_NTD.detach().requires_grad_(True)
             self._recorders[-1].replacement = top

@@ -79,13 +79,13 @@ const CHARTS = {
     });
   },
 
-  error(figure, { model, field, ...context }) {
+  error(figure, { model, site, ...context }) {
     drawLines(figure, {
       x: { title: "Layer", format: format.whole, log: false },
       y: { title: "Relative error", format: format.error, tick: format.plain },
       sparse: true,
       series: byLabel(chosenCells({ model, ...context })).map(([name, [cell]]) => ({
-        name, style: styleOf(name), points: (cell.layers || []).map((layer, x) => ({ x, y: layer[field] })),
+        name, style: styleOf(name), points: (cell.layers || []).map((layer, x) => ({ x, y: layer.errors[site] })),
       })),
     });
   },

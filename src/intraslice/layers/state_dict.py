@@ -1,0 +1,163 @@
+"""Neutral weights of a layer, from and to its state dict: the one place that knows how the slots of a family lie.
+
+Modules are read and written through it as well (see decoder.py and surgery.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from intraslice.layers.weights import AttentionWeights, FFNWeights
+from intraslice.runtime.families_intraslice import FamilySpec, LayerShape, Slot
+
+Part = tuple[Slot, Tensor, Tensor | None]
+"""A slot, its weight and its bias, as they stand in a Linear: [rows, columns] and [rows]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeutralLayer:
+    """One decoder layer as family-independent tensors.
+
+    Attributes:
+        attention: weights of the attention block.
+        ffn: weights of the FFN.
+        rest: norms and whatever else the layer holds, by name relative to the layer.
+        rope_pairs: int64 [K, r / 2], kept pairs of each kv head; None when all are kept or there is no RoPE.
+        shape: of the layer.
+    """
+
+    attention: AttentionWeights
+    ffn: FFNWeights
+    rest: dict[str, Tensor]
+    rope_pairs: Tensor | None
+    shape: LayerShape
+
+
+def _row_counts(shape: LayerShape) -> dict[str, int]:
+    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+    attention = {"q": heads * shape.qk_head_dim, "k": kv_heads * shape.qk_head_dim, "v": kv_heads * shape.v_head_dim}
+    return {**attention, "gate": shape.intermediate_size, "up": shape.intermediate_size}
+
+
+def _take(tensors: Mapping[str, Tensor], slot: Slot, counts: Mapping[str, int]) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of one part of a (fused) Linear."""
+    weight, bias = tensors[f"{slot.path}.weight"], tensors.get(f"{slot.path}.bias")
+    if slot.parts:
+        rows = [counts[part] for part in slot.parts]
+        weight = weight.split(rows)[slot.part]
+        bias = None if bias is None else bias.split(rows)[slot.part]
+    return weight, bias
+
+
+def split_attention(tensors: Mapping[str, Tensor], spec: FamilySpec, shape: LayerShape) -> AttentionWeights:
+    """Return the neutral weights of an attention block; they are views of what is given.
+
+    Args:
+        tensors: by name relative to the attention module.
+        spec: the family.
+        shape: of the layer.
+    """
+    counts = _row_counts(shape)
+
+    def headed(slot: Slot, heads: int, width: int) -> tuple[Tensor, Tensor | None]:
+        weight, bias = _take(tensors, slot, counts)
+        return weight.reshape(heads, width, -1), None if bias is None else bias.reshape(heads, width)
+
+    q, q_bias = headed(spec.q, shape.num_attention_heads, shape.qk_head_dim)
+    k, k_bias = headed(spec.k, shape.num_key_value_heads, shape.qk_head_dim)
+    v, v_bias = headed(spec.v, shape.num_key_value_heads, shape.v_head_dim)
+    o, o_bias = _take(tensors, spec.o, counts)
+    return AttentionWeights(q=q, k=k, v=v, o=o, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=o_bias)
+
+
+def split_ffn(tensors: Mapping[str, Tensor], spec: FamilySpec, shape: LayerShape) -> FFNWeights:
+    """Return the neutral weights of an FFN; they are views of what is given.
+
+    Args:
+        tensors: by name relative to the FFN module.
+        spec: the family.
+        shape: of the layer.
+    """
+    counts = _row_counts(shape)
+    up, up_bias = _take(tensors, spec.up, counts)
+    gate, gate_bias = (None, None) if spec.gate is None else _take(tensors, spec.gate, counts)
+    down, down_bias = _take(tensors, spec.down, counts)
+    return FFNWeights(up=up, gate=gate, down=down, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)
+
+
+def attention_parts(weights: AttentionWeights, spec: FamilySpec) -> list[Part]:
+    """Return what stands in which slot of an attention module: inverse of `split_attention`, with `join_parts`."""
+
+    def rows(slot: Slot, weight: Tensor, bias: Tensor | None) -> Part:
+        return slot, weight.flatten(0, 1), None if bias is None else bias.flatten()
+
+    return [
+        rows(spec.q, weights.q, weights.q_bias),
+        rows(spec.k, weights.k, weights.k_bias),
+        rows(spec.v, weights.v, weights.v_bias),
+        (spec.o, weights.o, weights.o_bias),
+    ]
+
+
+def ffn_parts(weights: FFNWeights, spec: FamilySpec) -> list[Part]:
+    """Return what stands in which slot of an FFN module: inverse of `split_ffn`, with `join_parts`."""
+    parts: list[Part] = [(spec.up, weights.up, weights.up_bias), (spec.down, weights.down, weights.down_bias)]
+    if spec.gate is not None and weights.gate is not None:
+        parts.append((spec.gate, weights.gate, weights.gate_bias))
+    return parts
+
+
+def join_parts(parts: Sequence[Part]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Return weight and bias of each Linear, by its path; the parts of a fused one in their order."""
+    by_path: dict[str, list[Part]] = {}
+    for part in parts:
+        by_path.setdefault(part[0].path, []).append(part)
+    joined = {}
+    for path, found in by_path.items():
+        found.sort(key=lambda part: part[0].part)
+        biases = [bias for _, _, bias in found if bias is not None]
+        joined[path] = torch.cat([weight for _, weight, _ in found]), torch.cat(biases) if biases else None
+    return joined
+
+
+def below(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+    """Return the tensors of one module of a layer by name relative to it; "" is the layer itself."""
+    prefix = f"{module}." if module else ""
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def split_layer(tensors: Mapping[str, Tensor], spec: FamilySpec, shape: LayerShape) -> NeutralLayer:
+    """Take a layer's stored tensors apart.
+
+    Args:
+        tensors: by name relative to the layer.
+        spec: the family.
+        shape: of the layer.
+    """
+    paths = [path for reading, writing in (spec.attention_paths, spec.ffn_paths) for path in (*reading, writing)]
+    ours = {f"{path}.{kind}" for path in paths for kind in ("weight", "bias")}
+    ours |= {f"{spec.attention}.{name}" for name in ("rope_index", "head_slot")}
+    return NeutralLayer(
+        attention=split_attention(below(tensors, spec.attention), spec, shape),
+        ffn=split_ffn(below(tensors, spec.mlp), spec, shape),
+        rest={name: tensor for name, tensor in tensors.items() if name not in ours},
+        rope_pairs=tensors.get(f"{spec.attention}.rope_index"),
+        shape=shape,
+    )
+
+
+def join_layer(layer: NeutralLayer, spec: FamilySpec) -> dict[str, Tensor]:
+    """Return the state dict of a stock layer: inverse of `split_layer`, without index buffers."""
+    tensors = dict(layer.rest)
+    blocks = ((spec.attention, attention_parts(layer.attention, spec)), (spec.mlp, ffn_parts(layer.ffn, spec)))
+    for module, parts in blocks:
+        prefix = f"{module}." if module else ""
+        for path, (weight, bias) in join_parts(parts).items():
+            tensors[f"{prefix}{path}.weight"] = weight.contiguous()
+            if bias is not None:
+                tensors[f"{prefix}{path}.bias"] = bias.contiguous()
+    return tensors

@@ -1,0 +1,88 @@
+"""One tiny configuration for each family of the table; each switches on what is special about the family."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from intraslice.runtime.families_intraslice import FAMILIES
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+}
+_WINDOWS = ["full_attention", "sliding_attention"] * 2
+_BIASES = {"attention_bias": True, "mlp_bias": True}
+_NO_DROPOUT = {"residual_dropout": 0.0}
+_PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama": _BIASES,
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "layer_types": _WINDOWS},
+    "phi3": {"sliding_window": 6, "original_max_position_embeddings": 64, **_PARTIAL},
+    "opt": {"num_key_value_heads": None, "ffn_dim": 48, "word_embed_proj_dim": 16, "dropout": 0.0},
+    "seed_oss": {"head_dim": 12, "attention_out_bias": True, **_BIASES, **_NO_DROPOUT},
+    "starcoder2": {"sliding_window": 5, "use_bias": True, "embedding_dropout": 0.0, **_NO_DROPOUT},
+    "arcee": _BIASES,
+    "cwm": {"head_dim": 12, "sliding_window": 5, "layer_types": _WINDOWS},
+    "ministral": {"head_dim": 12, "sliding_window": 5, "layer_types": _WINDOWS},
+    "gemma": {"head_dim": 12, "attention_bias": True, "tie_word_embeddings": True},
+    "internlm3": {"head_dim": 12, **_BIASES},
+    "jais2": _BIASES,
+    "olmo": {"attention_bias": True},
+    "stablelm": {"use_qkv_bias": True, "hidden_dropout": 0.0, **_PARTIAL},
+    "nemotron": {**_BIASES, **_PARTIAL},
+    "vaultgemma": {
+        "head_dim": 12,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 5,
+        "layer_types": _WINDOWS[::-1],
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": True,
+    },
+}
+assert CASES.keys() == FAMILIES.keys(), "every row of the table is tested"
+
+
+def family_config(family: str) -> Any:
+    return CONFIG_MAPPING[family](**{**_COMMON, **CASES[family]})
+
+
+def family_model(family: str, dtype: torch.dtype = torch.float64) -> Any:
+    """Stock model with weights large enough that attention is far from uniform; biases and norms are not trivial."""
+    model = AutoModelForCausalLM.from_config(family_config(family), dtype=dtype).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 1.5 * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@contextmanager
+def doubles():
+    """Let code that asks for float32 have float64, so that norms and softmax of stock classes can be compared."""
+    single, to_single = torch.float32, torch.Tensor.float
+    torch.float32 = torch.float64
+    torch.Tensor.float = torch.Tensor.double
+    try:
+        yield
+    finally:
+        torch.float32, torch.Tensor.float = single, to_single

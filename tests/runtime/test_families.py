@@ -1,0 +1,177 @@
+"""Every row of the family table against the stock class, through the engine, and through a saved checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from tiny import tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from intraslice import api
+from intraslice.checkpoint.reader import open_folder
+from intraslice.errors import UnsupportedModelError
+from intraslice.layers.head import LanguageHead
+from intraslice.placement import Placement
+from intraslice.runtime import configuration_intraslice
+from intraslice.runtime.configuration_intraslice import dense_shape, family_of_class
+from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
+from intraslice.runtime.modeling_intraslice import PrunedAttention, apply_layer_shape, model_classes
+from intraslice.streaming.model import StreamedModel
+from runtime.family_cases import doubles, family_model
+
+# Sums of the same float64 terms in another order.
+FLOAT64 = {"atol": 1e-10, "rtol": 0.0}
+FAST = {
+    "calibration.num_samples": 4,
+    "calibration.seqlen": 24,
+    "run.device": "cpu",
+    "run.dtype": "float32",
+    "attention.head_multiple": 2,
+    "ffn.ffn_multiple": 2,
+}
+
+
+def tokens(length: int = 17) -> torch.Tensor:
+    return torch.randint(3, 250, (2, length), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A saved tiny model per family, made when it is asked for."""
+    root = tmp_path_factory.mktemp("families")
+
+    def saved(family: str):
+        if not (root / family).exists():
+            family_model(family, torch.float32).save_pretrained(root / family)
+            tiny_tokenizer().save_pretrained(root / family)
+        return root / family
+
+    return saved
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_shape_equals_the_stock_class(family):
+    model = family_model(family)
+    view, spec = copy.deepcopy(model), FAMILIES[family]
+    for index, layer in enumerate(view.get_submodule(spec.layers)):
+        apply_layer_shape(layer, view.config, spec, index, dense_shape(view.config, spec))
+        assert isinstance(layer.get_submodule(spec.attention), PrunedAttention)
+    assert view.state_dict().keys() == model.state_dict().keys()
+    with torch.no_grad(), doubles():
+        torch.testing.assert_close(view(tokens()).logits, model(tokens()).logits, **FLOAT64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_taken_apart_equals_the_stock_layer(family, folders):
+    """Also says that buffers outside of the layers are restored, and that the arguments of a layer are understood."""
+    spec = FAMILIES[family]
+    dense = AutoModelForCausalLM.from_pretrained(folders(family), dtype=torch.float64).eval()
+    inputs, outputs = [], []
+    for layer in dense.get_submodule(spec.layers):
+        layer.register_forward_pre_hook(lambda module, args, kwargs: inputs.append(args[0]), with_kwargs=True)
+        layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+    placement = Placement(torch.device("cpu"), torch.float64, torch.float64, torch.float64)
+    streamed = StreamedModel(open_folder(folders(family)), placement, (2, 17))
+    blocks = [streamed.load_layer(index) for index in range(streamed.num_layers)]
+    with torch.no_grad(), doubles():
+        dense(tokens(), use_cache=False)
+        torch.testing.assert_close(streamed.embed(tokens()), inputs[0], **FLOAT64)
+        for index, block in enumerate(blocks):
+            # As the model makes them in this precision.
+            block.arguments = streamed._recorders[index].arguments
+            found = block.ffn_step(block.attention_step(inputs[index]))
+            torch.testing.assert_close(found, outputs[index], **FLOAT64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_makes_the_logits_of_the_model(family):
+    model = family_model(family)
+    with torch.no_grad():
+        hidden = model.base_model(tokens(), use_cache=False).last_hidden_state
+        assert torch.equal(LanguageHead(model)(hidden), model(tokens(), use_cache=False).logits)
+        part = LanguageHead(model)(hidden[0, 3:7])
+        torch.testing.assert_close(part, model(tokens(), use_cache=False).logits[0, 3:7], **FLOAT64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sparsity_zero_is_the_identity(family, folders, tmp_path):
+    api.prune(str(folders(family)), output=tmp_path / "out", sparsity=0.0, options=FAST)
+    found, dense = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (tmp_path / "out", folders(family)))
+    with torch.no_grad():
+        # float32 rounding; logits are of size 1 to 30.
+        torch.testing.assert_close(found(tokens()).logits, dense(tokens()).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_model_reloads_to_what_was_streamed(family, folders, tmp_path):
+    """The layers as the engine leaves them, run in pieces, against the saved checkpoint."""
+    api.prune(str(folders(family)), output=tmp_path / "out", sparsity=0.3, options=FAST)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    spec, shapes = FAMILIES[family], loaded.config.layer_shapes
+    assert any(shape != dense_shape(loaded.config, spec) for shape in shapes)
+    placement = Placement(torch.device("cpu"), torch.float32, torch.float32, torch.float64)
+    streamed = StreamedModel(open_folder(folders(family)), placement, (2, 17))
+    state = loaded.state_dict()
+    with torch.no_grad():
+        hidden = streamed.embed(tokens())
+        for index, shape in enumerate(shapes):
+            prefix = f"{spec.layers}.{index}."
+            stored = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+            block = streamed.load_pruned_layer(index, shape, stored)
+            hidden = block.ffn_step(block.attention_step(hidden))
+        streamed._recorders[-1].replacement = hidden
+        logits = streamed.model(tokens(), use_cache=False).logits
+        torch.testing.assert_close(logits, loaded(tokens()).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("family", "field"), [(name, field) for name in FAMILIES for field in FAMILIES[name].refuse])
+def test_what_a_family_cannot_have_is_refused_by_name(family, field, folders, tmp_path):
+    data = json.loads((folders(family) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**data, field: 1.0 if field == "clip_qkv" else True}))
+    with pytest.raises(UnsupportedModelError, match=f"has {field} = .* cannot be pruned"):
+        open_folder(tmp_path)
+
+
+def test_a_family_that_is_newer_than_transformers_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(FAMILIES, "future", FamilySpec(name="future", since="9.9"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "future"}))
+    with pytest.raises(UnsupportedModelError, match=r"needs transformers 9\.9 or later"):
+        open_folder(tmp_path)
+    assert "future" not in configuration_intraslice.known_families()
+    with pytest.raises(AttributeError, match=r"future needs transformers 9\.9"):
+        family_of_class("IntraSliceFutureForCausalLM")
+
+
+def test_rope_parameters_of_each_layer_type_are_written_as_they_are():
+    config = AutoConfig.for_model("intraslice_cwm")
+    nested = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    config.rope_parameters = nested
+    saved = config.to_diff_dict()
+    assert saved["rope_parameters"] == nested and "rope_theta" not in saved
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_zero_padding_gives_the_stock_class(family, folders, tmp_path):
+    """The exporter compares the logits itself before it publishes."""
+    api.prune(str(folders(family)), output=tmp_path / "out", sparsity=0.3, options=FAST)
+    report = api.export(tmp_path / "out", to="padded", output=tmp_path / "padded")
+    assert report.max_logit_difference is not None and report.max_logit_difference < 1e-3
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "stock" not in FAMILIES[name].without_targets])
+def test_one_shape_for_all_layers_is_a_stock_model(family, folders, tmp_path):
+    api.prune(str(folders(family)), output=tmp_path / "out", sparsity=0.25, target="stock", options=FAST)
+    report = api.export(tmp_path / "out", to="stock", output=tmp_path / "stock")
+    assert report.max_logit_difference is not None and report.max_logit_difference < 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_classes_are_found_again_by_name(family):
+    for kind in model_classes(family):
+        assert pickle.loads(pickle.dumps(kind)) is kind and copy.deepcopy(kind) is kind
+    config = AutoConfig.for_model(f"intraslice_{family}")
+    assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
