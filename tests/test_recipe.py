@@ -26,7 +26,7 @@ def message(flags: dict | None = None, sets: tuple[str, ...] = (), path: Path | 
 def test_defaults_are_those_of_the_options():
     recipe = load_recipe(None, BASE)
     assert recipe.method == "intraslice"
-    assert recipe.method_options() == MethodOptions(sparsity=0.3, ffn=recipe.ffn)
+    assert recipe.method_options() == MethodOptions(sparsity=0.3)
     assert (recipe.calibration.source, recipe.calibration.num_samples, recipe.calibration.seqlen) == (
         "builtin",
         128,
