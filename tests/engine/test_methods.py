@@ -62,7 +62,8 @@ def test_the_budget_is_met_and_what_is_saved_loads(method, family, tiny_folder, 
     layers = model.get_submodule(FAMILIES[family].layers)
     weights = sum(p.numel() for name, p in layers.named_parameters() if p.dim() == 2)
     assert weights == result.pruned_layer_parameters
-    assert all(0.0 <= record.attention_error and 0.0 <= record.ffn_error for record in result.layers)
+    assert all(record.errors.keys() == {"attention", "ffn"} for record in result.layers)
+    assert all(0.0 <= error for record in result.layers for error in record.errors.values())
     if method == "transact":
         assert all(record.heads == tuple(range(8)) for record in result.layers)
         assert all(record.shape.qk_head_dim < 4 for record in result.layers)
@@ -111,7 +112,7 @@ def test_whole_heads_and_channels_are_a_masked_dense_model_with_biases(method, f
 
 def test_flap_repairs_the_mean_of_the_first_block(tiny_folder, tmp_path):
     folder = tiny_folder("llama", **MODELS["llama"])
-    result = prune(folder, tmp_path / "out", "flap", allocation__name="uniform")
+    result = prune(folder, tmp_path / "out", "flap", allocation__rule="uniform")
     dense, inputs = load(folder), []
     o = dense.model.layers[0].self_attn.o_proj
     o.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().flatten(0, 1)))
@@ -157,7 +158,7 @@ def test_the_forward_pass_measures_what_the_whole_model_shows(tiny_folder):
 
     folder = tiny_folder("opt", **MODELS["opt"])
     model = StreamedModel(open_checkpoint(str(folder)), Placement.choose("cpu", "auto", torch.float32), (1, 20))
-    profile = profile_layers(model, embedded_states(model, TOKENS, 1, None), SilentProgress())
+    profile = profile_layers(model, embedded_states(model, TOKENS, None), SilentProgress())
     dense, spec = load(folder), FAMILIES["opt"]
     taps: dict[str, torch.Tensor] = {}
     for index in range(4):
@@ -171,8 +172,8 @@ def test_the_forward_pass_measures_what_the_whole_model_shows(tiny_folder):
         layer.register_forward_hook(lambda module, args, output: states.append(output))
     logits(dense)
     for index in range(4):
-        linears = projections(dense, spec, index)
-        for name, found in (("o", profile.context_fluctuation[index]), ("down", profile.act_fluctuation[index])):
+        linears, fluctuation = projections(dense, spec, index), profile.fluctuation[index]
+        for name, found in (("o", fluctuation["attention"]), ("down", fluctuation["ffn"])):
             expected = taps[f"{name}{index}"].var(0, correction=0) * linears[name].weight.square().sum(0)
             torch.testing.assert_close(found.flatten().float(), expected, rtol=1e-3, atol=1e-6)
         cosine = torch.nn.functional.cosine_similarity(states[2 * index], states[2 * index + 1], dim=-1).mean()
