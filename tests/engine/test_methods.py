@@ -67,8 +67,8 @@ def test_the_budget_is_met_and_what_is_saved_loads(method, family, tiny_folder, 
         # Errors are relative: positive where something was removed, below one unless the block makes it worse.
         whole_attention = (record.shape.num_attention_heads, record.shape.v_head_dim) == (8, 4)
         for error, whole in (
-            (record.attention_error, whole_attention),
-            (record.ffn_error, record.shape.intermediate_size == 64),
+            (record.errors["attention"], whole_attention),
+            (record.errors["ffn"], record.shape.intermediate_size == 64),
         ):
             assert abs(error) < 1e-6 if whole else 1e-6 < error < 1.0
     if method == "transact":
@@ -119,7 +119,7 @@ def test_whole_heads_and_channels_are_a_masked_dense_model_with_biases(method, f
 
 def test_flap_repairs_the_mean_of_the_first_block(tiny_folder, tmp_path):
     folder = tiny_folder("llama", **MODELS["llama"])
-    result = prune(folder, tmp_path / "out", "flap", allocation__name="uniform")
+    result = prune(folder, tmp_path / "out", "flap", allocation__rule="uniform")
     dense, inputs = load(folder), []
     o = dense.model.layers[0].self_attn.o_proj
     o.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().flatten(0, 1)))
@@ -171,7 +171,7 @@ def test_the_forward_pass_measures_what_the_whole_model_shows(tiny_folder):
 
     folder = tiny_folder("opt", **MODELS["opt"])
     model = StreamedModel(open_checkpoint(str(folder)), Placement.choose("cpu", "auto", torch.float32), (1, 20))
-    profile = profile_layers(model, embedded_states(model, TOKENS, 1, None), SilentProgress())
+    profile = profile_layers(model, embedded_states(model, TOKENS, None), SilentProgress())
     dense, spec = load(folder), FAMILIES["opt"]
     taps: dict[str, torch.Tensor] = {}
     for index in range(4):
@@ -185,8 +185,8 @@ def test_the_forward_pass_measures_what_the_whole_model_shows(tiny_folder):
         layer.register_forward_hook(lambda module, args, output: states.append(output))
     logits(dense)
     for index in range(4):
-        linears = projections(dense, spec, index)
-        for name, found in (("o", profile.context_fluctuation[index]), ("down", profile.act_fluctuation[index])):
+        linears, fluctuation = projections(dense, spec, index), profile.fluctuation[index]
+        for name, found in (("o", fluctuation["attention"]), ("down", fluctuation["ffn"])):
             expected = taps[f"{name}{index}"].var(0, correction=0) * linears[name].weight.square().sum(0)
             torch.testing.assert_close(found.flatten().float(), expected, rtol=1e-3, atol=1e-6)
         cosine = torch.nn.functional.cosine_similarity(states[2 * index], states[2 * index + 1], dim=-1).mean()

@@ -8,54 +8,66 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from intraslice.errors import BudgetError
-from intraslice.methods.blockwise.allocators import (
-    BlockSizes,
-    MaskScores,
+from intraslice.layers.sites import ATTENTION, FFN
+from intraslice.methods.blockwise.allocators.base import Allocation, count_units
+from intraslice.methods.blockwise.allocators.mask_gradient import (
+    MaskGradients,
+    SiteGradients,
     allocate_by_mask_gradient,
-    allocate_uniform,
-    count_units,
+    channel_importance,
+    keep_fractions,
 )
-from intraslice.methods.blockwise.allocators.mask_gradient import channel_importance, keep_fractions
+from intraslice.methods.blockwise.allocators.uniform import allocate_uniform
 from intraslice.methods.blockwise.options import AllocationOptions
+from support.model_sites import kept_share, sites
 
-SIZES = BlockSizes((600,) * 4, (1400,) * 4)
+ATTENTION_SIZES, FFN_SIZES = (600,) * 4, (1400,) * 4
+SITES = sites(ATTENTION_SIZES, FFN_SIZES, heads=3, channels=56)
+GROUPED = sites(ATTENTION_SIZES, FFN_SIZES, heads=9, kv_heads=3, channels=56)
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _scores(seed: int = 0) -> MaskScores:
+def _measured(seed: int = 0) -> MaskGradients:
     layer_scale = [10.0 ** (seed % 3 - layer) for layer in range(4)]
     x = [_random(50, 24, seed=layer + 100) for layer in range(4)]
     blocks = [torch.stack([part.T @ part for part in layer.split(8, 1)]) for layer in x]
-    return MaskScores(
-        tuple(_random(6, 24, seed=seed + layer) * scale for layer, scale in enumerate(layer_scale)),
-        tuple(_random(6, 56, seed=seed + 10 + layer) * scale for layer, scale in enumerate(layer_scale)),
-        tuple(blocks),
-        tuple(torch.stack([torch.eye(7, dtype=torch.float64)] * 8) for _ in range(4)),
+    groups = torch.stack([torch.eye(7, dtype=torch.float64)] * 8)
+    return MaskGradients(
+        tuple(
+            {
+                ATTENTION: SiteGradients(_random(6, 24, seed=seed + layer) * scale, blocks[layer]),
+                FFN: SiteGradients(_random(6, 56, seed=seed + 10 + layer) * scale, groups),
+            }
+            for layer, scale in enumerate(layer_scale)
+        )
     )
 
 
-def _sparsity(allocation) -> float:
-    kept = sum(f * s for f, s in zip(allocation.attention, SIZES.attention, strict=True))
-    kept += sum(f * s for f, s in zip(allocation.ffn, SIZES.ffn, strict=True))
-    return 1.0 - kept / (sum(SIZES.attention) + sum(SIZES.ffn))
+def _sparsity(allocation: Allocation) -> float:
+    return 1.0 - kept_share(SITES, allocation.keep)
+
+
+def _fractions(allocation: Allocation) -> tuple[float, ...]:
+    return allocation.fractions(ATTENTION) + allocation.fractions(FFN)
 
 
 @settings(max_examples=40, deadline=None)
 @given(sparsity=st.floats(0.0, 0.85), seed=st.integers(0, 50), rotate=st.booleans())
 def test_mask_gradient_meets_the_budget_and_the_cap(sparsity, seed, rotate):
     options = AllocationOptions(pca_attention=rotate, pca_ffn=rotate)
-    allocation = allocate_by_mask_gradient(_scores(seed), SIZES, sparsity, options)
+    allocation = allocate_by_mask_gradient(_measured(seed), SITES, sparsity, options)
     assert _sparsity(allocation) == pytest.approx(sparsity, abs=1e-3)
-    assert all(0.1 - 1e-9 <= f <= 1.0 for f in (*allocation.attention, *allocation.ffn))
+    assert all(0.1 - 1e-9 <= f <= 1.0 for f in _fractions(allocation))
 
 
 def test_more_important_layers_keep_more():
-    allocation = allocate_by_mask_gradient(_scores(), SIZES, 0.4, AllocationOptions())
-    assert list(allocation.ffn) == sorted(allocation.ffn, reverse=True)
-    assert allocation.ffn[0] > allocation.ffn[-1]
+    allocation = allocate_by_mask_gradient(_measured(), SITES, 0.4, AllocationOptions())
+    ffn = allocation.fractions(FFN)
+    assert list(ffn) == sorted(ffn, reverse=True)
+    assert ffn[0] > ffn[-1]
 
 
 def test_keep_fractions_is_a_global_top_k_without_caps():
@@ -81,52 +93,55 @@ def test_rotation_moves_importance_but_keeps_the_total_of_each_block():
     assert torch.allclose(plain.view(2, 6).sum(1), rotated.view(2, 6).sum(1))
 
 
-def test_ffn_bias_shifts_the_loss_between_attention_and_ffn():
-    allocation = allocate_uniform(SIZES, 0.3, AllocationOptions(ffn_bias=0.8))
-    assert allocation.ffn[0] == pytest.approx(1 - 0.24)
-    assert allocation.attention[0] < allocation.ffn[0]
+def test_ffn_share_shifts_the_loss_between_attention_and_ffn():
+    allocation = allocate_uniform(None, SITES, 0.3, AllocationOptions(ffn_share=0.8))
+    assert allocation.fractions(FFN)[0] == pytest.approx(1 - 0.24)
+    assert allocation.fractions(ATTENTION)[0] < allocation.fractions(FFN)[0]
     assert _sparsity(allocation) == pytest.approx(0.3)
 
 
 def test_zero_sparsity_keeps_everything():
-    allocation = allocate_uniform(SIZES, 0.0, AllocationOptions())
-    assert set(allocation.attention + allocation.ffn) == {1.0}
+    allocation = allocate_uniform(None, SITES, 0.0, AllocationOptions())
+    assert set(_fractions(allocation)) == {1.0}
 
 
-@pytest.mark.parametrize(("sparsity", "bias"), [(0.88, 1.1), (0.5, 2.0), (0.5, 0.2), (0.9, 1.0), (0.3, 50.0)])
-def test_a_bias_beyond_the_cap_gives_the_rest_to_the_other_block(sparsity, bias):
-    allocation = allocate_uniform(SIZES, sparsity, AllocationOptions(ffn_bias=bias))
+@pytest.mark.parametrize(("sparsity", "share"), [(0.88, 1.1), (0.5, 2.0), (0.5, 0.2), (0.9, 1.0), (0.3, 50.0)])
+def test_a_share_beyond_the_cap_gives_the_rest_to_the_other_kind(sparsity, share):
+    allocation = allocate_uniform(None, SITES, sparsity, AllocationOptions(ffn_share=share))
     assert _sparsity(allocation) == pytest.approx(sparsity)
-    assert all(0.1 - 1e-9 <= f <= 1.0 + 1e-9 for f in (*allocation.attention, *allocation.ffn))
+    assert all(0.1 - 1e-9 <= f <= 1.0 + 1e-9 for f in _fractions(allocation))
 
 
 def test_an_unreachable_budget_is_refused_with_numbers():
     with pytest.raises(BudgetError, match=r"0\.93.*90%"):
-        count_units(SIZES, 0.93, AllocationOptions(), num_heads=4, num_key_value_heads=4)
+        count_units(SITES, 0.93, AllocationOptions())
 
 
 @pytest.mark.parametrize(("sparsity", "heads"), [(0.0, 0), (0.2, 1), (0.3, 2), (0.5, 4)])
 def test_units_of_grouped_queries_are_query_heads(sparsity, heads):
-    options = AllocationOptions(count="units", ffn_bias=1.0)
-    units = count_units(SIZES, sparsity, options, num_heads=9, num_key_value_heads=3)
+    options = AllocationOptions(budget_unit="units", ffn_share=1.0)
+    units = count_units(GROUPED, sparsity, options)
     assert units.sparsity * (0.75 * 600 + 1400) == pytest.approx(sparsity * 2000)
-    uniform = allocate_uniform(units.sizes, units.sparsity, options)
-    assert uniform.attention == pytest.approx(uniform.ffn)  # the same share of query heads as of channels
+    uniform = allocate_uniform(None, units.sites, units.sparsity, options)
+    assert uniform.fractions(ATTENTION) == pytest.approx(
+        uniform.fractions(FFN)
+    )  # the same share of query heads as of channels
     # The nine query heads have three quarters of the weights; of what is not a whole head, the FFN loses more.
-    weighed = units.weigh(uniform)
-    assert weighed.attention == pytest.approx((1 - 0.75 * heads / 9,) * 4)
+    weighed = units.to_weight_fractions(uniform)
+    assert weighed.fractions(ATTENTION) == pytest.approx((1 - 0.75 * heads / 9,) * 4)
     assert _sparsity(weighed) == pytest.approx(sparsity)
 
 
 def test_units_without_groups_are_heads_and_weights_are_left_alone():
-    alone = count_units(SIZES, 0.3, AllocationOptions(count="units", ffn_bias=1.0), num_heads=9, num_key_value_heads=9)
-    assert alone.sizes == SIZES and alone.sparsity == 0.3
-    uniform = allocate_uniform(alone.sizes, alone.sparsity, AllocationOptions(ffn_bias=1.0))
-    assert alone.weigh(uniform).attention == pytest.approx((7 / 9,) * 4)
-    weights = count_units(SIZES, 0.3, AllocationOptions(), num_heads=9, num_key_value_heads=3)
-    assert weights.sizes == SIZES and weights.weigh(uniform) == uniform
+    ungrouped = sites((630,) * 4, (1400,) * 4, heads=9, channels=56)
+    alone = count_units(ungrouped, 0.3, AllocationOptions(budget_unit="units", ffn_share=1.0))
+    assert alone.sites == ungrouped and alone.sparsity == 0.3
+    uniform = allocate_uniform(None, alone.sites, alone.sparsity, AllocationOptions(ffn_share=1.0))
+    assert alone.to_weight_fractions(uniform).fractions(ATTENTION) == pytest.approx((7 / 9,) * 4)
+    weights = count_units(GROUPED, 0.3, AllocationOptions())
+    assert weights.sites == GROUPED and weights.to_weight_fractions(uniform) == uniform
 
 
 def test_an_unreachable_share_of_units_is_refused_with_the_sparsity_that_was_asked_for():
     with pytest.raises(BudgetError, match=r"0\.88.*90% of its units"):
-        count_units(SIZES, 0.88, AllocationOptions(count="units"), num_heads=9, num_key_value_heads=3)
+        count_units(GROUPED, 0.88, AllocationOptions(budget_unit="units"))

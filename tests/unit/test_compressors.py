@@ -7,8 +7,8 @@ import torch
 
 from intraslice.algebra.linalg import ridge_solve
 from intraslice.algebra.scores import rope_pair_scores
-from intraslice.layers.weights import AttentionWeights, fuse_qk, fuse_value
-from intraslice.methods.blockwise.channels import block_target, channel_scores, select_channels, solve_down
+from intraslice.layers.weights import AttentionWeights, ValueEdit, fuse_qk, fuse_value
+from intraslice.methods.blockwise.channels import channel_scores, own_output, select_channels, solve_down
 from intraslice.methods.blockwise.heads import (
     AttentionStats,
     choose_qk,
@@ -33,7 +33,7 @@ def _correlated(tokens: int, channels: int, seed: int) -> torch.Tensor:
 
 
 def _block(act: torch.Tensor, down: torch.Tensor) -> OutputMoments:
-    return block_target(moments_of(act, act.new_zeros(len(act), len(down))), down)
+    return own_output(moments_of(act, act.new_zeros(len(act), len(down))), down)
 
 
 def _stats_of_context(x: torch.Tensor) -> AttentionStats:
@@ -187,8 +187,6 @@ def test_fuse_value_multiplies_the_context_by_the_basis():
     edit = choose_qk(weights, _stats(weights, _random(N, D)), 0.7 * 2 * D * d * (H + K), AttentionOptions(), None)
     fused, per_kv = fuse_qk(weights, edit, None)
     basis = torch.linalg.qr(_random(len(per_kv), d, d, seed=8)).Q[:, :, :5]
-    from intraslice.layers.weights import ValueEdit
-
     final = fuse_value(fused, ValueEdit(v_basis=basis, o_weight=torch.zeros(D, 5 * len(edit.heads)).double()))
     x = _random(7, D)
     assert fused.v_bias is not None and final.v_bias is not None

@@ -30,7 +30,7 @@ class Replay:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_improves_a_block_as_float32_does(dtype: torch.dtype):
     down = torch.randn(32, 128, generator=torch.Generator().manual_seed(1))
-    options = FFNOptions(iter_pca=True, shrink_to="zero", damping=0.01, target="block")
+    options = FFNOptions(iter_pca=True, shrink_to="zero", damping=0.01, repair_against="own_output")
     errors = {}
     for kind in (torch.float32, dtype):
         replay = Replay(kind, down)

@@ -9,20 +9,21 @@ import torch
 
 from intraslice.algebra.selection import planned_heads
 from intraslice.errors import BudgetError
-from intraslice.methods.blockwise.allocators import (
-    BlockSizes,
-    MaskScores,
-    ShapeGrid,
+from intraslice.layers.sites import ATTENTION, FFN
+from intraslice.methods.blockwise.allocators.base import Allocation
+from intraslice.methods.blockwise.allocators.mask_gradient import (
+    MaskGradients,
+    SiteGradients,
     allocate_by_mask_gradient,
-    allocate_shapes,
 )
-from intraslice.methods.blockwise.allocators.shapes import _Choice, knapsack
+from intraslice.methods.blockwise.allocators.shapes import ShapeGrid, _Choice, allocate_shapes, knapsack
 from intraslice.methods.blockwise.options import AllocationOptions
+from support.model_sites import kept_share, sites
 
 L, H, K, D, F, d = 3, 6, 2, 24, 48, 8
 
 
-def _scores(seed: int = 0, rope: bool = True) -> MaskScores:
+def _measured(seed: int = 0, rope: bool = True) -> MaskGradients:
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
@@ -33,16 +34,23 @@ def _scores(seed: int = 0, rope: bool = True) -> MaskScores:
         return x.transpose(1, 2) @ x
 
     layers = range(L)
-    return MaskScores(
-        context_grad=tuple(random(5, H * d) for _ in layers),
-        act_grad=tuple(random(5, F) for _ in layers),
-        context_moment=tuple(moments(H, d) for _ in layers),
-        act_moment=tuple(moments(6, 8) for _ in layers),
+    context_grad = [random(5, H * d) for _ in layers]
+    act_grad = [random(5, F) for _ in layers]
+    context_moment = [moments(H, d) for _ in layers]
+    act_moment = [moments(6, 8) for _ in layers]
+    return MaskGradients(
+        tuple(
+            {
+                ATTENTION: SiteGradients(context_grad[layer], context_moment[layer]),
+                FFN: SiteGradients(act_grad[layer], act_moment[layer]),
+            }
+            for layer in layers
+        ),
         pair_scores=tuple(random(d // 2).abs() for _ in layers) if rope else None,
     )
 
 
-SIZES = BlockSizes((2 * D * d * (H + K),) * L, (3 * D * F,) * L)
+SITES = sites((2 * D * d * (H + K),) * L, (3 * D * F,) * L, heads=H, kv_heads=K, channels=F)
 
 
 def _grid(**changes) -> ShapeGrid:
@@ -50,9 +58,8 @@ def _grid(**changes) -> ShapeGrid:
     return ShapeGrid(**{**values, **changes})
 
 
-def _kept(allocation) -> float:
-    pairs = zip((*allocation.attention, *allocation.ffn), (*SIZES.attention, *SIZES.ffn), strict=True)
-    return sum(fraction * size for fraction, size in pairs) / (sum(SIZES.attention) + sum(SIZES.ffn))
+def _kept(allocation: Allocation) -> float:
+    return kept_share(SITES, allocation.keep)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -83,17 +90,17 @@ def test_too_small_a_budget_has_no_solution():
 @pytest.mark.parametrize("shapes", ["layer", "width", "model"])
 @pytest.mark.parametrize("sparsity", [0.2, 0.3, 0.5])
 def test_shapes_meet_the_budget_and_their_constraints(shapes, sparsity):
-    options = AllocationOptions(shapes=shapes)
-    allocation = allocate_shapes(_scores(), SIZES, sparsity, options, _grid())
+    options = AllocationOptions(shape_freedom=shapes)
+    allocation = allocate_shapes(_measured(), SITES, sparsity, options, _grid())
     assert _kept(allocation) == pytest.approx(1 - sparsity, abs=0.005)
     heads = allocation.heads
     assert heads is not None and len(heads) == L
-    for plan, fraction in zip(heads, allocation.attention, strict=True):
+    for plan, fraction in zip(heads, allocation.fractions(ATTENTION), strict=True):
         cost = 2 * D * plan.width * plan.num_key_value_heads * (plan.group + 1)
-        assert fraction == pytest.approx(cost / SIZES.attention[0])
+        assert fraction == pytest.approx(cost / SITES.sizes(ATTENTION)[0])
     assert len({plan.width for plan in heads}) == 1 or shapes == "layer"
     if shapes == "model":
-        assert len(set(heads)) == len(set(allocation.ffn)) == 1
+        assert len(set(heads)) == len(set(allocation.fractions(FFN))) == 1
     if shapes == "layer" or heads[0].width == d:
         assert allocation.rope_pairs is None
     else:
@@ -105,7 +112,7 @@ def test_shapes_meet_the_budget_and_their_constraints(shapes, sparsity):
 
 def test_more_freedom_keeps_more_importance():
     kept = {
-        shapes: allocate_shapes(_scores(rope=False), SIZES, 0.3, AllocationOptions(shapes=shapes), _grid())
+        shapes: allocate_shapes(_measured(rope=False), SITES, 0.3, AllocationOptions(shape_freedom=shapes), _grid())
         for shapes in ("layer", "width", "model")
     }
     values = [kept[shapes].kept_importance or 0.0 for shapes in ("layer", "width", "model")]
@@ -114,32 +121,34 @@ def test_more_freedom_keeps_more_importance():
 
 
 def test_alignment_restricts_the_choices():
-    options = AllocationOptions(shapes="layer")
+    options = AllocationOptions(shape_freedom="layer")
     grid = _grid(context_multiple=12, ffn_multiple=6)
-    allocation = allocate_shapes(_scores(), SIZES, 0.3, options, grid)
+    allocation = allocate_shapes(_measured(), SITES, 0.3, options, grid)
     assert allocation.heads is not None
-    for plan, fraction in zip(allocation.heads, allocation.ffn, strict=True):
+    for plan, fraction in zip(allocation.heads, allocation.fractions(FFN), strict=True):
         dense = (plan.num_key_value_heads, plan.group, plan.width) == (K, H // K, d)
         assert dense or plan.num_key_value_heads * plan.group * plan.width % 12 == 0
         assert round(fraction * F) % 6 == 0
 
 
 def test_head_counts_that_the_stock_class_refuses_are_left_out():
-    options = AllocationOptions(shapes="model")
-    allocation = allocate_shapes(_scores(), SIZES, 0.5, options, _grid(heads_divide_hidden=True))
+    options = AllocationOptions(shape_freedom="model")
+    allocation = allocate_shapes(_measured(), SITES, 0.5, options, _grid(heads_divide_hidden=True))
     assert allocation.heads is not None
     assert D % (allocation.heads[0].num_key_value_heads * allocation.heads[0].group) == 0
 
 
 def test_an_impossible_grid_is_refused():
     with pytest.raises(BudgetError, match="--align"):
-        allocate_shapes(_scores(), SIZES, 0.3, AllocationOptions(shapes="model"), _grid(ffn_multiple=48, widths=(8,)))
+        allocate_shapes(
+            _measured(), SITES, 0.3, AllocationOptions(shape_freedom="model"), _grid(ffn_multiple=48, widths=(8,))
+        )
 
 
 def test_free_shapes_are_the_reference():
-    options = AllocationOptions(shapes="layer")
-    allocation = allocate_shapes(_scores(), SIZES, 0.3, options, _grid(widths=tuple(range(2, 9, 2))))
-    free = allocate_by_mask_gradient(_scores(), SIZES, 0.3, AllocationOptions())
+    options = AllocationOptions(shape_freedom="layer")
+    allocation = allocate_shapes(_measured(), SITES, 0.3, options, _grid(widths=tuple(range(2, 9, 2))))
+    free = allocate_by_mask_gradient(_measured(), SITES, 0.3, AllocationOptions())
     assert _kept(free) == pytest.approx(_kept(allocation), abs=0.01)
     assert allocation.free_importance is not None
     assert allocation.free_importance < 1

@@ -250,7 +250,10 @@ class Statistics:
             accumulator.reduce(group)
 
     def finish(self) -> dict[str, Tensor]:
-        """Return all sums by name, float64 on the CPU."""
+        """Return all sums by name, float64 on the CPU.
+
+        They may share memory with what goes on adding: whoever keeps them beyond that clones them.
+        """
         return {name: accumulator.value for name, accumulator in self._sums.items()}
 
 

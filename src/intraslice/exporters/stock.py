@@ -213,7 +213,7 @@ def _subset_rope(checkpoint: PrunedCheckpoint, pairs: Sequence[int]) -> dict[str
     if frequencies is None:
         raise UnsupportedModelError(
             f"the rotary frequencies of type {rope_type(checkpoint)!r} change with the length of the text, so a "
-            "subset of the pairs cannot be written as constants; prune with attention.adaptive_heads=false, or use "
+            "subset of the pairs cannot be written as constants; prune with attention.heads=whole, or use "
             "--to padded."
         )
     if rotary_dim(checkpoint.dense) != checkpoint.dense_shape.qk_head_dim:
