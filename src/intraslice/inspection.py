@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from intraslice.checkpoint.folder import composite_reason
 from intraslice.errors import UnsupportedModelError
 from intraslice.loading import count_parameters, load_config
 from intraslice.options import RunOptions
@@ -133,6 +134,9 @@ def family_of(config: Any) -> FamilySpec:
         UnsupportedModelError: the architecture is not one of ours.
     """
     name = config.model_type.removeprefix(_PRUNED_PREFIX)
+    composite = composite_reason(name, getattr(getattr(config, "text_config", None), "model_type", None))
+    if composite is not None:
+        raise UnsupportedModelError(f"this model {composite}")
     if name not in FAMILIES:
         raise UnsupportedModelError(
             f"architecture {name!r} is not supported; supported are {', '.join(sorted(FAMILIES))}."

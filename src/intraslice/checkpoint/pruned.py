@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor
 
-from intraslice.checkpoint.folder import StoredTensor, read_headers
+from intraslice.checkpoint.folder import StoredTensor, config_reason, read_headers
 from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
 from intraslice.layers.state_dict import NeutralLayer, split_layer
 from intraslice.runtime import register
@@ -128,7 +128,7 @@ def open_pruned(model: str) -> PrunedCheckpoint:
         ours = "intraslice" in json.loads(path.read_text(encoding="utf-8"))
         config = AutoConfig.from_pretrained(folder) if ours else None
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
-        raise CheckpointError(f"config.json of {model!r} is not valid: {one_line(error)}") from error
+        raise CheckpointError(f"config.json of {model!r} cannot be read: {config_reason(error)}") from error
     if config is None:
         raise CheckpointError(
             f"{model!r} was not pruned by intraslice, so there is nothing to export; give the output folder of "

@@ -98,7 +98,7 @@ class _PrunedConfig(_ConfigBase):
         return tuple(LayerShape.from_dict(layer) for layer in self.intraslice["layers"])
 
     def validate_architecture(self) -> None:
-        """Check that there is a shape for each layer, in a format that this code knows.
+        """Check that there is a shape for each layer, in a format that is not newer than this code.
 
         Raises:
             ValueError: when there is not.
@@ -106,10 +106,13 @@ class _PrunedConfig(_ConfigBase):
         if self.intraslice is None:
             return
         version = self.intraslice.get("format_version")
-        if version != FORMAT_VERSION:
+        # bool is an int too.
+        if type(version) is not int or version < 1:
+            raise ValueError(f"config.json has the format_version {version!r}, which is not a whole number from 1.")
+        if version > FORMAT_VERSION:
             raise ValueError(
-                f"This checkpoint has format version {version}, this code reads version {FORMAT_VERSION}; "
-                "install a matching release of intraslice."
+                f"format version {version} of this checkpoint is newer than version {FORMAT_VERSION}, the newest that "
+                "this code reads; install a newer release of intraslice."
             )
         layers = len(self.intraslice["layers"])
         if layers != self.num_hidden_layers:
