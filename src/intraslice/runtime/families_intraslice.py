@@ -96,7 +96,7 @@ class FamilySpec:
         norm: what the norms compute: "rms" (x / rms(x) * weight), "rms_plus_one" (the same, * (1 + weight)), "layer"
             (LayerNorm with weight and bias), "layer_plus_one", or "layer_plain" (LayerNorm without weights).
         norm_first: config attribute that says whether norms come before the block; None means always before.
-        rope: whether query and key are rotated.
+        rope: whether query and key are rotated: a constant, or the config list that says it of each layer (0: not).
         intermediate_size: config attribute of the FFN width.
         sliding_window: config attribute passed on to the attention kernel, where the stock attention module reads it
             from the config at every call; None when the module holds its window itself, or has none.
@@ -138,7 +138,7 @@ class FamilySpec:
     ffn_norm: str = "post_attention_layernorm"
     norm: str = "rms"
     norm_first: str | None = None
-    rope: bool = True
+    rope: bool | str = True
     intermediate_size: str = "intermediate_size"
     sliding_window: str | None = None
     qkv_bias: bool | str = False
@@ -173,7 +173,7 @@ class FamilySpec:
     @property
     def fits_llama_cpp(self) -> bool:
         """Whether llama.cpp's architecture with a shape per layer has a place for everything in a layer."""
-        return self.rope and self.gate is not None and self.norm == "rms"
+        return self.rope is True and self.gate is not None and self.norm == "rms"
 
     @property
     def without_targets(self) -> tuple[str, ...]:
@@ -373,6 +373,13 @@ FAMILIES: dict[str, FamilySpec] = {
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             heads_divide_hidden=True,
+        ),
+        FamilySpec(
+            name="smollm3",
+            rope="no_rope_layers",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            bias_fields=("attention_bias", "mlp_bias"),
         ),
     )
 }
