@@ -168,7 +168,8 @@ def test_a_composite_whose_text_tower_is_of_no_known_family_is_any_unknown_model
 def test_every_command_refuses_a_composite_in_one_line(
     arguments: list[str], tiny_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = CONFIG_MAPPING["mistral3"](text_config={"model_type": "mistral"})
+    composite: Any = CONFIG_MAPPING["mistral3"]
+    config = composite(text_config={"model_type": "mistral"})
     folder = composite_folder(tmp_path / "composite", "mistral3", "mistral")
     config.save_pretrained(folder)
     (folder / "model.safetensors").write_bytes((tiny_folder("mistral") / "model.safetensors").read_bytes())
