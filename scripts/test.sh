@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up a virtual environment of its own and runs lint, format check, type check, the build of the
-# documentation (into out/docs) and the test suite. Arguments go to pytest.
+# Sets up a virtual environment of its own and runs lint, format check, import contracts, type check, the build of the
+# documentation (into out/docs) and the test suite. Arguments go to pytest: -m "" also runs the tests marked slow.
 # Needs Python 3.10 or later and the Python package index.
 #   VENV    the environment  (.venv-test in the repository)
 #   PYTHON  the interpreter  (python3)
@@ -19,6 +19,7 @@ export PATH="$venv/bin:$PATH"
 
 ruff check .
 ruff format --check .
+lint-imports
 pyright --pythonpath "$venv/bin/python"
 # A warning is an error; -E reads every page anew, because docstrings change without the pages.
 sphinx-build -W --keep-going -E -q -b html docs out/docs

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import yaml
+from huggingface_hub import ModelCard
 
 from intraslice.results.model_card import render
 from intraslice.results.result import LayerRecord, PruneResult
@@ -63,6 +64,12 @@ def test_numbers_and_head():
     ):
         assert text in card
     assert 'folder = "small-model"' in card
+
+
+def test_the_hub_reads_the_head():
+    data = ModelCard(render(result("org/model"))).data
+    assert data.base_model == "org/model" and data.tags == ["intraslice", "pruned", "llama"]
+    assert ModelCard(render(result("./dense"))).data.base_model is None
 
 
 def test_local_paths_stay_private():

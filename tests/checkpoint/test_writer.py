@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,8 +21,10 @@ from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot, read_slots,
 from intraslice.checkpoint.writer import (
     assemble,
     check_output,
+    plan_shards,
     publish,
     save_side_files,
+    shard_names,
 )
 from intraslice.errors import OutputError
 from intraslice.files import write_text
@@ -105,6 +110,25 @@ def test_assembled_layers_are_the_model_again(
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     assert open_folder(out).fingerprint() == checkpoint.fingerprint()
     assert AutoTokenizer.from_pretrained(out)("abc") == AutoTokenizer.from_pretrained(source)("abc")
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=12), limit=st.integers(9, 30))
+def test_shards_are_those_of_the_hub_library(sizes: list[int], limit: int) -> None:
+    slots = {f"t{i}": TensorSlot(torch.uint8, (size,)) for i, size in enumerate(sizes)}
+    expected = split_state_dict_into_shards_factory(
+        slots,
+        get_storage_size=lambda slot: slot.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    shards = plan_shards(slots, limit)
+    assert dict(zip(shard_names(len(shards)), shards, strict=True)) == expected.filename_to_tensors
+
+
+def test_a_tensor_larger_than_a_shard_keeps_its_place() -> None:
+    slots = {name: TensorSlot(torch.uint8, (size,)) for name, size in (("a", 1), ("b", 10), ("c", 1))}
+    assert plan_shards(slots, 5) == [["a"], ["b"], ["c"]]
 
 
 def test_side_files(make_folder: Folder, tmp_path: Path) -> None:

@@ -93,57 +93,41 @@ def test_dry_run_says_how_often_the_gradient_pass_loads_the_layers(tiny_folder, 
     assert "gradient pass" not in capfd.readouterr().out
 
 
-def test_wrong_input_writes_nothing(tiny_folder, make_folder, tmp_path: Path, capfd):
-    good = str(tiny_folder("llama"))
+WRONG = {
+    "truncated": ["{broken}", "-o", "{out}", "--sparsity", "0.3"],
+    "positions": ["{good}", "-o", "{out}", "--sparsity", "0.3", "--seqlen", "4096"],
+    "--overwrite": ["{good}", "-o", "{existing}", "--sparsity", "0.3"],
+    "empty.txt": ["{good}", "-o", "{out}", "--sparsity", "0.3", "--calibration", "{empty}", "--seqlen", "32"],
+    "wikitext2": ["{good}", "-o", "{out}", "--sparsity", "0.3", "--calibration", "wikitxt2", "--seqlen", "32"],
+    "no-such-model": ["no-such-model", "-o", "{out}", "--sparsity", "0.3"],
+    "input model": ["{good}", "-o", "{good}", "--sparsity", "0.3", "--overwrite"],
+    "no output": ["{good}", "--sparsity", "0.3"],
+    # Refused after the calibration text was read.
+    "at most 90%": ["{good}", "-o", "{out}", "--sparsity", "0.92", *SMALL],
+}
+
+
+@pytest.mark.parametrize("expected", WRONG)
+def test_wrong_input_writes_nothing(expected, tiny_folder, make_folder, tmp_path: Path, capfd):
     broken = make_folder("qwen2")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    empty = tmp_path / "empty.txt"
-    empty.write_text("")
-    existing = tmp_path / "existing"
-    existing.mkdir()
-    place = tmp_path / "place"
-    place.mkdir()
-    out = place / "pruned"
-    cases = {
-        "truncated": [str(broken), "-o", str(out), "--sparsity", "0.3"],
-        "positions": [good, "-o", str(out), "--sparsity", "0.3", "--seqlen", "4096"],
-        "--overwrite": [good, "-o", str(existing), "--sparsity", "0.3"],
-        "empty.txt": [
-            good,
-            "-o",
-            str(out),
-            "--sparsity",
-            "0.3",
-            "--calibration",
-            str(empty),
-            "--seqlen",
-            "32",
-        ],
-        "wikitext2": [
-            good,
-            "-o",
-            str(out),
-            "--sparsity",
-            "0.3",
-            "--calibration",
-            "wikitxt2",
-            "--seqlen",
-            "32",
-        ],
-        "no-such-model": ["no-such-model", "-o", str(out), "--sparsity", "0.3"],
-        "input model": [good, "-o", good, "--sparsity", "0.3", "--overwrite"],
-        "no output": [good, "--sparsity", "0.3"],
-        # Refused after the calibration text was read.
-        "at most 90%": [good, "-o", str(out), "--sparsity", "0.92", *SMALL],
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "existing").mkdir()
+    (tmp_path / "place").mkdir()
+    places = {
+        "good": tiny_folder("llama"),
+        "broken": broken,
+        "out": tmp_path / "place" / "pruned",
+        "empty": tmp_path / "empty.txt",
+        "existing": tmp_path / "existing",
     }
     before = tree(tmp_path)
-    for expected, arguments in cases.items():
-        assert main(["prune", *arguments]) == 2, arguments
-        captured = capfd.readouterr()
-        lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and expected in lines[0], captured.err
-        assert captured.out == ""
+    assert main(["prune", *(part.format(**places) for part in WRONG[expected])]) == 2
+    captured = capfd.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and expected in lines[0], captured.err
+    assert captured.out == ""
     assert tree(tmp_path) == before
 
 

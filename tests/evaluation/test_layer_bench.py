@@ -14,6 +14,7 @@ from intraslice.speed.layer_bench import bench_layers
 from intraslice.speed.layer_speed import LayerHost
 from support.clock import count_operations
 from support.tiny import FAMILIES
+from support.tolerances import READ_BACK
 
 CPU = Placement(torch.device("cpu"), torch.float32, torch.float32, torch.float32)
 SMALL = BenchOptions(prompt_tokens=16, decode_tokens=3, batch_size=2, repetitions=2)
@@ -51,8 +52,9 @@ def test_a_layer_computes_what_it_computes_in_the_model(family, tiny_folder):
     own = host.empty_cache()
     assert host.layer_seconds(0, host.layers[0], prompt, own) > 0
     host.layer_seconds(0, host.layers[0], token, own)
-    torch.testing.assert_close(seen["alone"], seen["whole"], rtol=0, atol=0)
-    assert torch.equal(own.layers[0].keys, cache.layers[0].keys)
+    # The model may hand its layers a mask where this layer gets none: another attention kernel.
+    torch.testing.assert_close(seen["alone"], seen["whole"], **READ_BACK)
+    torch.testing.assert_close(own.layers[0].keys, cache.layers[0].keys, **READ_BACK)
 
 
 def test_steps_leave_the_cache_as_it_was(tiny_folder):

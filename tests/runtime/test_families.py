@@ -21,7 +21,7 @@ from intraslice.runtime.configuration_intraslice import dense_shape, family_of_c
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
 from intraslice.runtime.modeling_intraslice import PrunedAttention, apply_layer_shape, model_classes
 from intraslice.streaming.model import StreamedModel
-from runtime.family_cases import doubles, family_model
+from support.family_cases import doubles, family_model
 
 # Sums of the same float64 terms in another order.
 FLOAT64 = {"atol": 1e-10, "rtol": 0.0}

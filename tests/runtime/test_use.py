@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+from intraslice.runtime.configuration_intraslice import FAMILIES
 from support.tiny_models import ONE_PER_FAMILY, pruned_model, tokens
-
-FLOAT64 = {"atol": 1e-10, "rtol": 0.0}
+from support.tolerances import EAGER, FLOAT64
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -43,8 +43,7 @@ def test_eager_and_sdpa_agree_and_can_be_switched(case):
     with torch.no_grad():
         sdpa = model(tokens()).logits
         model.set_attn_implementation("eager")
-        # transformers takes the softmax of eager attention in float32.
-        torch.testing.assert_close(model(tokens()).logits, sdpa, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(tokens()).logits, sdpa, **EAGER)
 
 
 @pytest.mark.parametrize("case", ONE_PER_FAMILY)
@@ -153,7 +152,11 @@ def test_flex_attention():
         torch.testing.assert_close(model(tokens()).logits, expected, atol=1e-4, rtol=0)
 
 
-def test_module_tree_prints_and_counts():
-    model = pruned_model("llama-gqa-biases", torch.float32)
+@pytest.mark.parametrize("case", ONE_PER_FAMILY)
+def test_module_tree_prints_and_layers_hold_what_their_shapes_say(case):
+    model = pruned_model(case, torch.float32)
+    spec = FAMILIES[model.config.family]
     assert "PrunedAttention" in repr(model)
-    assert model.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
+    for layer, shape in zip(model.get_submodule(spec.layers), model.config.layer_shapes, strict=True):
+        weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() == 2)
+        assert weights == spec.num_parameters(shape, model.config.hidden_size)

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from intraslice.algebra.linalg import ridge_solve
+from intraslice.algebra.scores import rope_pair_scores
 from intraslice.layers.weights import AttentionWeights, ValueEdit, fuse_qk, fuse_value
 from intraslice.methods.blockwise.channels import channel_scores, own_output, select_channels, solve_down
 from intraslice.methods.blockwise.heads import (
     AttentionStats,
     choose_qk,
     head_scores,
-    rope_pair_scores,
     solve_value,
 )
 from intraslice.methods.blockwise.iter_pca import iterate_pca, pseudo_inverse

@@ -56,11 +56,12 @@ def test_block_second_moment_is_the_diagonal_blocks():
         assert torch.allclose(moment.value[block], full[part, part], atol=1e-12)
 
 
-def test_sum_adds():
+def test_a_sum_keeps_what_float32_would_lose():
     total = Sum(2, 3, device=CPU, dtype=torch.float64)
-    for _ in range(4):
-        total.update(torch.ones(2, 3))
-    assert torch.equal(total.value, torch.full((2, 3), 4.0, dtype=torch.float64))
+    total.update(torch.full((2, 3), 2.0**24))
+    for _ in range(3):
+        total.update(torch.ones(2, 3))  # float32 has no 2**24 + 1
+    assert torch.equal(total.value, torch.full((2, 3), 2.0**24 + 3, dtype=torch.float64))
 
 
 def _inputs(dtype: torch.dtype) -> torch.Tensor:

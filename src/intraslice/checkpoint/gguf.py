@@ -11,13 +11,13 @@ import hashlib
 import os
 import shutil
 import struct
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from platformdirs import user_cache_path
 
 from intraslice.checkpoint.reader import OUTPUT_EMBEDDING, build_skeleton
 from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot
@@ -40,13 +40,7 @@ def cache_folder() -> Path:
     """Return the folder of converted models: $INTRASLICE_CACHE, or the platform's cache folder."""
     if os.environ.get("INTRASLICE_CACHE"):
         return Path(os.environ["INTRASLICE_CACHE"]).expanduser()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", str(Path.home() / "AppData" / "Local")))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "intraslice"
+    return user_cache_path("intraslice", appauthor=False, opinion=False)
 
 
 def convert_gguf(path: Path, *, name: str | None = None, progress: Progress | None = None) -> Path:

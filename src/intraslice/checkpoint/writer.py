@@ -83,6 +83,9 @@ def assemble(
 
 def plan_shards(slots: Mapping[str, TensorSlot], max_shard_bytes: int) -> list[list[str]]:
     """Cut the names, in their order, into runs of at most `max_shard_bytes` of tensor data."""
+    # `huggingface_hub.split_state_dict_into_shards_factory` works on sizes too, but it writes a tensor larger than a
+    # shard before what precedes it and goes on with the shard that was open. Here the order of the names holds, so
+    # that the files of a model are the same as those that were written before.
     shards: list[list[str]] = [[]]
     size = 0
     for name, slot in slots.items():

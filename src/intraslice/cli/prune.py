@@ -19,6 +19,7 @@ from intraslice.cli.console import (
     print_table,
     write_json,
 )
+from intraslice.methods.registry import METHODS
 from intraslice.numbers import count, percent, size
 from intraslice.results.sites import list_sites, site_errors
 
@@ -52,8 +53,7 @@ def prune(
     method: Annotated[
         str | None,
         typer.Option(
-            help="intraslice (default), iter-pca, the ablations ada-h and naive, paper, or another method to compare "
-            "with: wanda-sp, flap, slimllm, transact, sobp, slicegpt, svd-llm."
+            help=f"intraslice (default), its variants, or another method to compare with: {', '.join(METHODS)}."
         ),
     ] = None,
     calibration: Annotated[

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from intraslice.names import NameKind, kind_of
 from intraslice.results.result import PruneResult
+from intraslice.results.sites import list_sites, site_title
 
-_TITLES = {"ffn": "FFN"}
+# Order of the fields in the card.
+_HEAD = ["library_name", "pipeline_tag", "tags", "base_model"]
 
 
 def render(result: PruneResult) -> str:
     """Return the model card of a finished run, as Markdown with a YAML head."""
     base = _hub_id(result.model)
-    head = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["intraslice", "pruned", result.family],
-        **({"base_model": base} if base else {}),
-    }
+    head = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["intraslice", "pruned", result.family],
+        base_model=base,
+    )
     sections = (
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"---\n{head.to_yaml(original_order=_HEAD)}\n---",
         f"# {Path(result.output).name}",
         f"`{_shown_model(result)}` with {100 * result.sparsity:.1f} % of its decoder weights removed by "
         f"intraslice (method `{result.method}`). The weights are really smaller: {_what_is_gone(result)}, nothing is "
@@ -83,7 +85,7 @@ The code that `trust_remote_code=True` runs lies in this folder. With the packag
 
 
 def _layers(result: PruneResult) -> str:
-    sites = list(dict.fromkeys(site for record in result.layers for site in record.errors))
+    sites = list_sites(result.layers)
     lines = [
         f"| {record.layer} | {record.shape.num_attention_heads} | {record.shape.num_key_value_heads} "
         f"| {record.shape.qk_head_dim} | {record.shape.v_head_dim} | {record.shape.intermediate_size} "
@@ -95,10 +97,10 @@ def _layers(result: PruneResult) -> str:
         [
             "## Layers",
             "",
-            "Errors are relative and squared, of each block's output on the calibration tokens.",
+            "Errors are relative and squared, of each site's output on the calibration tokens.",
             "",
             "| layer | heads | kv heads | qk dim | v dim | FFN | "
-            + "".join(f"{_TITLES.get(s, s)} error | " for s in sites),
+            + "".join(f"{site_title(site)} error | " for site in sites),
             "| ---: " * (6 + len(sites)) + "|",
             *lines,
         ]

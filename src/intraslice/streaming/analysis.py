@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from intraslice.algebra.scores import rope_pair_scores
 from intraslice.algebra.selection import top_indices
 from intraslice.algebra.statistics import BlockSecondMoment, SecondMoment, Sum
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer
-from intraslice.methods.blockwise.heads import rope_pair_scores
 from intraslice.placement import Placement
 from intraslice.progress import Progress, SilentProgress
 from intraslice.streaming.hidden import HiddenStates

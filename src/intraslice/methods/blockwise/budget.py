@@ -31,6 +31,7 @@ class _Range:
     low: float
     planned: float
     high: float
+    slack: float = 0.0
 
 
 class Budget:
@@ -72,6 +73,9 @@ class Budget:
         """
         low, high = self._window(layer, site, wanted)
         widths = self.widths(site)
+        # Half a step is what rounding may miss in any case: no site that stays whole is cut for less.
+        half = self._options.ffn.ffn_multiple * site.unit_weights / 2
+        low, high = low - half, high + half
         possible = [width for width in widths if low <= width * site.unit_weights <= high]
         if possible:
             return min(possible, key=lambda width: abs(width - wanted / site.unit_weights))
@@ -87,17 +91,17 @@ class Budget:
             for each in sites
             if number > layer or names.index(each.name) > names.index(site.name)
         ]
-        low = wanted + sum(each.planned - each.high for each in later)
-        high = wanted + sum(each.planned - each.low for each in later)
+        # How many heads a later layer keeps is known up to one head when it is measured.
+        head = max((each.slack for each in later), default=0.0)
+        low = wanted + sum(each.planned - each.high for each in later) + head
+        high = wanted + sum(each.planned - each.low for each in later) - head
         return (low, high) if low <= high else (wanted, wanted)
 
     def _range(self, layer: int, site: Site) -> _Range:
         planned = self.planned(layer, site)
         if site.kind == ATTENTION:
-            # The heads are chosen when the layer is measured: what they will weigh is known up to a head. An FFN after
-            # them has to make up for it, so their range narrows what can be left to later sites.
-            slack = 0.0 if self._planned_heads or self._keep[layer][site.name] >= 1.0 else site.unit_weights
-            return _Range(planned + slack, planned, planned - slack)
+            exact = self._planned_heads or self._keep[layer][site.name] >= 1.0
+            return _Range(planned, planned, planned, 0.0 if exact else site.unit_weights)
         widths = self.widths(site)
         return _Range(widths[0] * site.unit_weights, planned, widths[-1] * site.unit_weights)
 

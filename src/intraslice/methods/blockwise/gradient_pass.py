@@ -17,13 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from intraslice.algebra.scores import rope_pair_scores
 from intraslice.algebra.statistics import Statistics
 from intraslice.checkpoint.tensorfile import write_tensors
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer
 from intraslice.layers.sites import ATTENTION, FFN
 from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients, SiteGradients
-from intraslice.methods.blockwise.heads import rope_pair_scores
 from intraslice.placement import Placement
 from intraslice.progress import Progress
 from intraslice.streaming.boundaries import boundary_states_bytes, chunk_size

@@ -178,7 +178,8 @@ const CHARTS = {
   },
 
   time(figure, context) {
-    const parts = ["allocation", "layers", "write"];
+    // Results of version 0.1 call the plan "allocation".
+    const parts = ["plan", "allocation", "layers", "finish", "write"];
     drawBars(figure, {
       format: format.seconds,
       rows: chosenCells(context).filter((c) => c.prune?.seconds).map((c) => {
