@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from intraslice.errors import BudgetError
 from intraslice.layers.sites import ATTENTION, FFN, ModelSites
 from intraslice.methods.blockwise.allocators.base import Allocation
 from intraslice.methods.blockwise.budget import Budget, allowed_miss
-from intraslice.methods.blockwise.options import BlockwiseOptions, FFNOptions
+from intraslice.methods.blockwise.options import AttentionOptions, BlockwiseOptions, FFNOptions
 from support.model_sites import kept_share, sites
 
 HEADS, CHANNELS, CHANNEL_WEIGHTS, HEAD_WEIGHTS = 8, 64, 100, 400
@@ -177,7 +178,7 @@ def test_what_no_widths_reach_is_refused_and_all_else_is_not(drawn):
     allowed = max(TOLERANCE, min(0.02, multiple * CHANNEL_WEIGHTS / 2 / model.num_weights))
     budget, sparsity = Budget(model, allocation, with_steps(multiple)), 1.0 - kept_share(model, allocation.keep)
     if miss > allowed + 1e-9:
-        with pytest.raises(BudgetError, match=rf"ffn\.ffn_multiple = {multiple} allow reach only 0\.\d+"):
+        with pytest.raises(BudgetError, match=rf"ffn\.ffn_multiple = {multiple} the possible widths reach only 0\.\d+"):
             budget.check(sparsity)
     elif multiple * CHANNEL_WEIGHTS / 2 / model.num_weights <= 0.02:
         budget.check(sparsity)
@@ -188,9 +189,13 @@ def test_the_refusal_says_what_can_be_reached():
     model = layers(2)
     allocation = plan(model, [1.0, 1.0], [0.3, 0.3])
     with pytest.raises(
-        BudgetError, match="sparsity 0.466667 was asked for.*ffn.ffn_multiple = 64 allow reach only 0.0000"
+        BudgetError,
+        match="0.466667 was asked.*head_multiple = 4 and .* the possible widths reach only 0.0000; lower them",
     ):
         Budget(model, allocation, with_steps(64)).check(1.0 - kept_share(model, allocation.keep))
+    whole = replace(with_steps(64), attention=AttentionOptions(heads="whole"))
+    with pytest.raises(BudgetError, match="but with ffn.ffn_multiple = 64 the possible widths .*; lower it or change"):
+        Budget(model, allocation, whole).check(1.0 - kept_share(model, allocation.keep))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from intraslice.errors import BudgetError
 from intraslice.layers.sites import ATTENTION, ModelSites, Site
 from intraslice.methods.blockwise.allocators.base import Allocation
 from intraslice.methods.blockwise.options import BlockwiseOptions
+from intraslice.methods.choices import option_values
 
 _COARSEST = 0.02
 """Steps between possible widths may miss the sparsity by at most this, on a model of very few channels."""
@@ -123,10 +124,12 @@ class Budget:
         total = self._sites.num_weights
         reached = 1.0 - kept / total
         if abs(reached - sparsity) > allowed_miss(steps, total):
+            read, values = self._options.read(), option_values(self._options)
+            multiples = [name for name in ("attention.head_multiple", "ffn.ffn_multiple") if name in read]
+            given = " and ".join(f"{name} = {values[name]}" for name in multiples)
             raise BudgetError(
-                f"sparsity {sparsity:g} was asked for, but the widths that attention.head_multiple = "
-                f"{self._options.attention.head_multiple} and ffn.ffn_multiple = {self._options.ffn.ffn_multiple} "
-                f"allow reach only {reached:.4f}; lower the multiples or change the sparsity."
+                f"sparsity {sparsity:g} was asked for, but with {given} the possible widths reach only {reached:.4f}; "
+                f"lower {'it' if len(multiples) == 1 else 'them'} or change the sparsity."
             )
 
 
