@@ -17,6 +17,7 @@ from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
 from intraslice.methods.registry import METHODS
 from intraslice.names import NameKind, kind_of
 from intraslice.options import CalibrationOptions
+from intraslice.recipes.old_names import translate
 from intraslice.recipes.recipe import Recipe, load_recipe
 from intraslice.report.document import DENSE
 
@@ -104,7 +105,7 @@ class ComparisonSpec(_Section):
         evaluation: the text that perplexity is measured on.
         tasks: zero-shot tasks; None runs none.
         speed: options of the benchmark; None measures no speed.
-        options: settings that all variants share, by dotted name.
+        options: settings that all variants share, by dotted name; each variant takes of them what its method reads.
         sweeps: settings at several values.
         analysis: measure spectra of the dense models and the effective rank of the layer outputs.
         keep_checkpoints: keep the pruned models; each is deleted after its last measurement otherwise.
@@ -150,9 +151,14 @@ class ComparisonSpec(_Section):
         """
         flags = {"model": model, "method": variant.method, "sparsity": sparsity}
         flags |= {f"calibration.{name}": value for name, value in vars(self.calibration).items()}
-        settings = {**self.options, **variant.options, **(swept or {})}
-        # As texts, because these are refused with the nearest name. JSON is YAML.
-        return load_recipe(None, flags, [f"{name}={json.dumps(value)}" for name, value in settings.items()])
+        settings = {**variant.options, **(swept or {})}
+        shared = {name: value for name, value in self.options.items() if name not in settings}
+        return load_recipe(None, flags, _texts(settings), shared=_texts(shared))
+
+
+def _texts(settings: Mapping[str, Any]) -> list[str]:
+    # As texts, because these are refused with the nearest name. JSON is YAML.
+    return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
 
 
 def load_spec(path: str | Path) -> ComparisonSpec:
@@ -256,9 +262,13 @@ def _check(spec: ComparisonSpec) -> None:
     swept = [value for sweep in spec.sweeps if sweep.option == "calibration.source" for value in sweep.values]
     for source in (spec.calibration.source, spec.evaluation.text, *swept):
         check_source(source)
-    for variant in spec.methods:
-        for sparsity in spec.sparsities:
-            spec.recipe(spec.models[0], variant, sparsity)
+    recipes = [
+        spec.recipe(spec.models[0], variant, sparsity) for variant in spec.methods for sparsity in spec.sparsities
+    ]
+    for name in translate(spec.options)[0]:
+        section, _, field = name.partition(".")
+        if field and section != "run" and not any(name in recipe.options.read() for recipe in recipes):
+            raise RecipeError(f"options: none of the methods reads {name}; leave it out, or add a method that does.")
     for sweep in spec.sweeps:
         if sweep.method not in (*labels, *METHODS):
             known = [*dict.fromkeys((*labels, *METHODS))]

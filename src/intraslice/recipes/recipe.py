@@ -91,6 +91,8 @@ def load_recipe(
     path: str | Path | None = None,
     flags: Mapping[str, Any] | None = None,
     sets: Sequence[str] = (),
+    *,
+    shared: Sequence[str] = (),
 ) -> Recipe:
     """Merge a recipe file, flags and `--set` texts into a checked recipe.
 
@@ -98,6 +100,7 @@ def load_recipe(
         path: YAML file, or None.
         flags: values by dotted name; None values are left out.
         sets: texts "a.b=c", c in YAML.
+        shared: like `sets`, for several methods at once: each takes of them what it reads.
 
     Raises:
         RecipeError: a name is unknown, has no effect with this method, or a value is wrong or out of range.
@@ -105,22 +108,26 @@ def load_recipe(
     file_values, old_in_file = translate(flatten(read_file(path, words.SECTIONS)) if path is not None else {})
     flag_values, old_flags = translate({name: value for name, value in (flags or {}).items() if value is not None})
     set_values, old_sets = translate(parse_sets(sets, words.option_names(None)))
-    given = {**file_values, **flag_values, **set_values}
+    shared_values, old_shared = translate(parse_sets(shared, words.option_names(None)))
+    given = {**file_values, **flag_values, **shared_values, **set_values}
     method, target = (_preset(given, name, known) for name, known in (("method", METHODS), ("target", TARGETS)))
     entry = METHODS[method]
     _check_missing(given, method)
     own = {name: value for name, value in given.items() if name.partition(".")[0] in _OWN_FIELDS}
     of_method = {name: value for name, value in given.items() if name not in own}
-    # What somebody asks for besides an old file is asked for today.
-    of_file = {name: value for name, value in file_values.items() if name not in {**flag_values, **set_values}}
-    options, left_out = _method_options(entry, method, target, of_method, drop=of_file if old_in_file else {})
+    # What somebody asks for besides an old file, or for this method alone, is asked for today.
+    asked = {**flag_values, **set_values}
+    of_file = {name: value for name, value in file_values.items() if old_in_file and name not in asked}
+    of_all = {name: value for name, value in shared_values.items() if name not in asked}
+    options, left_out = _method_options(entry, method, target, of_method, drop={**of_file, **of_all})
     try:
         recipe = Recipe(**{**nest(own), "method": method, "target": target, "options": options})
     except ValidationError as error:
         raise RecipeError(words.sentence(error, Recipe)) from None
     _check_target(recipe)
-    old = [*old_in_file, *old_flags, *old_sets]
-    return recipe.model_copy(update={"notes": tuple(_notes(old, left_out, method))})
+    old = [*old_in_file, *old_flags, *old_shared, *old_sets]
+    dropped = [name for name in left_out if name in of_file]
+    return recipe.model_copy(update={"notes": tuple(_notes(old, dropped, method))})
 
 
 def _method_options(
@@ -133,7 +140,8 @@ def _method_options(
         method: its name.
         target: the runtime that the shapes are chosen for.
         given: options that somebody asked for, by dotted name.
-        drop: options of a recipe of an earlier release, which recorded all: those without effect are left out.
+        drop: those that are left out where they have no effect: of a recipe of an earlier release, which recorded
+            all, or shared by several methods.
 
     Raises:
         RecipeError: an option is unknown, has no effect, or a value is wrong.
