@@ -19,7 +19,7 @@ SMALL: dict[str, Any] = {
     "sparsities": [0.2, 0.4],
     "calibration": {"num_samples": 4, "seqlen": 32},
     "evaluation": {"text": "builtin", "seqlen": 64, "windows": 2},
-    "options": {"attention.head_multiple": 2, "ffn.ffn_multiple": 1},
+    "options": {"ffn.ffn_multiple": 1},
 }
 
 

@@ -26,7 +26,7 @@ from intraslice.options import CalibrationOptions
 from intraslice.placement import choose_device
 from intraslice.process import Parent
 from intraslice.pruning import calibrate, check_seqlen, prune_recipe
-from intraslice.recipes.recipe import Recipe
+from intraslice.recipes.recipe import recipe_from_dict
 
 ANALYSIS_TOKENS = 1 << 15
 """Tokens of the evaluation text that spectra and ranks are estimated on."""
@@ -137,7 +137,7 @@ def _processor() -> str:
 
 def _prune(parent: Parent, recipe: dict[str, Any], command: str) -> dict[str, Any]:
     """Prune, going on where an interrupted run of the same cell stopped."""
-    wanted = Recipe.model_validate(recipe)
+    wanted = recipe_from_dict(recipe)
     # The folder is named by what decides its content: an unreadable rest in it is ours to replace.
     return prune_recipe(wanted, resume=True, overwrite=True, command=command, progress=parent).to_dict()
 

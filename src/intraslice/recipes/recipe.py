@@ -130,6 +130,11 @@ def load_recipe(
     return recipe.model_copy(update={"notes": tuple(_notes(old, dropped, method))})
 
 
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that `Recipe.to_dict` gave."""
+    return load_recipe(None, flatten(values))
+
+
 def _method_options(
     entry: MethodEntry, method: str, target: str, given: Mapping[str, Any], drop: Mapping[str, Any]
 ) -> tuple[Any, list[str]]:
