@@ -14,8 +14,7 @@ def result(model: str) -> PruneResult:
         layer=0,
         shape=shape,
         num_parameters=700,
-        attention_error=0.0123,
-        ffn_error=0.0456,
+        errors={"attention": 0.0123, "ffn": 0.0456},
         heads=(0, 1, 2, 4, 5),
         seconds=1.0,
     )

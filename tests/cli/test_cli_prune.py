@@ -8,6 +8,7 @@ import pytest
 
 from intraslice import pruning
 from intraslice.cli.app import main
+from intraslice.engine.run import Job
 from intraslice.results.result import PruneResult
 
 MULTIPLES = {"attention.head_multiple": 2, "ffn.ffn_multiple": 1, "ffn.iter_pca": False}
@@ -42,7 +43,7 @@ def test_prune_prints_tables_and_writes_a_folder(tiny_folder, tmp_path: Path, ca
     info = json.loads(capfd.readouterr().out)
     assert info["layer_parameters"] == result.pruned_layer_parameters
     assert info["num_parameters"] == result.pruned_parameters
-    assert info["layers"][0]["attention_error"] == result.layers[0].attention_error
+    assert info["layers"][0]["errors"] == result.layers[0].errors
     assert main(["eval", str(out), "--seqlen", "64", "--windows", "2"]) == 0
 
 
@@ -131,9 +132,9 @@ def test_wrong_input_writes_nothing(expected, tiny_folder, make_folder, tmp_path
 
 
 def test_interrupted_says_how_to_resume(tiny_folder, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch):
-    def interrupt(*args: object, output: Path, **kwargs: object) -> None:
-        if "late" in output.name:
-            output.with_name(f"{output.name}.partial").mkdir()
+    def interrupt(job: Job) -> None:
+        if "late" in job.output.name:
+            job.output.with_name(f"{job.output.name}.partial").mkdir()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pruning, "prune_checkpoint", interrupt)

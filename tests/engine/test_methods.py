@@ -67,8 +67,8 @@ def test_the_budget_is_met_and_what_is_saved_loads(method, family, tiny_folder, 
         # Errors are relative: positive where something was removed, below one unless the block makes it worse.
         whole_attention = (record.shape.num_attention_heads, record.shape.v_head_dim) == (8, 4)
         for error, whole in (
-            (record.attention_error, whole_attention),
-            (record.ffn_error, record.shape.intermediate_size == 64),
+            (record.errors["attention"], whole_attention),
+            (record.errors["ffn"], record.shape.intermediate_size == 64),
         ):
             assert abs(error) < 1e-6 if whole else 1e-6 < error < 1.0
     if method == "transact":
@@ -135,7 +135,7 @@ def test_flap_repairs_the_mean_of_the_first_block(tiny_folder, tmp_path):
     wanted = context @ o.weight.T
     missing = wanted - ((context * (1 - dropped.flatten())) @ o.weight.T + expected)
     relative = (missing.square().sum() / wanted.square().sum()).item()
-    assert result.layers[0].attention_error == pytest.approx(relative, rel=1e-4)
+    assert result.layers[0].errors["attention"] == pytest.approx(relative, rel=1e-4)
 
 
 def test_transact_keeps_rows_of_every_head(tiny_folder, tmp_path):
@@ -171,7 +171,7 @@ def test_the_forward_pass_measures_what_the_whole_model_shows(tiny_folder):
 
     folder = tiny_folder("opt", **MODELS["opt"])
     model = StreamedModel(open_checkpoint(str(folder)), Placement.choose("cpu", "auto", torch.float32), (1, 20))
-    profile = profile_layers(model, embedded_states(model, TOKENS, 1, None), SilentProgress())
+    profile = profile_layers(model, embedded_states(model, TOKENS, None), SilentProgress())
     dense, spec = load(folder), FAMILIES["opt"]
     taps: dict[str, torch.Tensor] = {}
     for index in range(4):
@@ -186,7 +186,10 @@ def test_the_forward_pass_measures_what_the_whole_model_shows(tiny_folder):
     logits(dense)
     for index in range(4):
         linears = projections(dense, spec, index)
-        for name, found in (("o", profile.context_fluctuation[index]), ("down", profile.act_fluctuation[index])):
+        for name, found in (
+            ("o", profile.fluctuation[index]["attention"]),
+            ("down", profile.fluctuation[index]["ffn"]),
+        ):
             expected = taps[f"{name}{index}"].var(0, correction=0) * linears[name].weight.square().sum(0)
             torch.testing.assert_close(found.flatten().float(), expected, rtol=1e-3, atol=1e-6)
         cosine = torch.nn.functional.cosine_similarity(states[2 * index], states[2 * index + 1], dim=-1).mean()

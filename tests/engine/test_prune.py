@@ -11,15 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.errors import NumericalError, OutputError, ResumeMismatchError
-from intraslice.methods.blockwise.gradient_pass import scan_seconds
-from intraslice.methods.blockwise.options import FFNOptions
+from intraslice.methods.blockwise.gradient_pass import pass_seconds
 from intraslice.progress import SilentProgress
 from intraslice.results.result import PruneResult
 from support.progress import StopAt
 from support.prune import calibration, logits, prune, weights_of
 from support.tiny import FAMILIES, make_tiny
 
-TO_BLOCK = {"attention__target": "block", "ffn__target": "block"}
+OWN_OUTPUT = {"attention__repair_against": "own_output", "ffn__repair_against": "own_output"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -64,13 +63,13 @@ def test_pruned_model_beats_removal_without_repair(family, tiny_folder, tmp_path
     )
     first, bare = repaired.layers[0], plain.layers[0]
     assert first.shape.heads_per_kv == bare.shape.heads_per_kv
-    assert first.attention_error <= bare.attention_error + 1e-9
-    assert first.ffn_error < bare.ffn_error
+    assert first.errors["attention"] <= bare.errors["attention"] + 1e-9
+    assert first.errors["ffn"] < bare.errors["ffn"]
 
 
 def test_streaming_gives_the_gradients_of_the_whole_model(tiny_folder, tmp_path):
     """Mask gradients of the layer-streamed pass equal autograd through the resident model."""
-    from intraslice.methods.blockwise.gradient_pass import scan_mask_gradients
+    from intraslice.methods.blockwise.gradient_pass import measure_gradients
     from intraslice.placement import Placement
     from intraslice.streaming.model import StreamedModel
 
@@ -78,13 +77,12 @@ def test_streaming_gives_the_gradients_of_the_whole_model(tiny_folder, tmp_path)
     checkpoint = open_checkpoint(str(folder))
     model = StreamedModel(checkpoint, Placement.choose("cpu", "auto", torch.float64), (1, 16))
     tokens = calibration(4, 16).tokens
-    scores = scan_mask_gradients(
+    found = measure_gradients(
         model,
         tokens,
-        batch=1,
         boundary_bytes=1,  # one batch a chunk
-        num_ffn_blocks=8,
-        save_path=tmp_path / "scan.safetensors",
+        num_channel_groups=8,
+        save_path=tmp_path / "gradients.safetensors",
         progress=SilentProgress(),
     )
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
@@ -102,8 +100,9 @@ def test_streaming_gives_the_gradients_of_the_whole_model(tiny_folder, tmp_path)
         loss = stock(row, labels=row).loss
         grads = dict(zip(masks, torch.autograd.grad(loss, list(masks.values())), strict=True))
         for index in range(3):
-            assert torch.allclose(scores.context_grad[index][sequence], grads[f"context{index}"], rtol=1e-4, atol=1e-7)
-            assert torch.allclose(scores.act_grad[index][sequence], grads[f"act{index}"], rtol=1e-4, atol=1e-7)
+            for site, tap in (("attention", "context"), ("ffn", "act")):
+                streamed = found.layers[index][site].grad[sequence]
+                assert torch.allclose(streamed, grads[f"{tap}{index}"], rtol=1e-4, atol=1e-7)
 
 
 def test_chunks_and_disk_change_nothing(tiny_folder, tmp_path):
@@ -174,8 +173,8 @@ def test_resume_with_another_model_is_refused(tiny_folder, tmp_path):
         ("no pca", {"allocation__pca_attention": False, "allocation__pca_ffn": False}),
         ("bias", {"allocation__ffn_bias": 0.9}),
         ("iter", {"ffn__iter_pca": True, "ffn__iter_pca_fraction": 0.5}),
-        ("block", TO_BLOCK),
-        ("block iter", {**TO_BLOCK, "ffn__iter_pca": True}),
+        ("own output", OWN_OUTPUT),
+        ("own output iter", {**OWN_OUTPUT, "ffn__iter_pca": True}),
     ],
 )
 def test_every_setting_meets_the_budget(name, options, tiny_folder, tmp_path):
@@ -226,7 +225,7 @@ def test_existing_output_is_kept_unless_overwrite(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, tmp_path):
-    """With target "model" the FFN is regressed on (dense stream after the layer) - (pruned stream before the FFN)."""
+    """The FFN is regressed on (dense stream after the layer) - (pruned stream before the FFN)."""
     from intraslice.methods.blockwise.measure import context_moments, ffn_moments
     from intraslice.placement import Placement
     from intraslice.streaming.hidden import HiddenStates, Streams
@@ -247,9 +246,9 @@ def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, t
         hidden[1].write(part, before[part])
     block = model.load_layer(0)
     with torch.no_grad():
-        attention = context_moments(model, block, streams, block.attention, "model")
+        attention = context_moments(model, block, streams, block.attention, "dense_stream")
         middle = block.attention_step(before)
-        ffn = ffn_moments(model, block, streams, FFNOptions(target="model"))
+        ffn = ffn_moments(model, block, streams, "dense_stream")
         pruned_middle = block.attention_step(drifted)
         context = block.context(block.attention, block.attention_input(drifted)).flatten(0, 1)
         act = block.act(block.ffn_input(pruned_middle)).flatten(0, 1)
@@ -267,14 +266,14 @@ def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, t
 
 
 def test_a_kept_gradient_pass_costs_what_it_cost_the_run_that_made_it(tiny_folder, tmp_path):
-    folder, options = tiny_folder("llama"), {"run__scan_folder": str(tmp_path / "scans")}
+    folder, options = tiny_folder("llama"), {"run__gradient_folder": str(tmp_path / "gradients")}
     first = prune(folder, tmp_path / "first", **options)
-    (scan,) = (tmp_path / "scans").iterdir()
-    spent = scan_seconds(scan)
-    assert 0.0 < spent <= first.seconds["allocation"]
-    save_file({**load_file(scan), "seconds": torch.tensor(1000.0, dtype=torch.float64)}, scan)
+    (kept,) = (tmp_path / "gradients").iterdir()
+    spent = pass_seconds(kept)
+    assert 0.0 < spent <= first.seconds["plan"]
+    save_file({**load_file(kept), "seconds": torch.tensor(1000.0, dtype=torch.float64)}, kept)
     second = prune(folder, tmp_path / "second", sparsity=0.2, **options)
-    assert 1000.0 < second.seconds["allocation"] < 2000.0 and second.seconds["total"] > 1000.0
+    assert 1000.0 < second.seconds["plan"] < 2000.0 and second.seconds["total"] > 1000.0
     uniform = prune(folder, tmp_path / "third", **options, allocation__name="uniform")
     assert uniform.seconds["total"] < 1000.0
-    assert scan_seconds(tmp_path / "none") == 0.0
+    assert pass_seconds(tmp_path / "none") == 0.0

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from runtime.tiny_models import pruned_model
-from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import intraslice
@@ -24,6 +22,8 @@ from intraslice.exporters.registry import EXPORTERS, Exporter
 from intraslice.exporters.verify import _SENTENCES, TOLERANCES, verify
 from intraslice.files import write_text
 from intraslice.progress import Progress
+from support.tiny import tiny_tokenizer
+from support.tiny_models import pruned_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,6 @@ import pickle
 
 import pytest
 import torch
-from tiny import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from intraslice import api
@@ -22,6 +21,7 @@ from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
 from intraslice.runtime.modeling_intraslice import PrunedAttention, apply_layer_shape, model_classes
 from intraslice.streaming.model import StreamedModel
 from support.family_cases import doubles, family_model
+from support.tiny import tiny_tokenizer
 
 # Sums of the same float64 terms in another order.
 FLOAT64 = {"atol": 1e-10, "rtol": 0.0}
