@@ -1,7 +1,8 @@
-"""recipes/paper: the cells of the paper's tables, with the bias of its Table 6."""
+"""recipes/paper: the cells of the paper's tables, with the share of its Table 6."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,29 +29,34 @@ TABLE_6 = {
 }
 
 PERCENTS = (20, 30, 40)
-BIAS = {(model, percent): bias for model, row in TABLE_6.items() for percent, bias in zip(PERCENTS, row, strict=True)}
-# Tables 2 and 3 go further without saying the bias: 1 is what the paper starts from.
-BIAS |= {("llama-2-7b", 50): 1.0, ("llama-2-13b", 50): 1.0, ("llama-2-13b", 60): 1.0}
+SHARE = {
+    (model, percent): share for model, row in TABLE_6.items() for percent, share in zip(PERCENTS, row, strict=True)
+}
+# Tables 2 and 3 go further without saying the share: 1 is what the paper starts from.
+SHARE |= {("llama-2-7b", 50): 1.0, ("llama-2-13b", 50): 1.0, ("llama-2-13b", 60): 1.0}
 
 
 def test_there_is_a_file_for_every_cell_and_no_other():
-    assert {path.name for path in FOLDER.iterdir()} == {f"{model}-{percent}.yaml" for model, percent in BIAS}
+    assert {path.name for path in FOLDER.iterdir()} == {f"{model}-{percent}.yaml" for model, percent in SHARE}
 
 
-@pytest.mark.parametrize(("model", "percent"), BIAS)
+@pytest.mark.parametrize(("model", "percent"), SHARE)
 def test_the_recipe_is_the_cell(model: str, percent: int):
     recipe = load_recipe(FOLDER / f"{model}-{percent}.yaml")
     assert recipe.model == MODELS[model]
     assert (recipe.method, recipe.sparsity) == ("paper", percent / 100)
-    assert recipe.allocation.ffn_bias == BIAS[model, percent]
+    assert recipe.options.allocation.ffn_share == SHARE[model, percent]
     calibration = recipe.calibration
     assert (calibration.source, calibration.num_samples, calibration.seqlen) == ("wikitext2", 128, 2048)
     # Nothing else differs from the preset.
     preset = load_recipe(None, {"model": "m", "sparsity": 0.1, "method": "paper"})
-    assert (recipe.attention, recipe.ffn, recipe.run) == (preset.attention, preset.ffn, preset.run)
+    found, expected = recipe.options, preset.options
+    assert (found.attention, found.ffn, recipe.run) == (expected.attention, expected.ffn, preset.run)
+    assert replace(found.allocation, ffn_share=1.0) == expected.allocation
+    assert recipe.notes == ()
 
 
 def test_the_c4_table_is_a_flag():
     recipe = load_recipe(FOLDER / "llama-2-13b-30.yaml", {"calibration.source": "c4"})
     assert (recipe.calibration.source, recipe.calibration.num_samples) == ("c4", 128)
-    assert recipe.allocation.ffn_bias == 0.82
+    assert recipe.options.allocation.ffn_share == 0.82

@@ -1,18 +1,27 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
 from intraslice.errors import RecipeError
-from intraslice.methods.blockwise.options import MethodOptions
-from intraslice.methods.presets import METHODS
-from intraslice.recipes.recipe import Recipe, fit_to_model, load_recipe, option_names, parse_align
+from intraslice.methods.blockwise.options import BlockwiseOptions
+from intraslice.methods.registry import METHODS
+from intraslice.options import CalibrationOptions, RunOptions
+from intraslice.recipes.recipe import Recipe, fit_to_model, load_recipe, parse_align
+from intraslice.recipes.words import option_names
+from intraslice.runtime.families_intraslice import FAMILIES
 
 BASE = {"model": "m", "sparsity": 0.3}
+
+
+def fitted(recipe: Recipe, family: str, hidden_size: int, *, norms_first: bool = True) -> Recipe:
+    return fit_to_model(recipe, FAMILIES[family], hidden_size=hidden_size, norms_first=norms_first)
 
 
 def message(flags: dict | None = None, sets: tuple[str, ...] = (), path: Path | None = None) -> str:
@@ -26,7 +35,7 @@ def message(flags: dict | None = None, sets: tuple[str, ...] = (), path: Path | 
 def test_defaults_are_those_of_the_options():
     recipe = load_recipe(None, BASE)
     assert recipe.method == "intraslice"
-    assert recipe.method_options() == MethodOptions(sparsity=0.3)
+    assert recipe.options == BlockwiseOptions()
     assert (recipe.calibration.source, recipe.calibration.num_samples, recipe.calibration.seqlen) == (
         "builtin",
         128,
@@ -35,18 +44,18 @@ def test_defaults_are_those_of_the_options():
 
 
 @pytest.mark.parametrize(
-    ("method", "adaptive", "pca", "iter_pca"),
+    ("method", "heads", "pca", "iter_pca"),
     [
-        ("intraslice", True, True, False),
-        ("iter-pca", True, True, True),
-        ("paper", True, True, True),
-        ("ada-h", True, False, False),
-        ("naive", False, False, False),
+        ("intraslice", "adaptive", True, False),
+        ("iter-pca", "adaptive", True, True),
+        ("paper", "adaptive", True, True),
+        ("ada-h", "adaptive", False, False),
+        ("naive", "whole", False, False),
     ],
 )
-def test_presets_are_the_ablations(method: str, adaptive: bool, pca: bool, iter_pca: bool):
-    options = load_recipe(None, {**BASE, "method": method}).method_options()
-    assert options.attention.adaptive_heads is adaptive
+def test_presets_are_the_ablations(method: str, heads: str, pca: bool, iter_pca: bool):
+    options = load_recipe(None, {**BASE, "method": method}).options
+    assert options.attention.heads == heads
     assert options.allocation.pca_attention is pca
     assert options.allocation.pca_ffn is pca
     assert options.ffn.iter_pca is iter_pca
@@ -61,16 +70,16 @@ def test_later_sources_win(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     path.write_text(
         "model: from-file\nsparsity: 0.1\nmethod: naive\n"
-        "attention: {adaptive_heads: true}\ncalibration: {seed: 1, num_samples: 2}\n"
+        "attention: {heads: adaptive}\nffn: {iter_pca: true}\ncalibration: {seed: 1, num_samples: 2}\n"
     )
     alone = load_recipe(path)
-    assert (alone.model, alone.sparsity, alone.attention.adaptive_heads) == ("from-file", 0.1, True)
+    assert (alone.model, alone.sparsity, alone.options.attention.heads) == ("from-file", 0.1, "adaptive")
     # The preset still gives what the file leaves out.
-    assert alone.allocation.pca_ffn is False
+    assert alone.options.allocation.pca_ffn is False
     flags = {"sparsity": "0.2", "calibration.seed": 5, "calibration.num_samples": None}
     merged = load_recipe(path, flags, ["calibration.seed=7", "ffn.iter_pca_lr=1e-4"])
     assert (merged.sparsity, merged.calibration.seed, merged.calibration.num_samples) == (0.2, 7, 2)
-    assert merged.ffn.iter_pca_lr == 1e-4
+    assert merged.options.ffn.iter_pca_lr == 1e-4
 
 
 def test_yaml_and_json_round_trip(tmp_path: Path):
@@ -78,17 +87,35 @@ def test_yaml_and_json_round_trip(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml())
     assert load_recipe(path) == recipe
-    assert Recipe.model_validate(recipe.to_dict()) == recipe
+    path.write_text(json.dumps(recipe.to_dict()))  # JSON is YAML
+    assert load_recipe(path) == recipe
 
 
-def test_set_reaches_every_option():
-    flat = yaml.safe_load(load_recipe(None, BASE).to_yaml())
+@pytest.mark.parametrize("method", METHODS)
+def test_a_recipe_records_what_the_method_reads_and_nothing_else(method: str):
+    recipe = load_recipe(None, {**BASE, "method": method})
+    flat = yaml.safe_load(recipe.to_yaml())
     names = {
         f"{section}.{name}" if isinstance(value, dict) else section
         for section, value in flat.items()
         for name in (value if isinstance(value, dict) else [""])
     }
-    assert set(option_names()) == names
+    of_method = set(option_names(METHODS[method]))
+    general = set(option_names(None, old=False)) - {name for entry in METHODS.values() for name in option_names(entry)}
+    assert names == general | (recipe.options.read() & of_method)
+
+
+def test_set_names_every_option():
+    names = {
+        f"{section.name}.{inner.name}"
+        for section in fields(BlockwiseOptions)
+        for inner in fields(getattr(BlockwiseOptions(), section.name))
+    }
+    for own in (CalibrationOptions, RunOptions):
+        section = own.__name__.removesuffix("Options").lower()
+        names |= {f"{section}.{inner.name}" for inner in fields(own)}
+    names |= {name for name in Recipe.model_fields if name not in ("options", "notes", "calibration", "run")}
+    assert set(option_names(None, old=False)) == names
 
 
 @pytest.mark.parametrize("value", [0.95, 1, -0.1, "nan", "inf", "a lot"])
@@ -104,15 +131,14 @@ def test_sparsity_in_range(value: float):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("allocation.ffn_bias", 0),
-        ("allocation.max_block_sparsity", 1),
-        ("allocation.max_block_sparsity", 0),
+        ("allocation.ffn_share", 0),
+        ("allocation.max_site_sparsity", 1),
+        ("allocation.max_site_sparsity", 0),
         ("attention.min_head_fraction", 1.1),
         ("attention.head_multiple", 3),
         ("attention.damping", 0),
         ("ffn.damping", -1),
         ("ffn.ffn_multiple", 0),
-        ("ffn.iter_pca_rounds", 0),
         ("calibration.num_samples", 0),
         ("calibration.seqlen", 1),
         ("calibration.seed", -1),
@@ -122,6 +148,11 @@ def test_sparsity_in_range(value: float):
 def test_out_of_range_options_are_named(name: str, value: float):
     text = message(sets=(f"{name}={value}",))
     assert name in text and str(value) in text
+
+
+def test_out_of_range_options_of_a_part_are_named():
+    text = message(sets=("ffn.iter_pca=true", "ffn.iter_pca_rounds=0"))
+    assert "ffn.iter_pca_rounds must be at least 1, got 0" in text
 
 
 @pytest.mark.parametrize(
@@ -144,7 +175,7 @@ def test_unknown_option_has_nearest_match(sets: str, expected: str):
         ("ffn.score=magnitud", "'magnitude'"),
         ("ffn.repair=affin", "'affine'"),
         ("attention.repair=riddge", "'ridge'"),
-        ("allocation.name=fluctuations", "'fluctuation'"),
+        ("allocation.rule=fluctuations", "'fluctuation'"),
         ("attention.basis=channel", "'channels'"),
     ],
 )
@@ -157,9 +188,9 @@ def test_unknown_values_of_a_choice_have_nearest_match(sets: str, expected: str)
 def test_methods_that_rank_no_mask_gradients_know_one_target(method: str):
     text = message({"method": method, "target": "vllm"})
     assert method in text and "--target transformers" in text
-    options = load_recipe(None, {**BASE, "method": method}).method_options()
-    # Their budget and target must not follow the defaults of the default method.
-    assert (options.attention.target, options.ffn.target) == ("block", "block")
+    options = load_recipe(None, {**BASE, "method": method}).options
+    # Their budget and what they repair against must not follow the defaults of the default method.
+    assert (options.attention.repair_against, options.ffn.repair_against) == ("own_output", "own_output")
 
 
 def test_unknown_method_has_nearest_match():
@@ -172,7 +203,7 @@ def test_unknown_name_in_file(tmp_path: Path):
     path.write_text("calibration:\n  num_sample: 3\n")
     assert "Did you mean 'calibration.num_samples'?" in message(path=path)
     path.write_text("calibraton:\n  num_samples: 3\n")
-    assert "unknown option 'calibraton'" in message(path=path)
+    assert "unknown option 'calibraton.num_samples'. Did you mean 'calibration.num_samples'?" == message(path=path)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +211,7 @@ def test_unknown_name_in_file(tmp_path: Path):
     [
         ("ffn.damping=much", "ffn.damping"),
         ("run.dtype=int8", "'bfloat16'"),
-        ("allocation.name=random", "'mask_gradient'"),
+        ("allocation.rule=random", "'mask_gradient'"),
         ("calibration.num_samples=1.5", "calibration.num_samples"),
         ("ffn.damping", "name=value"),
         ("ffn.damping=[", "ffn.damping"),
@@ -214,18 +245,20 @@ def test_a_target_is_a_preset_that_flags_win_over():
     recipe = load_recipe(
         None, {"model": "m", "sparsity": 0.3, "target": "llama.cpp", **parse_align("head=8,context=1")}
     )
-    assert recipe.allocation.shapes == "width"
-    assert (recipe.attention.head_multiple, recipe.attention.context_multiple, recipe.ffn.ffn_multiple) == (8, 1, 256)
+    options = recipe.options
+    assert options.allocation.shape_freedom == "width"
+    multiples = (options.attention.head_multiple, options.attention.context_multiple, options.ffn.ffn_multiple)
+    assert multiples == (8, 1, 256)
     both = load_recipe(None, {"model": "m", "sparsity": 0.3, "target": "vllm", "method": "ada-h"})
-    assert both.allocation.shapes == "layer" and not both.allocation.pca_ffn
+    assert both.options.allocation.shape_freedom == "layer" and not both.options.allocation.pca_ffn
 
 
 def test_blocks_of_quantised_rows_fit_the_model():
     recipe = load_recipe(None, {"model": "m", "sparsity": 0.3, "target": "llama.cpp"})
-    assert fit_to_model(recipe, "llama", 4096).ffn.ffn_multiple == 256
-    assert fit_to_model(recipe, "llama", 576).ffn.ffn_multiple == 64
+    assert fitted(recipe, "llama", 4096).options.ffn.ffn_multiple == 256
+    assert fitted(recipe, "llama", 576).options.ffn.ffn_multiple == 64
     free = load_recipe(None, {"model": "m", "sparsity": 0.3})
-    assert fit_to_model(free, "llama", 577) == free
+    assert fitted(free, "llama", 577) == free
 
 
 @pytest.mark.parametrize("text", ["ffn", "ffn=x", "wide=3", "ffn=8;head=4", ""])
@@ -239,14 +272,14 @@ def test_an_unknown_target_is_named():
         load_recipe(None, {"model": "m", "sparsity": 0.3, "target": "llamacpp"})
 
 
-@pytest.mark.parametrize("method,architecture", [("svd-llm", "factors"), ("slicegpt", "residual")])
-def test_methods_that_change_what_a_layer_is_run_in_transformers_only(method: str, architecture: str):
+@pytest.mark.parametrize("method", ["svd-llm", "slicegpt"])
+def test_methods_that_change_what_a_layer_is_run_in_transformers_only(method: str):
     recipe = load_recipe(None, {**BASE, "method": method})
-    assert recipe.method_options().architecture == architecture
+    assert recipe.method_options() == {} and not recipe.entry.form.any_target
     with pytest.raises(RecipeError, match=f"method {method} .*leave out --target vllm"):
         load_recipe(None, {**BASE, "method": method, "target": "vllm"})
     if method == "slicegpt":
         with pytest.raises(RecipeError, match="opt does not have.*llama, mistral, qwen2, phi3"):
-            fit_to_model(recipe, "opt", 32)
+            fitted(recipe, "opt", 32)
     else:
-        assert fit_to_model(recipe, "opt", 32) == recipe
+        assert fitted(recipe, "opt", 32) == recipe

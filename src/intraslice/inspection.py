@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from intraslice.checkpoint.folder import composite_reason
 from intraslice.errors import UnsupportedModelError
 from intraslice.loading import count_parameters, load_config
 from intraslice.options import RunOptions
 from intraslice.placement import choose_device, dtype_from_name, peak_resident_bytes
 from intraslice.results.result import RESULT_FILE, PruneResult
-from intraslice.runtime.configuration_intraslice import dense_config, dense_shape
+from intraslice.runtime.configuration_intraslice import dense_config, dense_shapes
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec, LayerShape
 
 _PRUNED_PREFIX = "intraslice_"
@@ -91,11 +92,11 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
     config, files = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     spec = family_of(config)
     pruned = config.model_type.startswith(_PRUNED_PREFIX)
-    whole = dense_shape(config, spec)
-    count, hidden_size = config.num_hidden_layers, config.hidden_size
-    shapes = tuple(map(LayerShape.from_dict, config.intraslice["layers"])) if pruned else (whole,) * count
+    whole = dense_shapes(config, spec)
+    hidden_size = config.hidden_size
+    shapes = tuple(map(LayerShape.from_dict, config.intraslice["layers"])) if pruned else whole
     dense_hidden_size = dense_config(config).hidden_size if pruned else hidden_size
-    per_dense_layer = spec.num_parameters(whole, dense_hidden_size)
+    dense_sizes = [spec.num_parameters(shape, dense_hidden_size) for shape in whole]
     sizes = [spec.num_parameters(shape, hidden_size) for shape in shapes]
     errors = _errors(Path(name).expanduser())
     with torch.device("meta"):
@@ -105,21 +106,21 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
             layer=layer,
             shape=shape,
             num_parameters=size,
-            kept=size / per_dense_layer,
+            kept=size / dense_size,
             errors=errors.get(layer, {}),
         )
-        for layer, (shape, size) in enumerate(zip(shapes, sizes, strict=True))
+        for layer, (shape, size, dense_size) in enumerate(zip(shapes, sizes, dense_sizes, strict=True))
     )
     return ModelInfo(
         model=name,
         family=spec.name,
         method=config.intraslice["method"] if pruned else None,
-        sparsity=1 - sum(sizes) / (per_dense_layer * count),
+        sparsity=1 - sum(sizes) / sum(dense_sizes),
         hidden_size=hidden_size,
         dense_hidden_size=dense_hidden_size,
         vocab_size=config.vocab_size,
         num_parameters=count_parameters(skeleton),
-        dense_layer_parameters=per_dense_layer * count,
+        dense_layer_parameters=sum(dense_sizes),
         layer_parameters=sum(sizes),
         weight_bytes=sum(file.stat().st_size for file in files),
         layers=layers,
@@ -133,6 +134,9 @@ def family_of(config: Any) -> FamilySpec:
         UnsupportedModelError: the architecture is not one of ours.
     """
     name = config.model_type.removeprefix(_PRUNED_PREFIX)
+    composite = composite_reason(name, getattr(getattr(config, "text_config", None), "model_type", None))
+    if composite is not None:
+        raise UnsupportedModelError(f"this model {composite}")
     if name not in FAMILIES:
         raise UnsupportedModelError(
             f"architecture {name!r} is not supported; supported are {', '.join(sorted(FAMILIES))}."
@@ -162,7 +166,8 @@ def estimate_peak_bytes(info: ModelInfo, num_samples: int, seqlen: int, run: Run
     on_cpu = choose_device(run.device).type == "cpu"
     width = compute_width(run)
     tokens = num_samples * seqlen
-    shape = info.layers[0].shape
+    largest = max(info.layers, key=lambda layer: layer.num_parameters)
+    shape = largest.shape
     context = shape.num_attention_heads * shape.v_head_dim
     stream = tokens * info.hidden_size * width
     hidden_states = 2 * stream  # of the pruned and of the dense model
@@ -171,7 +176,7 @@ def estimate_peak_bytes(info: ModelInfo, num_samples: int, seqlen: int, run: Run
     parts = {
         "process": peak_resident_bytes() if on_cpu else 0,
         "embeddings": info.vocab_size * info.hidden_size * width,
-        "layer": 2 * info.layers[0].num_parameters * width,
+        "layer": 2 * largest.num_parameters * width,
         "moments": 8 * solve_copies * (shape.intermediate_size**2 + context**2),
         "hidden_states": hidden_states if run.hidden_states == "memory" else 0,
         "boundaries": min(run.boundary_bytes, len(info.layers) * stream),

@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    StrictDataclassClassValidationError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from intraslice.checkpoint.folder import read_headers, weight_files
+from intraslice.checkpoint.folder import config_reason, read_headers, weight_files
 from intraslice.checkpoint.source import find_built_in, resolve_model
 from intraslice.errors import CheckpointError
 from intraslice.names import NameKind, kind_of
@@ -114,6 +119,8 @@ def load_model(
 
 
 def _reason(name: str, error: Exception) -> str:
+    if isinstance(error, StrictDataclassClassValidationError):
+        return f"{name!r} cannot be loaded: {config_reason(error)}"
     # Messages of transformers run over many lines; the first one says what is wrong.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{name!r} cannot be loaded: {lines[0] if lines else type(error).__name__}"

@@ -38,6 +38,7 @@ def test_the_budget_counts_stored_tensors_and_the_model_runs(method, family, tin
     assert in_layers == result.pruned_layer_parameters == sum(record.num_parameters for record in result.layers)
     assert sum(tensor.numel() for tensor in stored.values()) == result.pruned_parameters
     assert PruneResult.load(out).to_dict() == result.to_dict()
+    assert all(record.errors.keys() == {"attention", "ffn"} for record in result.layers)
     assert all(0 < error < 1 for record in result.layers for error in record.errors.values())
     info = inspect_model(str(out))
     assert info.sparsity == pytest.approx(result.sparsity) and info.num_parameters == result.pruned_parameters
@@ -87,8 +88,9 @@ def test_the_saved_model_is_what_the_layers_were_measured_on(method, tmp_path, m
     from intraslice.methods.slicegpt import method as slicegpt
 
     kept = {}
-    embedded, rest = Context.embedded, slicegpt.rotate_rest
-    monkeypatch.setattr(Context, "embedded", lambda *args: kept.setdefault("hidden", embedded(*args)))
+    original = Context.embedded
+    monkeypatch.setattr(Context, "embedded", lambda *args: kept.setdefault("hidden", original(*args)))
+    rest = slicegpt.rotate_rest
     monkeypatch.setattr(slicegpt, "rotate_rest", lambda *args: rest(*args[:2], kept.setdefault("bases", args[2])))
     folder = make_tiny("llama", tmp_path / "m", dtype=torch.float64, **WIDE)
     prune(folder, tmp_path / "out", method)

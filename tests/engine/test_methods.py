@@ -119,7 +119,7 @@ def test_whole_heads_and_channels_are_a_masked_dense_model_with_biases(method, f
 
 def test_flap_repairs_the_mean_of_the_first_block(tiny_folder, tmp_path):
     folder = tiny_folder("llama", **MODELS["llama"])
-    result = prune(folder, tmp_path / "out", "flap", allocation__name="uniform")
+    result = prune(folder, tmp_path / "out", "flap", allocation__rule="uniform")
     dense, inputs = load(folder), []
     o = dense.model.layers[0].self_attn.o_proj
     o.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().flatten(0, 1)))
@@ -185,11 +185,8 @@ def test_the_forward_pass_measures_what_the_whole_model_shows(tiny_folder):
         layer.register_forward_hook(lambda module, args, output: states.append(output))
     logits(dense)
     for index in range(4):
-        linears = projections(dense, spec, index)
-        for name, found in (
-            ("o", profile.fluctuation[index]["attention"]),
-            ("down", profile.fluctuation[index]["ffn"]),
-        ):
+        linears, fluctuation = projections(dense, spec, index), profile.fluctuation[index]
+        for name, found in (("o", fluctuation["attention"]), ("down", fluctuation["ffn"])):
             expected = taps[f"{name}{index}"].var(0, correction=0) * linears[name].weight.square().sum(0)
             torch.testing.assert_close(found.flatten().float(), expected, rtol=1e-3, atol=1e-6)
         cosine = torch.nn.functional.cosine_similarity(states[2 * index], states[2 * index + 1], dim=-1).mean()

@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.errors import NumericalError, OutputError, ResumeMismatchError
-from intraslice.methods.blockwise.gradient_pass import pass_seconds
+from intraslice.methods.blockwise.gradient_pass import measure_gradients, pass_seconds
 from intraslice.progress import SilentProgress
 from intraslice.results.result import PruneResult
 from support.progress import StopAt
 from support.prune import calibration, logits, prune, weights_of
 from support.tiny import FAMILIES, make_tiny
 
-OWN_OUTPUT = {"attention__repair_against": "own_output", "ffn__repair_against": "own_output"}
+TO_OWN_OUTPUT = {"attention__repair_against": "own_output", "ffn__repair_against": "own_output"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -53,11 +53,11 @@ def test_sparsity_zero_is_the_identity(family, tiny_folder, tmp_path):
 def test_pruned_model_beats_removal_without_repair(family, tiny_folder, tmp_path):
     """Reconstruction must lower the error of every block against plain removal (same shapes, same order)."""
     folder = tiny_folder(family)
-    repaired = prune(folder, tmp_path / "a", allocation__name="uniform")
+    repaired = prune(folder, tmp_path / "a", allocation__rule="uniform")
     plain = prune(
         folder,
         tmp_path / "b",
-        allocation__name="uniform",
+        allocation__rule="uniform",
         attention__repair="none",
         ffn__repair="none",
     )
@@ -69,7 +69,6 @@ def test_pruned_model_beats_removal_without_repair(family, tiny_folder, tmp_path
 
 def test_streaming_gives_the_gradients_of_the_whole_model(tiny_folder, tmp_path):
     """Mask gradients of the layer-streamed pass equal autograd through the resident model."""
-    from intraslice.methods.blockwise.gradient_pass import measure_gradients
     from intraslice.placement import Placement
     from intraslice.streaming.model import StreamedModel
 
@@ -77,7 +76,7 @@ def test_streaming_gives_the_gradients_of_the_whole_model(tiny_folder, tmp_path)
     checkpoint = open_checkpoint(str(folder))
     model = StreamedModel(checkpoint, Placement.choose("cpu", "auto", torch.float64), (1, 16))
     tokens = calibration(4, 16).tokens
-    found = measure_gradients(
+    measured = measure_gradients(
         model,
         tokens,
         boundary_bytes=1,  # one batch a chunk
@@ -99,10 +98,9 @@ def test_streaming_gives_the_gradients_of_the_whole_model(tiny_folder, tmp_path)
         row = tokens[sequence : sequence + 1]
         loss = stock(row, labels=row).loss
         grads = dict(zip(masks, torch.autograd.grad(loss, list(masks.values())), strict=True))
-        for index in range(3):
-            for site, tap in (("attention", "context"), ("ffn", "act")):
-                streamed = found.layers[index][site].grad[sequence]
-                assert torch.allclose(streamed, grads[f"{tap}{index}"], rtol=1e-4, atol=1e-7)
+        for index, sites in enumerate(measured.layers):
+            assert torch.allclose(sites["attention"].grad[sequence], grads[f"context{index}"], rtol=1e-4, atol=1e-7)
+            assert torch.allclose(sites["ffn"].grad[sequence], grads[f"act{index}"], rtol=1e-4, atol=1e-7)
 
 
 def test_chunks_and_disk_change_nothing(tiny_folder, tmp_path):
@@ -168,13 +166,13 @@ def test_resume_with_another_model_is_refused(tiny_folder, tmp_path):
     "name,options",
     [
         ("naive", {"method": "naive"}),
-        ("uniform groups", {"attention__groups": "uniform"}),
-        ("uniform", {"allocation__name": "uniform"}),
+        ("uniform groups", {"attention__gqa_groups": "uniform"}),
+        ("uniform", {"allocation__rule": "uniform"}),
         ("no pca", {"allocation__pca_attention": False, "allocation__pca_ffn": False}),
-        ("bias", {"allocation__ffn_bias": 0.9}),
+        ("share", {"allocation__ffn_share": 0.9}),
         ("iter", {"ffn__iter_pca": True, "ffn__iter_pca_fraction": 0.5}),
-        ("own output", OWN_OUTPUT),
-        ("own output iter", {**OWN_OUTPUT, "ffn__iter_pca": True}),
+        ("own output", TO_OWN_OUTPUT),
+        ("own output iter", {**TO_OWN_OUTPUT, "ffn__iter_pca": True}),
     ],
 )
 def test_every_setting_meets_the_budget(name, options, tiny_folder, tmp_path):
@@ -208,7 +206,7 @@ def test_nan_activations_name_the_layer(tmp_path):
     weights["model.layers.1.mlp.gate_proj.weight"] *= 1e38
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NumericalError, match="layer 1"):
-        prune(folder, tmp_path / "out", allocation__name="uniform")
+        prune(folder, tmp_path / "out", allocation__rule="uniform")
     assert not (tmp_path / "out").exists()
 
 
@@ -225,7 +223,7 @@ def test_existing_output_is_kept_unless_overwrite(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, tmp_path):
-    """The FFN is regressed on (dense stream after the layer) - (pruned stream before the FFN)."""
+    """Against the dense stream the FFN is fitted to (dense stream after the layer) - (pruned stream before the FFN)."""
     from intraslice.methods.blockwise.measure import context_moments, ffn_moments
     from intraslice.placement import Placement
     from intraslice.streaming.hidden import HiddenStates, Streams
@@ -274,6 +272,6 @@ def test_a_kept_gradient_pass_costs_what_it_cost_the_run_that_made_it(tiny_folde
     save_file({**load_file(kept), "seconds": torch.tensor(1000.0, dtype=torch.float64)}, kept)
     second = prune(folder, tmp_path / "second", sparsity=0.2, **options)
     assert 1000.0 < second.seconds["plan"] < 2000.0 and second.seconds["total"] > 1000.0
-    uniform = prune(folder, tmp_path / "third", **options, allocation__name="uniform")
+    uniform = prune(folder, tmp_path / "third", **options, allocation__rule="uniform")
     assert uniform.seconds["total"] < 1000.0
     assert pass_seconds(tmp_path / "none") == 0.0

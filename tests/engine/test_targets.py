@@ -81,7 +81,7 @@ def test_the_plan_says_what_the_constraint_costs(tiny_folder, tmp_path: Path):
 
 def test_shapes_need_mask_gradients(tiny_folder, tmp_path: Path):
     with pytest.raises(RecipeError, match="mask_gradient"):
-        _prune(tiny_folder("llama"), tmp_path / "out", "stock", **{"allocation.name": "uniform"})
+        _prune(tiny_folder("llama"), tmp_path / "out", "stock", **{"allocation.rule": "uniform"})
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,7 @@ from intraslice.cli.app import main
 from intraslice.errors import BudgetError, RecipeError, ResumeMismatchError
 from intraslice.inspection import family_of
 from intraslice.methods.blockwise import target_speed
-from intraslice.methods.blockwise.options import AllocationOptions, AttentionOptions, FFNOptions, MethodOptions
+from intraslice.methods.blockwise.options import AllocationOptions, AttentionOptions, BlockwiseOptions, FFNOptions
 from intraslice.methods.blockwise.target_speed import SpeedCurve, choose_sparsity, typical_shape
 from intraslice.placement import Placement
 from intraslice.recipes.recipe import load_recipe
@@ -23,7 +23,7 @@ from support.clock import count_operations
 from support.tiny import FAMILIES, tiny_config
 
 CPU = Placement(torch.device("cpu"), torch.float32, torch.float32, torch.float32)
-FINE = MethodOptions(sparsity=0, attention=AttentionOptions(head_multiple=2), ffn=FFNOptions(ffn_multiple=1))
+FINE = BlockwiseOptions(attention=AttentionOptions(head_multiple=2), ffn=FFNOptions(ffn_multiple=1))
 SMALL = ["--num-samples", "4", "--seqlen", "32", "--set", "attention.head_multiple=2", "--set", "ffn.ffn_multiple=1"]
 
 
@@ -65,9 +65,9 @@ def test_noise_does_not_make_the_curve_rise():
     ("attention", "allocation"),
     [
         (AttentionOptions(head_multiple=2), AllocationOptions()),
-        (AttentionOptions(head_multiple=2, adaptive_heads=False), AllocationOptions()),
-        (AttentionOptions(head_multiple=2, groups="uniform"), AllocationOptions()),
-        (AttentionOptions(head_multiple=2), AllocationOptions(shapes="layer")),
+        (AttentionOptions(head_multiple=2, heads="whole"), AllocationOptions()),
+        (AttentionOptions(head_multiple=2, gqa_groups="uniform"), AllocationOptions()),
+        (AttentionOptions(head_multiple=2), AllocationOptions(shape_freedom="layer")),
     ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,7 +75,7 @@ def test_typical_shapes_have_the_asked_sparsity(family, attention, allocation):
     config = tiny_config(family)
     spec = family_of(config)
     dense = dense_shape(config, spec)
-    method = MethodOptions(sparsity=0, allocation=allocation, attention=attention, ffn=FFNOptions(ffn_multiple=1))
+    method = BlockwiseOptions(allocation=allocation, attention=attention, ffn=FFNOptions(ffn_multiple=1))
     whole = spec.num_parameters(dense, 32)
     assert typical_shape(dense, spec, 32, 0.0, method) == dense
     for sparsity in (0.1, 0.3, 0.5, 0.7, 0.9):
@@ -83,9 +83,9 @@ def test_typical_shapes_have_the_asked_sparsity(family, attention, allocation):
         # One channel costs 96 of 9216 weights (llama); only where a single channel is left there is no more to take.
         at_the_end = shape.intermediate_size in (1, dense.intermediate_size)
         assert abs(1 - spec.num_parameters(shape, 32) / whole - sparsity) < 0.006 or at_the_end
-        if allocation.shapes == "layer" or attention.groups == "uniform":
+        if allocation.shape_freedom == "layer" or attention.gqa_groups == "uniform":
             assert len(set(shape.heads_per_kv)) == 1
-        if not attention.adaptive_heads:
+        if attention.heads == "whole":
             assert shape.qk_head_dim == dense.qk_head_dim
 
 
@@ -136,7 +136,7 @@ def test_a_resumed_run_does_not_measure_again(tiny_folder, tmp_path: Path, monke
         folder = str(tiny_folder("llama"))
         return api.prune(folder, output=out, target_speedup=speedup, options=options, **kwargs)
 
-    from intraslice.engine import run
+    from intraslice.methods.blockwise import method
 
     pruned = []
 
@@ -146,11 +146,11 @@ def test_a_resumed_run_does_not_measure_again(tiny_folder, tmp_path: Path, monke
             raise KeyboardInterrupt
         return original(*args)  # type: ignore[arg-type]
 
-    original = run.prune_layer
-    monkeypatch.setattr(run, "prune_layer", stop_at_the_second)
+    original = method.prune_layer
+    monkeypatch.setattr(method, "prune_layer", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         prune(1.1)
-    monkeypatch.setattr(run, "prune_layer", original)
+    monkeypatch.setattr(method, "prune_layer", original)
     begun_with = json.loads((tmp_path / "out.partial" / "manifest.json").read_text())["identity"]["method.sparsity"]
 
     def measure(*_: object) -> None:

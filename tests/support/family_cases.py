@@ -55,6 +55,13 @@ CASES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 3.0,
         "tie_word_embeddings": True,
     },
+    "smollm3": {
+        **_BIASES,
+        "no_rope_layers": [1, 0, 1, 0],
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": _WINDOWS,
+    },
 }
 assert CASES.keys() == FAMILIES.keys(), "every row of the table is tested"
 

@@ -57,7 +57,7 @@ def test_inputs_without_full_rank_are_no_trouble():
 
 @pytest.mark.parametrize("sparsity", [0.05, 0.3, 0.5, 0.8])
 def test_ranks_meet_the_budget_with_about_the_same_share_everywhere(sparsity):
-    plan = plan_ranks(LAYER, 5, sparsity)
+    plan = plan_ranks([LAYER] * 5, sparsity)
     total = 5 * sum(rows * columns for rows, columns in LAYER.values())
     kept = 0
     for ranks in plan:
@@ -72,12 +72,12 @@ def test_ranks_meet_the_budget_with_about_the_same_share_everywhere(sparsity):
 
 
 def test_at_sparsity_zero_every_weight_stays():
-    assert plan_ranks(LAYER, 2, 0.0) == [(), ()]
+    assert plan_ranks([LAYER] * 2, 0.0) == [(), ()]
 
 
 def test_weights_too_small_for_the_budget_are_refused():
     with pytest.raises(BudgetError, match="reach only"):
-        plan_ranks({"q": (4, 4)}, 1, 0.4)
+        plan_ranks([{"q": (4, 4)}], 0.4)
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.3, 0.5, 0.7])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from intraslice.checkpoint.writer import INDEX_FILE, WEIGHTS_FILE
@@ -62,6 +62,10 @@ def read_config(folder: Path, name: str) -> Any:
         raise UnsupportedModelError(
             f"{name!r} is already pruned by intraslice; prune the dense model to the sparsity you want"
         )
+    text = data.get("text_config")
+    composite = composite_reason(model_type, text.get("model_type") if isinstance(text, dict) else None)
+    if composite is not None:
+        raise UnsupportedModelError(f"{name!r} {composite}")
     if model_type not in FAMILIES:
         code = " and it needs code of its own" if "auto_map" in data else ""
         raise UnsupportedModelError(
@@ -86,7 +90,31 @@ def read_config(folder: Path, name: str) -> Any:
     try:
         return CONFIG_MAPPING[model_type].from_dict(data)
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(f"config.json of {name!r} is not valid: {one_line(error)}") from error
+        raise CheckpointError(f"config.json of {name!r} is not valid: {config_reason(error)}") from error
+
+
+def composite_reason(model_type: str, text_type: str | None) -> str | None:
+    """Return why a composite checkpoint is refused, to stand after its name; None when the table has no such composite.
+
+    Args:
+        model_type: that of the checkpoint.
+        text_type: that of its text tower, where its config says so.
+    """
+    families = [spec.name for spec in FAMILIES.values() if model_type in spec.text_of]
+    if not families or text_type not in (None, *families):
+        return None
+    family = text_type or families[0]
+    return (
+        f"is a composite checkpoint ({model_type}); its text tower, a {family} model, cannot be pruned yet; give a "
+        f"checkpoint of the architecture {family!r} itself"
+    )
+
+
+def config_reason(error: Exception) -> str:
+    """Return in one line why a config is refused."""
+    # The check of a whole config is wrapped in an error that begins with the name of a function.
+    wrapped = isinstance(error, StrictDataclassClassValidationError) and error.__cause__ is not None
+    return one_line(error.__cause__ if wrapped else error)
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:

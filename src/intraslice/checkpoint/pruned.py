@@ -10,11 +10,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor
 
-from intraslice.checkpoint.folder import StoredTensor, read_headers
+from intraslice.checkpoint.folder import StoredTensor, config_reason, read_headers
 from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
 from intraslice.layers.state_dict import NeutralLayer, split_layer
 from intraslice.runtime import register
-from intraslice.runtime.configuration_intraslice import dense_config, dense_shape, rotary_dim
+from intraslice.runtime.configuration_intraslice import dense_config, dense_shapes, rotary_dim, rotated
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec, LayerShape
 from intraslice.runtime.modeling_intraslice import pair_channels
 
@@ -29,7 +29,8 @@ class PrunedCheckpoint:
         dense: stock config of the dense model.
         spec: the family.
         shapes: of each layer.
-        dense_shape: of each layer of the dense model.
+        rotated: whether each layer rotates query and key.
+        dense_shape: of each layer of the dense model; they are alike, other runtimes know only one.
     """
 
     def __init__(self, folder: Path, name: str, config: Any, tensors: dict[str, StoredTensor]) -> None:
@@ -39,7 +40,8 @@ class PrunedCheckpoint:
         self.dense = dense_config(config)
         self.spec: FamilySpec = FAMILIES[config.family]
         self.shapes: tuple[LayerShape, ...] = config.layer_shapes
-        self.dense_shape = dense_shape(config, self.spec)
+        self.dense_shape = dense_shapes(config, self.spec)[0]
+        self.rotated = tuple(rotated(config, self.spec, index) for index in range(len(self.shapes)))
         self._tensors = tensors
 
     @property
@@ -52,10 +54,9 @@ class PrunedCheckpoint:
         """Whether a layer has biases on o_proj and down_proj that its family may not have."""
         return any(shape.output_bias for shape in self.shapes)
 
-    @property
-    def pair_channels(self) -> Tensor | None:
-        """Channels of each rotary pair of a dense head, [d / 2, 2]; None without RoPE."""
-        if not self.spec.rope:
+    def pair_channels(self, index: int) -> Tensor | None:
+        """Return the channels of each rotary pair of a dense head of layer `index`, [d / 2, 2]; None without RoPE."""
+        if not self.rotated[index]:
             return None
         return pair_channels(rotary_dim(self.dense), self.dense_shape.qk_head_dim)
 
@@ -93,15 +94,15 @@ class PrunedCheckpoint:
         return {name: _read(stored) for name, stored in self._tensors.items() if not name.startswith(prefix)}
 
     def shared_pairs(self) -> tuple[int, ...] | None:
-        """Return the rotary pairs that every kv head of every layer keeps, when it is one choice; None otherwise.
+        """Return the rotary pairs that every kv head of every rotated layer keeps, if it is one choice; else None.
 
         All pairs of the dense head are one choice too.
         """
-        if not self.spec.rope:
-            return None
         everything = tuple(range(self.dense_shape.qk_head_dim // 2))
         choices: set[tuple[int, ...]] = set()
         for index, shape in enumerate(self.shapes):
+            if not self.rotated[index]:
+                continue
             if shape.qk_head_dim == self.dense_shape.qk_head_dim:
                 choices.add(everything)
                 continue
@@ -128,7 +129,7 @@ def open_pruned(model: str) -> PrunedCheckpoint:
         ours = "intraslice" in json.loads(path.read_text(encoding="utf-8"))
         config = AutoConfig.from_pretrained(folder) if ours else None
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
-        raise CheckpointError(f"config.json of {model!r} is not valid: {one_line(error)}") from error
+        raise CheckpointError(f"config.json of {model!r} cannot be read: {config_reason(error)}") from error
     if config is None:
         raise CheckpointError(
             f"{model!r} was not pruned by intraslice, so there is nothing to export; give the output folder of "
@@ -138,6 +139,11 @@ def open_pruned(model: str) -> PrunedCheckpoint:
         raise UnsupportedModelError(
             f"{model!r} was pruned by {config.intraslice['method']}, whose layers no other runtime knows; it runs in "
             "transformers, and can be exported only after another method, for example intraslice."
+        )
+    if len(set(dense_shapes(config, FAMILIES[config.family]))) > 1:
+        raise UnsupportedModelError(
+            f"{model!r} was pruned from a model whose layers have different sizes, for which no other format has a "
+            "place here; load it with transformers as it is."
         )
     return PrunedCheckpoint(folder, model, config, read_headers(folder, model))
 

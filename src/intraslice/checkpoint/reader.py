@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ class Checkpoint:
 
     def _check_against_config(self) -> None:
         expected = {name: tuple(tensor.shape) for name, tensor in self.skeleton().state_dict().items()}
-        tensors = self._tensors
+        tensors = self._under_state_names(expected) if self.spec.renames else self._tensors
         if not any(name in expected for name in tensors):
             # Saved from the class without a head: the names lack the attribute of the body.
             body = self.spec.layers.split(".")[0]
@@ -203,6 +204,18 @@ class Checkpoint:
                     f"tensor {name!r} of {self.name!r} is stored as {tensors[name].dtype}: quantised "
                     "checkpoints cannot be pruned; use the model in float32, bfloat16 or float16"
                 )
+
+    def _under_state_names(self, expected: Collection[str]) -> dict[str, StoredTensor]:
+        tensors: dict[str, StoredTensor] = {}
+        for stored, tensor in self._tensors.items():
+            name = stored if stored in expected else self.spec.state_name(stored)
+            if name in tensors:
+                raise CheckpointError(
+                    f"checkpoint {self.name!r} holds {name!r} twice, as {tensors[name].name!r} and as {stored!r}; "
+                    "leave one of them out"
+                )
+            tensors[name] = tensor
+        return tensors
 
     def _drop_tied_head(self) -> None:
         head = self._tensors.pop(OUTPUT_EMBEDDING, None)

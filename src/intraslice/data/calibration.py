@@ -138,8 +138,15 @@ def _sample(
     place = choose_device(device)
     # Its bar would run into ours.
     with quiet():
-        # The stubs do not know that a loaded model moves like any module.
-        model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", use_safetensors=True)
+        # The stubs know nothing of output_loading_info, with which a pair is returned.
+        auto: Any = AutoModelForCausalLM
+        model, info = auto.from_pretrained(model_folder, dtype="auto", use_safetensors=True, output_loading_info=True)
+    if info["missing_keys"]:
+        # Names that only our reader knows; transformers fills in random numbers, whose text means nothing.
+        raise CalibrationError(
+            f"no text can be sampled from {str(model_folder)!r}, because transformers does not know its names of "
+            f"tensors (it misses {min(info['missing_keys'])!r}); calibrate on a text instead"
+        )
     model = model.to(place).eval()
     generator = torch.Generator().manual_seed(seed)
     start = _first_tokens(tokenizer, model.config.vocab_size, num_samples, generator)  # [N, 1]

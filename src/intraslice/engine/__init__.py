@@ -1,1 +1,1 @@
-"""The prune itself: streams a checkpoint layer by layer through the pure code."""
+"""Runs the stages of a prune over the layers of a checkpoint; knows no method by name."""

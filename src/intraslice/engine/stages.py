@@ -93,6 +93,7 @@ class PlanStage(_Stage):
         run.clock.add(run.job.method.plan_seconds(run.context))
         with matmul_precision(fast=run.job.run.matmul != "exact-gradients"):
             plan = run.job.method.plan(run.context)
+        run.context.release()
         run.work.keep_plan(plan, run.clock.total())
 
 
@@ -105,6 +106,7 @@ class LayersStage(_Stage):
         """Let the method change what is not finished; finished layers are only passed through."""
         with matmul_precision(fast=run.job.run.matmul == "fast"):
             self._run(run)
+        run.context.release()
 
     def _run(self, run: Run) -> None:
         method, context, work = run.job.method, run.context, run.work

@@ -1,1 +1,1 @@
-"""What a saved model is worth: perplexity, speed, memory."""
+"""What a saved model is worth: perplexity and zero-shot accuracy."""

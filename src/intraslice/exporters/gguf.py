@@ -196,7 +196,7 @@ def _layer_tensors(checkpoint: PrunedCheckpoint, plan: FilePlan, index: int) -> 
     spec = checkpoint.spec
     layer = checkpoint.load_layer(index)
     if layer.shape != plan.shapes[index]:
-        layer = pad_layer(layer, plan.shapes[index], checkpoint.pair_channels, plan.pairs)
+        layer = pad_layer(layer, plan.shapes[index], checkpoint.pair_channels(index), plan.pairs)
     layer = scale_queries(layer, plan.query_scale)
     norms = {f"{spec.attention_norm}.weight": "attn_norm.weight", f"{spec.ffn_norm}.weight": "ffn_norm.weight"}
     if layer.rest.keys() != norms.keys():

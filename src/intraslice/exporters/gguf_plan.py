@@ -65,7 +65,7 @@ def make_plan(checkpoint: PrunedCheckpoint, options: ExportOptions) -> FilePlan:
         UnsupportedModelError: llama.cpp has no place for what the model does.
     """
     spec, values = checkpoint.spec, vars(checkpoint.dense)
-    channels = checkpoint.pair_channels
+    channels = checkpoint.pair_channels(0)
     if channels is None or not spec.fits_llama_cpp:
         raise UnsupportedModelError(
             f"a {spec.name} model cannot be exported to GGUF: llama.cpp's architecture with a shape per layer has "

@@ -116,7 +116,7 @@ def _has_window(checkpoint: PrunedCheckpoint) -> bool:
 
 def _check_rope(checkpoint: PrunedCheckpoint) -> None:
     kind = rope_type(checkpoint)
-    if checkpoint.spec.rope and kind in _LENGTH_DEPENDENT_ROPE:
+    if any(checkpoint.rotated) and kind in _LENGTH_DEPENDENT_ROPE:
         raise UnsupportedModelError(
             f"{checkpoint.name!r} has RoPE of type {kind!r}, whose angles change with the length of the text; an ONNX "
             "graph is fixed. Use the checkpoint with transformers or vLLM instead."

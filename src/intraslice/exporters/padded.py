@@ -43,7 +43,7 @@ def _largest(checkpoint: PrunedCheckpoint) -> tuple[LayerShape, Sequence[int] | 
     group, kv_heads = (max(most(shape.heads_per_kv) for shape in shapes) for most in (max, len))
     pairs = checkpoint.shared_pairs()
     width = max(max(shape.qk_head_dim, shape.v_head_dim) for shape in shapes)
-    if checkpoint.spec.rope and (pairs is None or width != 2 * len(pairs)):
+    if any(checkpoint.rotated) and (pairs is None or width != 2 * len(pairs)):
         # Heads that keep different pairs have room for all of them only in a head of the dense width.
         width, pairs = dense.qk_head_dim, None
     largest = LayerShape(

@@ -30,7 +30,7 @@ def pad_layer(
     Args:
         layer: the layer.
         shape: the larger shape: one group size, qk_head_dim == v_head_dim.
-        pair_channels: channels of each pair of a dense head, [d / 2, 2]; None without RoPE.
+        pair_channels: channels of each pair of a dense head, [d / 2, 2]; None for a layer without RoPE.
         pairs: dense pairs that the rows of a head of `shape` stand for, ascending; None: all of the dense head. With
             a subset a head's rows are the first channels of these pairs, then the second channels.
 

@@ -67,7 +67,7 @@ def _check_expressible(checkpoint: PrunedCheckpoint) -> None:
         reason = "its kv heads serve different numbers of query heads"
     elif shapes[0].qk_head_dim != shapes[0].v_head_dim:
         reason = f"query/key heads are {shapes[0].qk_head_dim} wide and value heads {shapes[0].v_head_dim}"
-    elif checkpoint.spec.rope and checkpoint.shared_pairs() is None:
+    elif any(checkpoint.rotated) and checkpoint.shared_pairs() is None:
         reason = "its heads keep different rotary pairs, and stock classes rotate all heads alike"
     else:
         return
@@ -115,7 +115,7 @@ def write_stock(
             for index in range(checkpoint.num_layers):
                 layer = checkpoint.load_layer(index)
                 stored = layer.attention.q.dtype
-                padded = scale_queries(_padded(layer, shape, checkpoint.pair_channels, pairs), factor)
+                padded = scale_queries(_padded(layer, shape, checkpoint.pair_channels(index), pairs), factor)
                 if checkpoint.has_output_biases:
                     padded = with_all_biases(padded)
                 tensors = join_layer(padded, checkpoint.spec)
@@ -213,7 +213,7 @@ def _subset_rope(checkpoint: PrunedCheckpoint, pairs: Sequence[int]) -> dict[str
     if frequencies is None:
         raise UnsupportedModelError(
             f"the rotary frequencies of type {rope_type(checkpoint)!r} change with the length of the text, so a "
-            "subset of the pairs cannot be written as constants; prune with attention.adaptive_heads=false, or use "
+            "subset of the pairs cannot be written as constants; prune with attention.heads=whole, or use "
             "--to padded."
         )
     if rotary_dim(checkpoint.dense) != checkpoint.dense_shape.qk_head_dim:

@@ -43,6 +43,7 @@ class Context:
     folder: Path
     identity: Mapping[str, Any]
     progress: Progress
+    _opened: list[HiddenStates] = field(default_factory=list)
 
     @property
     def placement(self) -> Placement:
@@ -56,7 +57,13 @@ class Context:
             name: of the file that holds them when they are kept on disk.
         """
         path = self.folder / f"{name}.bin" if self.run.hidden_states == "disk" else None
-        return embedded_states(self.model, self.tokens, path)
+        self._opened.append(embedded_states(self.model, self.tokens, path))
+        return self._opened[-1]
+
+    def release(self) -> None:
+        """Free all hidden states; the engine calls it after the plan and after the layers."""
+        while self._opened:
+            self._opened.pop().release()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from intraslice.errors import RecipeError
+
 RENAMED = {
     "allocation.name": "allocation.rule",
     "allocation.ffn_bias": "allocation.ffn_share",
@@ -29,23 +31,33 @@ def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return options by dotted name under today's names, and the old names that were among them.
 
     Args:
-        values: options by dotted name. One that is also given under its new name keeps the new one.
+        values: options by dotted name.
+
+    Raises:
+        RecipeError: an option is given under its old and its new name, with different values.
     """
     old = [name for name in values if name in OLD_NAMES]
     if not old:
         return dict(values), []
-    new: dict[str, Any] = {}
-    for name, value in values.items():
-        if name.endswith(".target") and name in RENAMED:
-            value = _REFERENCES.get(value, value)
-        if name not in _HEADS and name != "architecture":
-            new.setdefault(RENAMED.get(name, name), value)
+    new = {name: value for name, value in values.items() if name not in old}
+    for name in old:
+        if name in RENAMED:
+            value = values[name]
+            _give(new, name, RENAMED[name], _REFERENCES.get(value, value) if name.endswith(".target") else value)
     if values.get(_HEADS[1]):
-        new.setdefault("attention.heads", "all")
+        _give(new, _HEADS[1], "attention.heads", "all")
     elif _HEADS[0] in values:
-        new.setdefault("attention.heads", "adaptive" if values[_HEADS[0]] else "whole")
+        _give(new, _HEADS[0], "attention.heads", "adaptive" if values[_HEADS[0]] else "whole")
     # One number was both lambdas.
     for section in ("attention", "ffn"):
         if values.get(f"{section}.score") == "obs" and f"{section}.damping" in values:
             new.setdefault(f"{section}.obs_damping", values[f"{section}.damping"])
     return new, old
+
+
+def _give(values: dict[str, Any], old: str, new: str, value: Any) -> None:
+    if values.setdefault(new, value) != value:
+        raise RecipeError(
+            f"{old} is what earlier releases called {new}, and the two are given different values, {value!r} and "
+            f"{values[new]!r}; keep only {new}."
+        )

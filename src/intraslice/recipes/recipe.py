@@ -111,7 +111,9 @@ def load_recipe(
     _check_missing(given, method)
     own = {name: value for name, value in given.items() if name.partition(".")[0] in _OWN_FIELDS}
     of_method = {name: value for name, value in given.items() if name not in own}
-    options, left_out = _method_options(entry, method, target, of_method, drop=file_values if old_in_file else {})
+    # What somebody asks for besides an old file is asked for today.
+    of_file = {name: value for name, value in file_values.items() if name not in {**flag_values, **set_values}}
+    options, left_out = _method_options(entry, method, target, of_method, drop=of_file if old_in_file else {})
     try:
         recipe = Recipe(**{**nest(own), "method": method, "target": target, "options": options})
     except ValidationError as error:

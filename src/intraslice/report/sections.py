@@ -141,7 +141,7 @@ ROPE_NOTE = "Relative error of the attention output when only this share of the 
 
 SWEEP_NOTE = (
     "One option changed at a time, all else as in the table. The paper shows the size of the calibration data and "
-    "lambda_b (allocation.ffn_bias)."
+    "lambda_b (allocation.ffn_share)."
 )
 COST_NOTE = (
     "Time and peak memory of the pruning run. A gradient pass that several runs share is counted in each of them."

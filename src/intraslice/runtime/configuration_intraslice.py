@@ -32,25 +32,63 @@ if [int(part) for part in transformers.__version__.split(".")[:2]] < [
 FORMAT_VERSION = 1
 
 
-def dense_head_dim(config: PretrainedConfig) -> int:
-    """Return the head width of the dense model of a stock or a pruned config."""
+def _dense_overrides(config: PretrainedConfig) -> dict[str, dict[str, Any]] | None:
+    """Return the sizes per layer that the dense model itself has, by layer; None where its config has none.
+
+    In a pruned config `per_layer_config` holds the pruned sizes, and the dense ones stand aside.
+    """
+    record = vars(config).get("intraslice")
+    if record is None:
+        return config.to_dict().get("per_layer_config")
+    return record.get("dense", {}).get("per_layer_config")
+
+
+def _dense_values(config: PretrainedConfig, layer_idx: int) -> dict[str, Any]:
+    """Return the fields of the dense model's config for one layer."""
+    if vars(config).get("intraslice") is None:
+        return vars(config.per_layer_config[layer_idx])
+    overrides = _dense_overrides(config) or {}
+    # JSON has made strings of the layers, perhaps with zeros in front.
+    own = next((values for key, values in overrides.items() if int(key) == layer_idx), {})
     # vars(): reading an overridden attribute of a config with per-layer values raises.
-    values = vars(config)
+    return {**vars(config), **own}
+
+
+def dense_head_dim(config: PretrainedConfig, layer_idx: int = 0) -> int:
+    """Return the head width of a layer of the dense model of a stock or a pruned config."""
+    values = _dense_values(config, layer_idx)
     return values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
 
 
-def rotary_dim(config: PretrainedConfig) -> int:
-    """Return how many channels of a dense head are rotated."""
+def rotary_dim(config: PretrainedConfig, layer_idx: int = 0) -> int:
+    """Return how many channels of a dense head are rotated, in a layer that rotates them at all."""
     rope = vars(config).get("rope_parameters") or {}
-    return int(dense_head_dim(config) * rope.get("partial_rotary_factor", 1.0))
+    return int(dense_head_dim(config, layer_idx) * rope.get("partial_rotary_factor", 1.0))
 
 
-def dense_shape(config: PretrainedConfig, spec: FamilySpec) -> LayerShape:
-    """Return the shape of every layer of the dense model of a stock or a pruned config."""
-    values = vars(config)
+def rotated(config: PretrainedConfig, spec: FamilySpec, layer_idx: int) -> bool:
+    """Return whether a layer rotates query and key.
+
+    Args:
+        config: stock or pruned config.
+        spec: its family.
+        layer_idx: number of the layer.
+    """
+    return bool(vars(config)[spec.rope][layer_idx]) if isinstance(spec.rope, str) else spec.rope
+
+
+def dense_shape(config: PretrainedConfig, spec: FamilySpec, layer_idx: int = 0) -> LayerShape:
+    """Return the shape of a layer of the dense model.
+
+    Args:
+        config: stock or pruned config.
+        spec: its family.
+        layer_idx: number of the layer; any will do where the dense layers are alike.
+    """
+    values = _dense_values(config, layer_idx)
     heads = values["num_attention_heads"]
     kv_heads = values.get("num_key_value_heads") or heads
-    head_dim = dense_head_dim(config)
+    head_dim = dense_head_dim(config, layer_idx)
     return LayerShape(
         heads_per_kv=(heads // kv_heads,) * kv_heads,
         qk_head_dim=head_dim,
@@ -59,11 +97,19 @@ def dense_shape(config: PretrainedConfig, spec: FamilySpec) -> LayerShape:
     )
 
 
+def dense_shapes(config: PretrainedConfig, spec: FamilySpec) -> tuple[LayerShape, ...]:
+    """Return the shapes of all layers of the dense model of a stock or a pruned config."""
+    return tuple(dense_shape(config, spec, layer_idx) for layer_idx in range(vars(config)["num_hidden_layers"]))
+
+
 @contextmanager
 def dense_sizes(config: PretrainedConfig) -> Iterator[None]:
-    """Let stock code read the dense sizes of a config, which raises while there are values per layer."""
+    """Let stock code read the dense sizes of a config, which raises while there are pruned values per layer.
+
+    Sizes per layer that the dense model itself has are what it reads then.
+    """
     per_layer = config.to_dict().get("per_layer_config")
-    config.per_layer_config = None
+    config.per_layer_config = _dense_overrides(config)
     try:
         yield
     finally:
@@ -94,11 +140,11 @@ class _PrunedConfig(_ConfigBase):
     def layer_shapes(self) -> tuple[LayerShape, ...]:
         """Shape of every layer; dense when the config says nothing."""
         if self.intraslice is None:
-            return (dense_shape(self, FAMILIES[self.family]),) * self.num_hidden_layers
+            return dense_shapes(self, FAMILIES[self.family])
         return tuple(LayerShape.from_dict(layer) for layer in self.intraslice["layers"])
 
     def validate_architecture(self) -> None:
-        """Check that there is a shape for each layer, in a format that this code knows.
+        """Check that there is a shape for each layer, in a format that is not newer than this code.
 
         Raises:
             ValueError: when there is not.
@@ -106,10 +152,13 @@ class _PrunedConfig(_ConfigBase):
         if self.intraslice is None:
             return
         version = self.intraslice.get("format_version")
-        if version != FORMAT_VERSION:
+        # bool is an int too.
+        if type(version) is not int or version < 1:
+            raise ValueError(f"config.json has the format_version {version!r}, which is not a whole number from 1.")
+        if version > FORMAT_VERSION:
             raise ValueError(
-                f"This checkpoint has format version {version}, this code reads version {FORMAT_VERSION}; "
-                "install a matching release of intraslice."
+                f"format version {version} of this checkpoint is newer than version {FORMAT_VERSION}, the newest that "
+                "this code reads; install a newer release of intraslice."
             )
         layers = len(self.intraslice["layers"])
         if layers != self.num_hidden_layers:
@@ -278,6 +327,10 @@ def pruned_config(
     }
     values = _carried_over(dense)
     changes = dict(changes or {})
+    restored = {name: values.get(name) for name in changes}
+    own = _dense_overrides(dense)
+    if own is not None:
+        restored["per_layer_config"] = own
     return pruned(
         **{**values, **changes},
         architectures=[f"{name}ForCausalLM"],
@@ -294,6 +347,6 @@ def pruned_config(
             "recipe": dict(recipe),
             "layers": [shape.to_dict() for shape in shapes],
             # What `dense_config` puts back.
-            **({"dense": {name: values.get(name) for name in changes}} if changes else {}),
+            **({"dense": restored} if restored else {}),
         },
     )

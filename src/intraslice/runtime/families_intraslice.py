@@ -4,7 +4,7 @@ A family of known features is one row of `FAMILIES`. What the stock module that 
 scale, window, dropout, cap of the scores) is taken from it and stands in no row.
 
 Rows for later features have room here: what differs from layer to layer is a function of the layer index
-(`LayerShape` is one layer's), and names on disk that are not those of the state dict would be a field of their own.
+(`LayerShape` is one layer's).
 
 This file travels with every pruned checkpoint (`trust_remote_code=True`) and is read by code that must not wait for
 torch, so it imports only the standard library.
@@ -96,7 +96,7 @@ class FamilySpec:
         norm: what the norms compute: "rms" (x / rms(x) * weight), "rms_plus_one" (the same, * (1 + weight)), "layer"
             (LayerNorm with weight and bias), "layer_plus_one", or "layer_plain" (LayerNorm without weights).
         norm_first: config attribute that says whether norms come before the block; None means always before.
-        rope: whether query and key are rotated.
+        rope: whether query and key are rotated: a constant, or the config list that says it of each layer (0: not).
         intermediate_size: config attribute of the FFN width.
         sliding_window: config attribute passed on to the attention kernel, where the stock attention module reads it
             from the config at every call; None when the module holds its window itself, or has none.
@@ -112,6 +112,12 @@ class FamilySpec:
         gguf: name of the architecture in GGUF files that transformers reads as this family; None when there is none.
         gguf_interleaved: whether such files store the two channels of a rotary pair side by side.
         refuse: config attributes that must be unset, because the computation is another one with them.
+        renames: (beginning of a name on disk, what stands there in the state dict of the ForCausalLM class), for
+            checkpoints whose names are others, for example ("model.language_model.", "model.") or ("embed_out.",
+            "lm_head."). Plain text, no patterns; the first pair that fits is taken, once; names that the state dict
+            has are left alone.
+        text_of: model_types of the composite checkpoints (with vision towers, for example) whose text tower is of
+            this family.
         since: first release of transformers that this was tested with.
     """
 
@@ -132,7 +138,7 @@ class FamilySpec:
     ffn_norm: str = "post_attention_layernorm"
     norm: str = "rms"
     norm_first: str | None = None
-    rope: bool = True
+    rope: bool | str = True
     intermediate_size: str = "intermediate_size"
     sliding_window: str | None = None
     qkv_bias: bool | str = False
@@ -146,7 +152,16 @@ class FamilySpec:
     gguf: str | None = None
     gguf_interleaved: bool = False
     refuse: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    text_of: tuple[str, ...] = ()
     since: str = "5.16"
+
+    def state_name(self, name: str) -> str:
+        """Return the state-dict name of a tensor that is stored under another name; the same name if no pair fits."""
+        for stored, known in self.renames:
+            if name.startswith(stored):
+                return known + name[len(stored) :]
+        return name
 
     @property
     def rotatable(self) -> bool:
@@ -158,7 +173,7 @@ class FamilySpec:
     @property
     def fits_llama_cpp(self) -> bool:
         """Whether llama.cpp's architecture with a shape per layer has a place for everything in a layer."""
-        return self.rope and self.gate is not None and self.norm == "rms"
+        return self.rope is True and self.gate is not None and self.norm == "rms"
 
     @property
     def without_targets(self) -> tuple[str, ...]:
@@ -237,7 +252,7 @@ FAMILIES: dict[str, FamilySpec] = {
             gguf="llama",
             gguf_interleaved=True,
         ),
-        FamilySpec(name="mistral", sliding_window="sliding_window"),
+        FamilySpec(name="mistral", sliding_window="sliding_window", text_of=("mistral3",)),
         FamilySpec(name="qwen2", qkv_bias=True, gguf="qwen2"),
         FamilySpec(
             name="phi3",
@@ -358,6 +373,13 @@ FAMILIES: dict[str, FamilySpec] = {
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             heads_divide_hidden=True,
+        ),
+        FamilySpec(
+            name="smollm3",
+            rope="no_rope_layers",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            bias_fields=("attention_bias", "mlp_bias"),
         ),
     )
 }

@@ -31,6 +31,7 @@ from .configuration_intraslice import (
     dense_sizes,
     family_of_class,
     rotary_dim,
+    rotated,
     stock_config_class,
 )
 from .families_intraslice import FAMILIES, FamilySpec, LayerShape
@@ -120,7 +121,7 @@ class PrunedAttention(nn.Module):
     """Attention of one layer with its own head counts and widths, for every family.
 
     Linears carry the names of the family. The softmax scale stays that of the dense head. Query heads are
-    sorted by kv head. When query and key keep fewer channels than the dense head and the family has RoPE, the
+    sorted by kv head. When query and key keep fewer channels than the dense head and the layer has RoPE, the
     buffer `rope_index` [K, r/2] holds the kept pairs of each kv head (rows of `pair_channels`); a head's rows
     of q and k are then the first channels of these pairs, followed by the second channels.
 
@@ -133,7 +134,7 @@ class PrunedAttention(nn.Module):
             inherited: softmax scale, causality, window, dropout, cap of the scores.
 
     Raises:
-        ValueError: when the family has RoPE and qk_head_dim is odd or larger than the dense head.
+        ValueError: when the layer has RoPE and qk_head_dim is odd or larger than the dense head.
     """
 
     rope_index: torch.Tensor | None
@@ -146,7 +147,7 @@ class PrunedAttention(nn.Module):
         self.layer_idx = layer_idx
         self.spec = spec
         self.shape = shape
-        dense_dim = dense_head_dim(config)
+        dense_dim = dense_head_dim(config, layer_idx)
         inherited = vars(stock)
         self.is_causal = inherited["is_causal"]
         self.scaling = inherited["scaling"]
@@ -180,9 +181,10 @@ class PrunedAttention(nn.Module):
         o_bias = _flag(config, spec.o_bias) or shape.output_bias
         self.add_module(spec.o.path, nn.Linear(context_dim, hidden, bias=o_bias))
 
-        self.rotary_half = rotary_dim(config) // 2 if spec.rope else 0
-        self.unrotated_pairs = dense_dim // 2 - self.rotary_half if spec.rope else 0
-        self.selects_pairs = spec.rope and shape.qk_head_dim != dense_dim
+        self.rotated = rotated(config, spec, layer_idx)
+        self.rotary_half = rotary_dim(config, layer_idx) // 2 if self.rotated else 0
+        self.unrotated_pairs = dense_dim // 2 - self.rotary_half if self.rotated else 0
+        self.selects_pairs = self.rotated and shape.qk_head_dim != dense_dim
         if self.selects_pairs and (shape.qk_head_dim % 2 or shape.qk_head_dim > dense_dim):
             raise ValueError(f"layer {layer_idx}: qk_head_dim {shape.qk_head_dim} is not even or exceeds {dense_dim}")
         self.register_indices()
@@ -243,7 +245,7 @@ class PrunedAttention(nn.Module):
         key = key.reshape(B, T, self.num_kv_heads, self.qk_head_dim)
         # vLLM needs contiguous values when their width is not that of the keys.
         value = value.contiguous().view(B, T, self.num_kv_heads, self.v_head_dim)
-        if self.spec.rope:
+        if self.rotated:
             query, key = self._apply_rope(query, key, position_embeddings)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 

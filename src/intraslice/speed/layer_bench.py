@@ -18,7 +18,7 @@ from intraslice.inspection import family_of
 from intraslice.loading import load_model
 from intraslice.placement import Placement, dtype_name
 from intraslice.progress import Progress, SilentProgress
-from intraslice.runtime.configuration_intraslice import dense_config, dense_shape
+from intraslice.runtime.configuration_intraslice import dense_config, dense_shape, dense_shapes
 from intraslice.runtime.families_intraslice import LayerShape
 from intraslice.speed.bench import BenchOptions
 from intraslice.speed.layer_speed import LayerHost, one_layer_model
@@ -224,7 +224,7 @@ def _load(name: str, options: BenchOptions, progress: Progress) -> _Model:
         )
     host = LayerHost(model, spec.layers, Placement(model.device, model.dtype, model.dtype, torch.float32))
     pruned = config.model_type != spec.name
-    shapes = config.layer_shapes if pruned else (dense_shape(config, spec),) * len(host.layers)
+    shapes = config.layer_shapes if pruned else dense_shapes(config, spec)
     return _Model(name, host, _distinct(host, shapes), pruned)
 
 

@@ -95,7 +95,8 @@ def analyze_model(
         progress: shows the layers.
 
     Returns:
-        Plain JSON types; lists have one entry per layer. `rope_pairs` is None without RoPE.
+        Plain JSON types; lists have one entry per layer, head_dim and intermediate_size are the largest ones.
+        `rope_pairs` is None without RoPE, and has no numbers (None) in the rows of layers without it.
 
     Raises:
         NumericalError: activations are NaN or infinite.
@@ -107,13 +108,12 @@ def analyze_model(
     for part in hidden.slices():
         hidden.write(part, streamed.embed(tokens_NT[part]))
     streamed.release()
-    fractions = tuple(kept_fractions) if streamed.spec.rope else ()
+    fractions = tuple(kept_fractions) if any(map(streamed.rotated, range(streamed.num_layers))) else ()
     layers = []
     with (progress or SilentProgress()).step("analysis", total=streamed.num_layers) as advance:
         for index in range(streamed.num_layers):
             layers.append(_analyze_layer(streamed, index, hidden, fractions))
             advance(1)
-    dense = streamed.dense_shape
     return {
         "context_spectrum": [layer.context_spectrum() for layer in layers],
         "act_spectrum": [sample_spectrum(layer.eigenvalues["act"]) for layer in layers],
@@ -124,13 +124,13 @@ def analyze_model(
         },
         "rope_pairs": {
             "kept_fraction": list(fractions),
-            "relative_error": [layer.pair_errors for layer in layers],
+            "relative_error": [layer.pair_errors or [None] * len(fractions) for layer in layers],
         }
         if fractions
         else None,
         "hidden_size": streamed.config.hidden_size,
-        "head_dim": dense.v_head_dim,
-        "intermediate_size": dense.intermediate_size,
+        "head_dim": max(shape.v_head_dim for shape in streamed.dense_shapes),
+        "intermediate_size": max(shape.intermediate_size for shape in streamed.dense_shapes),
         "num_tokens": N * T,
     }
 
@@ -191,13 +191,16 @@ def _analyze_layer(
     model: StreamedModel, index: int, hidden: HiddenStates, fractions: Sequence[float]
 ) -> _LayerAnalysis:
     """Measure a layer and overwrite the hidden states with its outputs."""
-    block, shape = model.load_layer(index), model.dense_shape
+    block, shape = model.load_layer(index), model.dense_shapes[index]
     device, dtype = model.placement.device, model.placement.stat_dtype
     D = model.config.hidden_size
     context_moment = BlockSecondMoment(shape.num_attention_heads, shape.v_head_dim, device, dtype)
     widths = {"act": shape.intermediate_size, "attention_output": D, "ffn_output": D, "residual": D}
     moments = {name: SecondMoment(width, None, device, dtype) for name, width in widths.items()}
-    pair_errors = _PairErrors(model, block, hidden, fractions) if fractions else None
+    pairs = model.pairs_to_channels(index)
+    pair_errors = None
+    if fractions and pairs is not None:
+        pair_errors = _PairErrors(model, block, pairs, hidden, fractions)
     for part in hidden.slices():
         states = hidden.read(part)
         query, key, value = block.project(block.attention, block.attention_input(states))
@@ -228,7 +231,8 @@ class _PairErrors:
 
     Args:
         model: the streamed dense model.
-        block: the layer.
+        block: the layer, at its dense shape.
+        pairs: channels of each rotary pair, int64 [d / 2, 2].
         hidden: inputs of the layer; read once, to rank the pairs.
         fractions: shares of the pairs to keep.
     """
@@ -237,11 +241,12 @@ class _PairErrors:
         self,
         model: StreamedModel,
         block: DecoderLayer,
+        pairs: Tensor,
         hidden: HiddenStates,
         fractions: Sequence[float],
     ) -> None:
         self._block = block
-        shape = model.dense_shape
+        shape = block.attention.shape
         device, dtype = model.placement.device, model.placement.stat_dtype
         H, K = shape.num_attention_heads, shape.num_key_value_heads
         query_abs = Sum(H, shape.qk_head_dim, device=device, dtype=dtype)
@@ -252,8 +257,6 @@ class _PairErrors:
             query_abs.update(query.abs().sum((0, 2)))
             key_abs.update(key.abs().sum((0, 2)))
             num_tokens += query.shape[0] * query.shape[2]
-        pairs = model.pairs_to_channels
-        assert pairs is not None
         scores = rope_pair_scores(query_abs.value, key_abs.value, num_tokens, pairs)  # [H, d / 2]
         per_kv = scores.view(K, H // K, -1).sum(1)
         self._channel_masks = [

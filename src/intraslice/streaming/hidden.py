@@ -64,6 +64,10 @@ class HiddenStates:
         """Overwrite the states of some sequences."""
         self._states[part].copy_(states_BTD)
 
+    def release(self) -> None:
+        """Free the buffer; nothing can be read or written afterwards."""
+        self._states = self._states.new_empty(0)
+
 
 @dataclass(frozen=True)
 class Streams:

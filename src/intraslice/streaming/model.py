@@ -18,7 +18,7 @@ from intraslice.layers.decoder import DecoderLayer, norms_come_first
 from intraslice.layers.head import LanguageHead
 from intraslice.layers.sites import ModelSites, layer_sites
 from intraslice.placement import Placement
-from intraslice.runtime.configuration_intraslice import dense_shape, rotary_dim
+from intraslice.runtime.configuration_intraslice import dense_shapes, rotary_dim, rotated
 from intraslice.runtime.families_intraslice import LayerShape
 from intraslice.runtime.modeling_intraslice import apply_layer_shape, pair_channels
 
@@ -84,7 +84,7 @@ class StreamedModel:
         self.config = checkpoint.config
         self.spec = checkpoint.spec
         self.norm_first = norms_come_first(self.spec, self.config)
-        self.dense_shape: LayerShape = dense_shape(self.config, self.spec)
+        self.dense_shapes: tuple[LayerShape, ...] = dense_shapes(self.config, self.spec)
         self.model = checkpoint.skeleton().eval().requires_grad_(False)
         parent_path, _, name = self.spec.layers.rpartition(".")
         self._decoder = self.model.get_submodule(parent_path)
@@ -94,7 +94,8 @@ class StreamedModel:
         self._skeletons = list(layers)
         self._recorders = [_Recorder(layer) for layer in self._skeletons]
         setattr(self._decoder, name, nn.ModuleList(self._recorders))
-        self.sites = ModelSites((layer_sites(self.spec, self.dense_shape, self.config.hidden_size),) * self.num_layers)
+        width = self.config.hidden_size
+        self.sites = ModelSites(tuple(layer_sites(self.spec, shape, width) for shape in self.dense_shapes))
         self._materialise()
         self.batch_shape = batch_shape
         self.embed(torch.zeros(batch_shape, dtype=torch.int64))
@@ -130,12 +131,15 @@ class StreamedModel:
                 setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 - no attribute of the class
             self.model._init_weights(module)
 
-    @property
-    def pairs_to_channels(self) -> Tensor | None:
-        """Channels of each rotary pair of a dense head, [d / 2, 2]; None without RoPE."""
-        if not self.spec.rope:
+    def rotated(self, index: int) -> bool:
+        """Return whether layer `index` rotates query and key."""
+        return rotated(self.config, self.spec, index)
+
+    def pairs_to_channels(self, index: int) -> Tensor | None:
+        """Return the channels of each rotary pair of a dense head of layer `index`, [d / 2, 2]; None without RoPE."""
+        if not self.rotated(index):
             return None
-        return pair_channels(rotary_dim(self.config), self.dense_shape.qk_head_dim)
+        return pair_channels(rotary_dim(self.config, index), self.dense_shapes[index].qk_head_dim)
 
     @property
     def can_share_pairs(self) -> bool:
@@ -143,7 +147,10 @@ class StreamedModel:
 
         There is no room in it for channels that are not rotated, and the config of some families takes no subset.
         """
-        return self.spec.rope_subset and rotary_dim(self.config) == self.dense_shape.qk_head_dim
+        whole = all(
+            rotary_dim(self.config, index) == shape.qk_head_dim for index, shape in enumerate(self.dense_shapes)
+        )
+        return self.spec.rope_subset and whole
 
     @property
     def heads_divide_hidden(self) -> bool:
@@ -169,7 +176,7 @@ class StreamedModel:
     def load_layer(self, index: int) -> DecoderLayer:
         """Return layer `index` at its dense shape, on the compute device."""
         layer = copy.deepcopy(self._skeletons[index])  # on the meta device: no weights are copied
-        apply_layer_shape(layer, self.config, self.spec, index, self.dense_shape)
+        apply_layer_shape(layer, self.config, self.spec, index, self.dense_shapes[index])
         return self._filled(index, layer, self.checkpoint.load_layer(index))
 
     def load_pruned_layer(self, index: int, shape: LayerShape, tensors: dict[str, Tensor]) -> DecoderLayer:

@@ -9,7 +9,7 @@ Shapes: S sequences, B sequences of a batch, T tokens, D hidden_size, C channels
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ class _Sums:
 
     def __init__(self, model: StreamedModel, num_sequences: int, num_groups: int) -> None:
         self.done, self.seconds = 0, 0.0
-        self.layers = [_statistics(model, num_groups, None, num_sequences) for _ in range(model.num_layers)]
+        self.layers = [_statistics(model, i, num_groups, None, num_sequences) for i in range(model.num_layers)]
 
     def save(self, path: Path) -> None:
         """Write the sums and how many sequences they cover."""
@@ -61,28 +61,36 @@ class _Sums:
             prefix = f"{index}."
             layer.add({name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)})
 
-    def gradients(self, num_tokens: int, pairs_to_channels: Tensor | None) -> MaskGradients:
-        """Return what the allocation rules read."""
-        layers, pair_scores = [], []
-        for statistics in self.layers:
+    def gradients(self, num_tokens: int, pairs_to_channels: Sequence[Tensor | None]) -> MaskGradients:
+        """Return what the allocation rules read.
+
+        Args:
+            num_tokens: in the sums.
+            pairs_to_channels: of each layer, the channels of each rotary pair [d / 2, 2]; None without RoPE.
+        """
+        layers: list[dict[str, SiteGradients]] = []
+        pair_scores: list[Tensor | None] = []
+        for statistics, pairs in zip(self.layers, pairs_to_channels, strict=True):
             sums = statistics.finish()
             sites = dict.fromkeys(name.partition(".")[0] for name in sums if name.endswith(".grad"))
             layers.append({site: SiteGradients(sums[f"{site}.grad"], sums[f"{site}.moment"]) for site in sites})
-            if pairs_to_channels is not None:
-                scores = rope_pair_scores(sums["query_abs"], sums["key_abs"], num_tokens, pairs_to_channels)
-                pair_scores.append(scores.sum(0))
-        return MaskGradients(tuple(layers), None if pairs_to_channels is None else tuple(pair_scores))
+            scores = None
+            if pairs is not None:
+                scores = rope_pair_scores(sums["query_abs"], sums["key_abs"], num_tokens, pairs).sum(0)
+            pair_scores.append(scores)
+        rotates = any(scores is not None for scores in pair_scores)
+        return MaskGradients(tuple(layers), tuple(pair_scores) if rotates else None)
 
 
 def _statistics(
-    model: StreamedModel, num_groups: int, placement: Placement | None, num_sequences: int = 0
+    model: StreamedModel, index: int, num_groups: int, placement: Placement | None, num_sequences: int = 0
 ) -> Statistics:
     """Return the sums of one layer: of one chunk where it is computed, or of all chunks, in float64 on the CPU."""
     if placement is None:
         statistics = Statistics(torch.device("cpu"), torch.float64)
     else:
         statistics = Statistics(placement.device, placement.stat_dtype)
-    shape = model.dense_shape
+    shape = model.dense_shapes[index]
     heads, width = shape.num_attention_heads, group_width(shape.intermediate_size, num_groups)
     blocks = {ATTENTION: (heads, shape.v_head_dim), FFN: (shape.intermediate_size // width, width)}
     for site, (count, block) in blocks.items():
@@ -146,7 +154,7 @@ def measure_gradients(
             sums.done = stop
             sums.seconds += time.monotonic() - started
             sums.save(save_path)
-    gradients = sums.gradients(tokens_ST.numel(), model.pairs_to_channels)
+    gradients = sums.gradients(tokens_ST.numel(), [model.pairs_to_channels(index) for index in range(layers)])
     for index, layer in enumerate(gradients.layers):
         for site, measured in layer.items():
             if not torch.isfinite(measured.grad).all():
@@ -169,7 +177,7 @@ def _measure_chunk(
     boundaries = [[model.embed(tokens_ST[part])] for part in parts]
     for index in range(model.num_layers):
         layer = model.load_layer(index)
-        statistics = _statistics(model, num_groups, model.placement)
+        statistics = _statistics(model, index, num_groups, model.placement)
         for part, states in zip(parts, boundaries, strict=True):
             states.append(_forward(layer, states[-1], statistics))
             advance(part.stop - part.start)

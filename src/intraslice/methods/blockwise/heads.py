@@ -115,7 +115,7 @@ def choose_qk(
         options: settings.
         pairs_to_channels: int64 [d / 2, 2] channels of each RoPE pair; None without RoPE.
         plan: exact shape of the block; None leaves it to the budget.
-        shared_pairs: the pairs to keep, when all heads of the model keep the same.
+        shared_pairs: the pairs to keep, when all rotated heads of the model keep the same.
     """
     _, head_dim, hidden_size = weights.q.shape
     # q and o cost D weights per query head and dimension, k and v per kv head: two matrices of the same width.
@@ -176,7 +176,7 @@ def _narrowed(
     members = {kv: [head for head in edit.heads if head // weights.group == kv] for kv in kv_heads}
     if options.basis == "channels":
         edit = replace(edit, v_channels=torch.stack([top_indices(stats.value_energy[kv], width) for kv in kv_heads]))
-    if shared_pairs is not None:
+    if shared_pairs is not None and pairs_to_channels is not None:
         return replace(edit, rope_pairs=torch.tensor(shared_pairs).repeat(len(kv_heads), 1))
     if pairs_to_channels is not None or options.basis == "channels":
         # Without RoPE every channel is on its own.

@@ -124,16 +124,16 @@ def _prune_attention(
     plan: LayerPlan,
     options: AttentionOptions,
 ) -> _PrunedAttention:
-    dense = layer.attention
-    weights = read_attention(layer, model.dense_shape)
+    dense, whole_shape = layer.attention, model.dense_shapes[index]
+    weights = read_attention(layer, whole_shape)
     stats = attention_stats(model, layer, streams.pruned, SCORES[options.score].needs_full_moment)
-    pairs = model.pairs_to_channels
+    pairs = model.pairs_to_channels(index)
     edit = choose_qk(weights, stats, budget, options, pairs, plan.heads, plan.rope_pairs)
     trial, per_kv = fuse_qk(weights, edit, pairs)
-    ffn_width = model.dense_shape.intermediate_size
+    ffn_width = whole_shape.intermediate_size
     write_attention(layer, model.config, index, attention_shape(per_kv, trial, ffn_width), trial, edit.rope_pairs)
     moments = context_moments(model, layer, streams, dense, options.repair_against)
-    dense_dims = model.dense_shape.num_attention_heads * model.dense_shape.qk_head_dim
+    dense_dims = whole_shape.num_attention_heads * whole_shape.qk_head_dim
     whole = len(edit.heads) * edit.width == dense_dims
     value_edit, error = solve_value(
         trial.o, per_kv, edit.width, moments, options, v_channels=edit.v_channels, whole=whole

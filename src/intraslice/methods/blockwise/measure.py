@@ -59,7 +59,7 @@ def attention_stats(
         value_energy.update(value.to(dtype).square().sum((0, 2)))
         query_abs.update(query.abs().sum((0, 2)))
         key_abs.update(key.abs().sum((0, 2)))
-        if not model.spec.rope:
+        if not attention.rotated:
             key_sum.update(key.sum((0, 2)))
             query_moment.update(query.transpose(1, 2).flatten(0, 1).flatten(1))
             key_moment.update(key.transpose(1, 2).flatten(0, 1).flatten(1))

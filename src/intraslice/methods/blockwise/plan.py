@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from intraslice.errors import RecipeError
 from intraslice.methods.base import Context
 from intraslice.methods.blockwise.allocators.base import Allocation, count_units
 from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients
@@ -46,6 +47,7 @@ def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
 
     Raises:
         BudgetError: the sparsity cannot be reached under the cap.
+        RecipeError: the shapes are not free, and the dense layers are not alike.
         NumericalError: activations or gradients are NaN or infinite.
     """
     model, rules = context.model, options.allocation
@@ -81,13 +83,19 @@ def _shape_grid(model: StreamedModel, options: BlockwiseOptions) -> ShapeGrid | 
     freedom, attention = options.allocation.shape_freedom, options.attention
     if freedom == "free":
         return None
-    head_dim = model.dense_shape.qk_head_dim
+    dense = model.dense_shapes[0]
+    if any(shape != dense for shape in model.dense_shapes):
+        raise RecipeError(
+            f"allocation.shape_freedom = {freedom} was asked for, but the layers of this model have different sizes "
+            "before pruning; use allocation.shape_freedom = free."
+        )
+    head_dim = dense.qk_head_dim
     least = max(attention.head_multiple, attention.min_head_fraction * head_dim)
     widths = [w for w in range(attention.head_multiple, head_dim, attention.head_multiple) if w >= least]
     if attention.heads != "adaptive" or (freedom != "layer" and not model.can_share_pairs):
         widths = []
     return ShapeGrid(
-        num_key_value_heads=model.dense_shape.num_key_value_heads,
+        num_key_value_heads=dense.num_key_value_heads,
         hidden_size=model.config.hidden_size,
         num_ffn_matrices=model.spec.num_ffn_matrices,
         widths=(*widths, head_dim),

@@ -25,7 +25,7 @@ from intraslice.methods.blockwise.options import BlockwiseOptions
 from intraslice.options import MAX_SPARSITY
 from intraslice.placement import Placement
 from intraslice.progress import Progress, SilentProgress
-from intraslice.runtime.configuration_intraslice import dense_shape
+from intraslice.runtime.configuration_intraslice import dense_shape, dense_shapes
 from intraslice.runtime.families_intraslice import FamilySpec, LayerShape
 from intraslice.runtime.modeling_intraslice import apply_layer_shape
 from intraslice.speed.layer_speed import LayerHost, one_layer_model
@@ -166,8 +166,14 @@ def choose_sparsity(
 
     Raises:
         BudgetError: not even the largest sparsity that the allocation allows is so fast.
+        RecipeError: the dense layers are not alike, so that one of them cannot stand for all.
     """
     progress = progress or SilentProgress()
+    if len(set(dense_shapes(config, spec))) > 1:
+        raise RecipeError(
+            "a speedup as the budget is measured on one layer for all, but the layers of this model have different "
+            "sizes before pruning; give --sparsity instead."
+        )
     curve = measure_curve(config, spec, method, speedup_of, placement, progress)
     sparsity = curve.sparsity_for(speedup)
     best, most = curve.best_speedup, curve.sparsities[-1]

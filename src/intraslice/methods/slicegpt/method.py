@@ -72,7 +72,8 @@ class SliceGpt:
         if context.sparsity == 0:
             # A rotation would only add the matrices on the residual connections.
             return {"width": hidden_size}
-        per_channel = model.spec.num_parameters(model.dense_shape, hidden_size) // hidden_size
+        total = sum(model.spec.num_parameters(shape, hidden_size) for shape in model.dense_shapes)
+        per_channel = total // model.num_layers // hidden_size
         return {"width": slice_width(per_channel, hidden_size, context.sparsity)}
 
     def plan_seconds(self, context: Context) -> float:
@@ -93,7 +94,7 @@ class SliceGpt:
     def layer(self, context: Context, state: _State, index: int, layer: DecoderLayer) -> LayerOutcome:
         """Rotate and slice the stored tensors of the layer, and advance the stream through it."""
         model, width = context.model, self._width
-        shape = replace(model.dense_shape, shortcuts=context.sparsity > 0)
+        shape = replace(model.dense_shapes[index], shortcuts=context.sparsity > 0)
         outcome = {
             "shape": shape,
             "num_weights": model.spec.num_parameters(shape, width),

@@ -5,7 +5,7 @@ Shapes: O outputs, C inputs, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,24 +18,23 @@ Ranks = tuple[tuple[str, int], ...]
 """(path, rank) of the weights of one layer that become two factors."""
 
 
-def plan_ranks(sizes: Mapping[str, tuple[int, int]], num_layers: int, sparsity: float) -> list[Ranks]:
+def plan_ranks(layers: Sequence[Mapping[str, tuple[int, int]]], sparsity: float) -> list[Ranks]:
     """Return the ranks of every layer: of each weight the same share is kept.
 
     What rounding leaves over (or overdraws) goes to the next weight, so that the total meets the budget. A weight whose
     factors would be no smaller than itself is left out: it stays as it is.
 
     Args:
-        sizes: (outputs, inputs) of the Linears of a layer, by path.
-        num_layers: number of layers, all of these sizes.
+        layers: for each layer, (outputs, inputs) of its Linears by path.
         sparsity: fraction of the weights to remove.
 
     Raises:
         BudgetError: the weights are too small to come close to the budget.
     """
-    total = num_layers * sum(rows * columns for rows, columns in sizes.values())
+    total = sum(rows * columns for sizes in layers for rows, columns in sizes.values())
     reached = 0.0
     for multiple in MULTIPLES:
-        plan, kept = _plan(sizes, num_layers, sparsity, multiple)
+        plan, kept = _plan(layers, sparsity, multiple)
         reached = 1 - kept / total
         if abs(reached - sparsity) <= TOLERANCE:
             return plan
@@ -45,10 +44,10 @@ def plan_ranks(sizes: Mapping[str, tuple[int, int]], num_layers: int, sparsity: 
     )
 
 
-def _plan(sizes: Mapping[str, tuple[int, int]], num_layers: int, sparsity: float, multiple: int) -> tuple[list, int]:
+def _plan(layers: Sequence[Mapping[str, tuple[int, int]]], sparsity: float, multiple: int) -> tuple[list[Ranks], int]:
     plan: list[Ranks] = []
     carry, kept = 0.0, 0
-    for _ in range(num_layers):
+    for sizes in layers:
         ranks: list[tuple[str, int]] = []
         for path, (rows, columns) in sizes.items():
             whole = rows * columns

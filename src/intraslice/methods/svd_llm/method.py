@@ -50,8 +50,8 @@ class SvdLlm:
             BudgetError: the weights are too small to come close to the budget.
         """
         model = context.model
-        sizes = model.spec.linear_sizes(model.dense_shape, model.config.hidden_size)
-        return {"ranks": plan_ranks(sizes, model.num_layers, context.sparsity)}
+        sizes = [model.spec.linear_sizes(shape, model.config.hidden_size) for shape in model.dense_shapes]
+        return {"ranks": plan_ranks(sizes, context.sparsity)}
 
     def plan_seconds(self, context: Context) -> float:
         """Return 0: nothing is measured."""
@@ -66,7 +66,7 @@ class SvdLlm:
         """Factor the weights of the layer in place, and advance the states through it."""
         model, ranks = context.model, self._ranks[index]
         errors = _factor_layer(context.placement, layer, index, ranks, state)
-        shape = replace(model.dense_shape, ranks=ranks)
+        shape = replace(model.dense_shapes[index], ranks=ranks)
         return LayerOutcome(
             shape=shape,
             num_weights=model.spec.num_parameters(shape, model.config.hidden_size),

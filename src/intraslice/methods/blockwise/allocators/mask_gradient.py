@@ -38,11 +38,11 @@ class MaskGradients:
     Attributes:
         layers: for each layer, the gradients of its sites by name.
         pair_scores: mean |q k| of each rotary pair of the dense head, summed over the query heads, [d / 2], of each
-            layer; None without RoPE.
+            layer; None for a layer, or for all of them, without RoPE.
     """
 
     layers: tuple[Mapping[str, SiteGradients], ...]
-    pair_scores: tuple[Tensor, ...] | None = None
+    pair_scores: tuple[Tensor | None, ...] | None = None
 
     def of(self, sites: ModelSites, kind: str) -> list[SiteGradients]:
         """Return the gradients of all sites of a kind, in the order of `ModelSites.of`."""

@@ -85,11 +85,15 @@ def allocate_shapes(
     budget = (1.0 - sparsity) * sites.num_weights
     cap = options.max_site_sparsity
     ffn = [_ffn_choices(layer, grid, cap) for layer in channels]
-    mass = _pair_mass(measured)
+    rotated, mass = _pair_mass(measured)
     candidates = []
     for widths in [grid.widths] if options.shape_freedom == "layer" else [(width,) for width in grid.widths]:
         pairs = None if options.shape_freedom == "layer" or mass is None else _shared_pairs(mass, widths[0])
-        kept_mass = [1.0] * len(heads) if pairs is None or mass is None else mass[:, list(pairs)].sum(1).tolist()
+        # Layers without RoPE are free in what they keep of query and key, whatever the others share.
+        kept_mass = [1.0] * len(heads)
+        if pairs is not None and mass is not None:
+            for layer, kept in zip(rotated, mass[:, list(pairs)].sum(1).tolist(), strict=True):
+                kept_mass[layer] = kept
         attention = [
             _head_choices(layer * kept, grid, widths, size, cap)
             for layer, kept, size in zip(heads, kept_mass, attention_sizes, strict=True)
@@ -161,16 +165,17 @@ def _exchange_rate(
     return rate, rate * attention_kept + ffn_kept
 
 
-def _pair_mass(measured: MaskGradients) -> Tensor | None:
-    """Return the share of each rotary pair in the mean |q k| of its layer, [L, d / 2]; None without RoPE."""
-    if measured.pair_scores is None:
-        return None
-    mass = torch.stack(measured.pair_scores)
-    return mass / mass.sum(1, keepdim=True).clamp_min(1e-30)
+def _pair_mass(measured: MaskGradients) -> tuple[list[int], Tensor | None]:
+    """Return the layers with RoPE, R of them, and the share of each pair in their mean |q k|, [R, d / 2] or None."""
+    found = {layer: scores for layer, scores in enumerate(measured.pair_scores or ()) if scores is not None}
+    if not found:
+        return [], None
+    mass = torch.stack(list(found.values()))
+    return list(found), mass / mass.sum(1, keepdim=True).clamp_min(1e-30)
 
 
-def _shared_pairs(mass_LP: Tensor, width: int) -> tuple[int, ...]:
-    return tuple(top_indices(mass_LP.sum(0), width // 2).tolist())
+def _shared_pairs(mass_RP: Tensor, width: int) -> tuple[int, ...]:
+    return tuple(top_indices(mass_RP.sum(0), width // 2).tolist())
 
 
 def _head_choices(
