@@ -98,7 +98,7 @@ def test_speeds_of_another_machine_matter_only_where_both_have_speeds(finished: 
 
 def test_pruned_checkpoints(finished: Path, report, tiny_folder: Callable[..., Path], tmp_path: Path):
     out = tmp_path / "pruned"
-    options = {"attention.head_multiple": 2, "ffn.ffn_multiple": 1, "ffn.damping": 0.2}
+    options = {"ffn.ffn_multiple": 1, "ffn.damping": 0.2}
     options |= {"calibration.num_samples": 4, "calibration.seqlen": 32}
     result = api.prune(str(tiny_folder("llama")), output=out, sparsity=0.3, method="naive", options=options)
     status, _, rows = report(finished, out)
@@ -106,7 +106,7 @@ def test_pruned_checkpoints(finished: Path, report, tiny_folder: Callable[..., P
     (row,) = [row for row in rows if row["asked"] == 0.3]
     assert row["parameters"] == result.pruned_parameters and row["perplexity"] is None
     (cell,) = [cell for cell in merge_results([str(out / "result.json")])["cells"]]
-    assert cell["options"] == {"attention.head_multiple": 2, "ffn.ffn_multiple": 1, "ffn.damping": 0.2}
+    assert cell["options"] == {"ffn.ffn_multiple": 1, "ffn.damping": 0.2}
     # The same model calibrated on other tokens.
     options["calibration.seed"] = 1
     other = api.prune(str(tiny_folder("llama")), output=tmp_path / "other", sparsity=0.3, options=options)

@@ -135,7 +135,7 @@ def test_flap_repairs_the_mean_of_the_first_block(tiny_folder, tmp_path):
     wanted = context @ o.weight.T
     missing = wanted - ((context * (1 - dropped.flatten())) @ o.weight.T + expected)
     relative = (missing.square().sum() / wanted.square().sum()).item()
-    assert result.layers[0].attention_error == pytest.approx(relative, rel=1e-4)
+    assert result.layers[0].errors["attention"] == pytest.approx(relative, rel=1e-4)
 
 
 def test_transact_keeps_rows_of_every_head(tiny_folder, tmp_path):

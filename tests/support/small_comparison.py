@@ -13,9 +13,11 @@ from intraslice import process
 from intraslice.comparison import run, worker
 from intraslice.errors import ComparisonError
 
+# An option is refused where a method does not read it, so this one is no option of all.
+INTRASLICE = {"label": "intraslice", "method": "intraslice", "options": {"attention.head_multiple": 2}}
 SMALL: dict[str, Any] = {
     "title": "Small",
-    "methods": ["intraslice", {"label": "whole heads", "method": "naive"}],
+    "methods": [INTRASLICE, {"label": "whole heads", "method": "naive"}],
     "sparsities": [0.2, 0.4],
     "calibration": {"num_samples": 4, "seqlen": 32},
     "evaluation": {"text": "builtin", "seqlen": 64, "windows": 2},
