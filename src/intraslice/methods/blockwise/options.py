@@ -177,21 +177,23 @@ class BlockwiseOptions:
             method: name of the preset.
             target: the runtime that the shapes are chosen for.
         """
-        if self.allocation.shape_freedom != "free" and self.allocation.rule != "mask_gradient":
+        freedom, rule = self.allocation.shape_freedom, self.allocation.rule
+        if freedom != "free" and rule != "mask_gradient":
             return (
-                f"target {target} chooses shapes by mask gradients, which allocation.rule = {self.allocation.rule} "
-                f"(method {method}) does not rank; use --target transformers, or --set allocation.rule=mask_gradient."
+                f"allocation.shape_freedom = {freedom} (target {target}) chooses shapes by mask gradients, which "
+                f"allocation.rule = {rule} (method {method}) does not rank; leave shapes free, as --target "
+                "transformers does, or use --set allocation.rule=mask_gradient."
             )
-        if self.allocation.shape_freedom != "free" and self.attention.heads == "all":
+        if freedom != "free" and self.attention.heads == "all":
             return (
-                f"attention.heads = all keeps every head, but allocation.shape_freedom = "
-                f"{self.allocation.shape_freedom} chooses how many heads stay; set attention.heads to adaptive or "
-                "whole, or use --target transformers."
+                f"attention.heads = all (method {method}) keeps every head, but allocation.shape_freedom = {freedom} "
+                f"(target {target}) chooses how many heads stay; set attention.heads to adaptive or whole, or leave "
+                "shapes free, as --target transformers does."
             )
         score = strategies.SCORES[self.attention.score]
         if "attention.score" in self.read() and score.head_rules and self.attention.heads not in score.head_rules:
             return (
-                f"attention.score = {self.attention.score} ranks heads for attention.heads = "
+                f"attention.score = {self.attention.score} (method {method}) ranks heads for attention.heads = "
                 f"{' or '.join(score.head_rules)} only, not for {self.attention.heads}; change one of the two."
             )
         return None
