@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from intraslice.cli.app import main
-from support.small_comparison import SMALL, document_of
+from support.small_comparison import INTRASLICE, SMALL, document_of
 
 Jobs = list[dict[str, Any]]
 Small = Callable[..., Path]
@@ -113,7 +113,7 @@ def test_what_is_added_is_all_that_runs(finished: Path, small: Small, jobs: Jobs
 
 
 def test_another_evaluation_prunes_again_and_the_plan_says_so(finished: Path, small: Small, jobs: Jobs, capfd):
-    file = small(evaluation={"seqlen": 64, "windows": 3}, sparsities=[0.2], methods=["intraslice"])
+    file = small(evaluation={"seqlen": 64, "windows": 3}, sparsities=[0.2], methods=[INTRASLICE])
     assert main(["compare", str(file), "-o", str(finished), "--dry-run"]) == 0
     assert "1 cells are pruned again" in capfd.readouterr().out
     assert names(jobs) == ["identify"]
