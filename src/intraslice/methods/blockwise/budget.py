@@ -91,10 +91,10 @@ class Budget:
             for each in sites
             if number > layer or names.index(each.name) > names.index(site.name)
         ]
-        # How many heads a later layer keeps is known up to one head when it is measured.
-        head = max((each.slack for each in later), default=0.0)
-        low = wanted + sum(each.planned - each.high for each in later) + head
-        high = wanted + sum(each.planned - each.low for each in later) - head
+        # How many heads a later layer keeps is known up to one head per layer when it is measured.
+        heads = sum(each.slack for each in later)
+        low = wanted + sum(each.planned - each.high for each in later) + heads
+        high = wanted + sum(each.planned - each.low for each in later) - heads
         return (low, high) if low <= high else (wanted, wanted)
 
     def _range(self, layer: int, site: Site) -> _Range:
