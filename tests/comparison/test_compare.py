@@ -216,7 +216,7 @@ def test_tasks_that_are_added_leave_the_perplexity_alone(finished: Path, small: 
     pytest.importorskip("lm_eval")
     _task_data(tmp_path / "data")
     tasks = {"names": ["piqa"], "task_data": "data", "limit": 4}
-    file = small(tasks=tasks, sparsities=[0.2], methods=["intraslice"])
+    file = small(tasks=tasks, sparsities=[0.2], methods=[INTRASLICE])
     assert main(["compare", str(file), "-o", str(finished)]) == 0
     assert [job["parts"] for job in jobs if job["job"] == "measure"] == [["task-piqa"], ["task-piqa"]]
     document = document_of(finished)

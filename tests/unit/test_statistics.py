@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from intraslice.algebra.statistics import BlockSecondMoment, SecondMoment, Statistics, Sum
+from support.sums import CPU, C, N, inputs_of, measured, reduce_in_process
 
-CPU = torch.device("cpu")
-N, C, D = 40, 6, 3
 NAMES = {"moment", "cross", "blocks", "total", "tokens", "rows"}
 
 
@@ -64,30 +63,6 @@ def test_a_sum_keeps_what_float32_would_lose():
     assert torch.equal(total.value, torch.full((2, 3), 2.0**24 + 3, dtype=torch.float64))
 
 
-def _inputs(dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(N, C, generator=torch.Generator().manual_seed(2)).to(dtype)
-
-
-def _measured(
-    part: slice, data: torch.dtype = torch.float64, sums: torch.dtype = torch.float64, batch: int = 7
-) -> Statistics:
-    """Return one sum of every kind over some of the N tokens; each token is a row of its own."""
-    inputs = _inputs(data)
-    statistics = Statistics(CPU, sums)
-    moment, cross = statistics.second_moment("moment", C), statistics.second_moment("cross", C, D)
-    blocks, total = statistics.block_second_moment("blocks", 2, C // 2), statistics.sum("total", C)
-    tokens, rows = statistics.number("tokens"), statistics.rows("rows", N, C)
-    for start in range(part.start, part.stop, batch):
-        x = inputs[start : min(start + batch, part.stop)]
-        moment.update(x)
-        cross.update(x, x[:, :D])
-        blocks.update(x)
-        total.update(x.sum(0, dtype=sums))
-        tokens.update(len(x))
-        rows.write(slice(start, start + len(x)), x)
-    return statistics
-
-
 # Sums of float64 differ only by the order of N additions; products of float32 are rounded to 24 bits before they
 # are added up, in batches that a cut divides differently.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -97,8 +72,8 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 @pytest.mark.parametrize("data", [torch.float64, torch.float32])
 @pytest.mark.parametrize("cut", [1, 13, 20, 39])
 def test_two_merged_parts_are_the_whole(cut, data, sums):
-    whole, first = _measured(slice(0, N), data, sums).finish(), _measured(slice(0, cut), data, sums)
-    first.merge(_measured(slice(cut, N), data, sums))
+    whole, first = measured(slice(0, N), data, sums).finish(), measured(slice(0, cut), data, sums)
+    first.merge(measured(slice(cut, N), data, sums))
     merged = first.finish()
     assert merged.keys() == whole.keys() == NAMES
     tolerance = max(TOLERANCES[data], TOLERANCES[sums])
@@ -106,11 +81,11 @@ def test_two_merged_parts_are_the_whole(cut, data, sums):
         torch.testing.assert_close(merged[name], value, rtol=tolerance, atol=tolerance * N)
     # What is counted or copied is not rounded at all.
     assert float(merged["tokens"]) == N
-    assert torch.equal(merged["rows"], _inputs(data).double())
+    assert torch.equal(merged["rows"], inputs_of(data).double())
 
 
 def test_merging_takes_only_the_sums_that_the_other_has():
-    whole = _measured(slice(0, N))
+    whole = measured(slice(0, N))
     part = Statistics(CPU, torch.float64)
     part.sum("total", C).update(torch.ones(C))
     before = {name: value.clone() for name, value in whole.finish().items()}
@@ -123,17 +98,17 @@ def test_merging_takes_only_the_sums_that_the_other_has():
 
 @pytest.mark.parametrize("sums", [torch.float64, torch.float32])
 def test_sums_are_finished_in_float64_on_the_cpu(sums):
-    for name, value in _measured(slice(0, N), torch.float32, sums).finish().items():
+    for name, value in measured(slice(0, N), torch.float32, sums).finish().items():
         assert (value.dtype, value.device) == (torch.float64, CPU), name
 
 
 def test_what_was_saved_is_added_to_nothing_without_a_change(tmp_path: Path):
-    measured = _measured(slice(0, N)).finish()
-    save_file(measured, tmp_path / "sums.safetensors")
-    again = _measured(slice(0, 0))
+    sums = measured(slice(0, N)).finish()
+    save_file(sums, tmp_path / "sums.safetensors")
+    again = measured(slice(0, 0))
     again.add(load_file(tmp_path / "sums.safetensors"))
     for name, value in again.finish().items():
-        assert torch.equal(value, measured[name]), name
+        assert torch.equal(value, sums[name]), name
     # Finishing leaves the sums as they are: they go on with the next chunk.
     again.of("total").update(torch.ones(C))
     assert torch.equal(again.finish()["total"], measured["total"] + 1)
@@ -146,21 +121,12 @@ def test_a_name_is_given_once():
         statistics.sum("tokens", 3)
 
 
-def _reduce_in_process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    statistics = _measured((slice(0, 13), slice(13, N))[rank])
-    statistics.reduce()
-    save_file(statistics.finish(), f"{folder}/{rank}.safetensors")
-    torch.distributed.destroy_process_group()
-
-
 def test_processes_that_saw_different_tokens_all_have_the_total(tmp_path: Path):
-    torch.multiprocessing.spawn(_reduce_in_process, (str(tmp_path),), nprocs=2)
-    whole = _measured(slice(0, N)).finish()
+    torch.multiprocessing.spawn(reduce_in_process, (str(tmp_path),), nprocs=2)
+    whole = measured(slice(0, N)).finish()
     for rank in range(2):
         reduced = load_file(tmp_path / f"{rank}.safetensors")
         assert reduced.keys() == whole.keys()
         for name, value in whole.items():
             torch.testing.assert_close(reduced[name], value, rtol=1e-12, atol=1e-12 * N)
-        assert float(reduced["tokens"]) == N and torch.equal(reduced["rows"], _inputs(torch.float64))
+        assert float(reduced["tokens"]) == N and torch.equal(reduced["rows"], inputs_of(torch.float64))
