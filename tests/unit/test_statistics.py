@@ -111,7 +111,7 @@ def test_what_was_saved_is_added_to_nothing_without_a_change(tmp_path: Path):
         assert torch.equal(value, sums[name]), name
     # Finishing leaves the sums as they are: they go on with the next chunk.
     again.of("total").update(torch.ones(C))
-    assert torch.equal(again.finish()["total"], measured["total"] + 1)
+    assert torch.equal(again.finish()["total"], sums["total"] + 1)
 
 
 def test_a_name_is_given_once():
