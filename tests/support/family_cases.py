@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from intraslice.runtime.configuration_intraslice import known_families
 from intraslice.runtime.families_intraslice import FAMILIES
 
 _COMMON: dict[str, Any] = {
@@ -64,6 +65,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 assert CASES.keys() == FAMILIES.keys(), "every row of the table is tested"
+KNOWN_FAMILIES = known_families()
+"""Those that the installed transformers has; `since` of the others says which release does."""
 
 
 def family_config(family: str) -> Any:

@@ -330,6 +330,7 @@ FAMILIES: dict[str, FamilySpec] = {
             bias_fields=("attention_bias", "mlp_bias"),
             heads_divide_hidden=True,
             stand_in="mistral",
+            since="5.23",
         ),
         FamilySpec(
             name="jais2",
