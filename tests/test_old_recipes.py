@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -388,3 +389,20 @@ def test_an_old_result_still_loads(tmp_path: Path):
     assert result.layers[0].errors == {"attention": 0.1, "ffn": 0.2}
     assert result.seconds["allocation"] == 1.0
     assert PruneResult.from_dict(json.loads(result.to_json())) == result
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_nothing_that_we_show_uses_what_only_earlier_releases_had():
+    shown = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown += [path for folder in ("examples", "benchmarks", "recipes") for path in (ROOT / folder).rglob("*.*")]
+    assert len(shown) > 20
+    gone = [rf"\b{re.escape(name)}\b" for name in OLD_NAMES if "." in name]
+    # In YAML the two parts of a name stand in two lines.
+    gone += [rf"^ *{name}:" for name in ("adaptive_heads", "keep_heads", "ffn_bias", "scan_folder", "architecture")]
+    gone += [r"\banalyse\("]
+    found = [
+        (path.name, match.group()) for path in shown for match in re.finditer("|".join(gone), path.read_text(), re.M)
+    ]
+    assert found == []

@@ -286,7 +286,7 @@ def fit_to_model(recipe: Recipe, spec: FamilySpec, *, hidden_size: int, norms_fi
         recipe: as it was given.
         spec: family of the model.
         hidden_size: width of its residual stream.
-        norms_first: whether norms come before the blocks.
+        norms_first: whether norms come before the sites.
 
     Raises:
         RecipeError: the target cannot run the family in another shape, or the method does not fit it.

@@ -66,10 +66,10 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one matrix lives inside a block: a Linear, or one part of a fused Linear.
+    """Where one matrix lives inside a site: a Linear, or one part of a fused Linear.
 
     Attributes:
-        path: name of the Linear relative to the block.
+        path: name of the Linear relative to the module of the site.
         part: which part of a fused Linear, in the order of its rows.
         parts: names of all parts when fused, for example ("q", "k", "v"); empty when not fused.
     """
@@ -95,7 +95,7 @@ class FamilySpec:
         attention_norm, ffn_norm: norms relative to the layer.
         norm: what the norms compute: "rms" (x / rms(x) * weight), "rms_plus_one" (the same, * (1 + weight)), "layer"
             (LayerNorm with weight and bias), "layer_plus_one", or "layer_plain" (LayerNorm without weights).
-        norm_first: config attribute that says whether norms come before the block; None means always before.
+        norm_first: config attribute that says whether norms come before the site; None means always before.
         rope: whether query and key are rotated: a constant, or the config list that says it of each layer (0: not).
         intermediate_size: config attribute of the FFN width.
         sliding_window: config attribute passed on to the attention kernel, where the stock attention module reads it
@@ -166,7 +166,7 @@ class FamilySpec:
     @property
     def rotatable(self) -> bool:
         """Whether the residual stream may be rotated: a rotation passes unchanged only through an RMSNorm whose
-        weight can be moved into the Linears that follow, and only where the norms come before the blocks.
+        weight can be moved into the Linears that follow, and only where the norms come before the sites.
         """
         return self.norm == "rms" and self.norm_first is None
 
@@ -193,7 +193,7 @@ class FamilySpec:
 
     @property
     def attention_paths(self) -> tuple[tuple[str, ...], str]:
-        """Linears that read the input of the attention block, and the one that writes its output, within the layer."""
+        """Linears that read the input of attention, and the one that writes its output, within the layer."""
         reading = dict.fromkeys(f"{self.attention}.{slot.path}" for slot in (self.q, self.k, self.v))
         return tuple(reading), f"{self.attention}.{self.o.path}"
 
