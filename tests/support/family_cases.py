@@ -90,9 +90,11 @@ def family_model(family: str, dtype: torch.dtype = torch.float64) -> Any:
 def doubles():
     """Let code that asks for float32 have float64, so that norms and softmax of stock classes can be compared."""
     single, to_single = torch.float32, torch.Tensor.float
-    torch.float32 = torch.float64
+    # Two names of one dtype; transformers 5.16 uses the short one.
+    torch.float32 = torch.float = torch.float64
     torch.Tensor.float = torch.Tensor.double
     try:
         yield
     finally:
-        torch.float32, torch.Tensor.float = single, to_single
+        torch.float32 = torch.float = single
+        torch.Tensor.float = to_single
