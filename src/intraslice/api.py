@@ -269,7 +269,7 @@ def export(
     to: str,
     output: str | Path,
     dtype: str = "auto",
-    pad_to: str = "dense",
+    pad_to: str | None = None,
     tokenizer_from: str | Path | None = None,
     verify: bool = True,
     overwrite: bool = False,
@@ -282,7 +282,7 @@ def export(
         to: name of an exporter: "stock", "padded", "gguf", "onnx", or another row of `exporters.registry.EXPORTERS`.
         output: folder to write; for gguf, the file.
         dtype: of the written weights: "auto" (as stored), "float32", "bfloat16" or "float16".
-        pad_to: for padded: "dense", or "max" for the largest of each size that occurs.
+        pad_to: for padded: "dense" (default), or "max" for the largest of each size that occurs.
         tokenizer_from: for gguf: a GGUF file of the base model whose tokenizer is copied.
         verify: reload the result in its runtime, where that is installed, and compare the logits of a prompt.
         overwrite: replace an existing output.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,8 @@ def check_seqlen(config: Any, seqlen: int) -> None:
 
 def _check_output_apart(model: str, output: Path) -> None:
     source = Path(model).expanduser()
-    if source.exists() and source.resolve().is_relative_to(output.resolve()):
+    # realpath, because resolve stops at links that go round in circles.
+    if source.exists() and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(output)):
         raise OutputError(f"the output {str(output)!r} would replace the input model; choose another folder.")
 
 

@@ -270,7 +270,7 @@ class PrunedAttention(nn.Module):
         """Return query, key (after RoPE) and value, as they go into the cache.
 
         Args:
-            hidden_BTD: input of the attention block, [B, T, D].
+            hidden_BTD: input of attention, [B, T, D].
             position_embeddings: cos and sin, each [B or 1, T, rotary channels]; None without RoPE.
 
         Returns:
@@ -422,7 +422,7 @@ class PrunedAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the output of the attention block [B, T, D], and the weights if the kernel has them.
+        """Return the output of attention [B, T, D], and the weights if the kernel has them.
 
         Args:
             hidden_states: [B, T, D].
