@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from intraslice.checkpoint.composite import text_arguments
 from intraslice.checkpoint.folder import config_reason, read_headers, weight_files
 from intraslice.checkpoint.source import find_built_in, resolve_model
 from intraslice.errors import CheckpointError
@@ -77,7 +78,7 @@ def load_model(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, Any]:
-    """Load a dense or pruned model and its tokenizer, in evaluation mode.
+    """Load a dense or pruned model and its tokenizer, in evaluation mode; of a composite model the text tower alone.
 
     Args:
         name: hub id, local folder, .gguf file or built-in name.
@@ -107,6 +108,7 @@ def load_model(
                 use_safetensors=True,
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
+                **text_arguments(folder, trust_remote_code=trust_remote_code),
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except _LOADING_ERRORS as error:

@@ -19,7 +19,7 @@ from intraslice.methods.base import Context, Outside
 from intraslice.placement import dtype_name, matmul_precision
 from intraslice.results.model_card import render
 from intraslice.results.result import RESULT_FILE, LayerRecord, PruneResult
-from intraslice.runtime.configuration_intraslice import pruned_config
+from intraslice.runtime.configuration_intraslice import composite_config, pruned_config
 
 if TYPE_CHECKING:
     from intraslice.engine.run import Clock, Job
@@ -179,13 +179,17 @@ class WriteStage(_Stage):
             changes=dict(outside.config),
         )
         config.dtype = save
+        if checkpoint.composite is not None:
+            config = composite_config(checkpoint.composite.config, config)
+            config.dtype = save
         layers = range(checkpoint.num_layers)
         written = assemble(
             work.staging,
             [work.layer_path(index) for index in layers],
-            [checkpoint.layer_prefix(index) for index in layers],
-            outside.tensors,
+            [checkpoint.saved_name(checkpoint.layer_prefix(index)) for index in layers],
+            {checkpoint.saved_name(name): tensor for name, tensor in outside.tensors.items()},
             job.run.max_shard_bytes,
+            checkpoint.carried,
         )
         run.outside = None
         save_side_files(work.staging, config, checkpoint.folder)
