@@ -20,6 +20,7 @@ from intraslice.checkpoint.folder import COMPOSITES
 from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor
 from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
 
+_PRUNED_PREFIX = "intraslice_"
 _BODY = "model."
 _TOWER = "model.language_model."
 _HEAD = "lm_head."
@@ -141,7 +142,7 @@ def text_arguments(folder: Path, *, trust_remote_code: bool = False) -> dict[str
 
 def is_composite(config: Any) -> bool:
     """Return whether a config is that of a composite whose text tower we know, dense or pruned."""
-    return config.model_type.removeprefix("intraslice_") in COMPOSITES
+    return config.model_type.removeprefix(_PRUNED_PREFIX) in COMPOSITES
 
 
 def text_config(config: Any) -> Any:
@@ -151,6 +152,12 @@ def text_config(config: Any) -> Any:
     tower = copy.deepcopy(config.text_config)
     tower.tie_word_embeddings = config.tie_word_embeddings
     tower.dtype = tower.dtype or config.dtype
+    if config.model_type.startswith(_PRUNED_PREFIX):
+        # Not at the top: it imports transformers, and this module is read by code that must not wait for it.
+        from intraslice.runtime.configuration_intraslice import class_names
+
+        for field, value in class_names(type(tower)).items():
+            setattr(tower, field, value)
     return tower
 
 

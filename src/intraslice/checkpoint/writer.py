@@ -56,8 +56,8 @@ def assemble(
 ) -> int:
     """Pack finished layers and all other tensors into the weight files of a checkpoint.
 
-    One tensor of the layer files, and of what is carried over, is in memory at a time. One shard is called model.safetensors; more get the
-    usual numbered names and an index.
+    One tensor of the layer files, and of what is carried over, is in memory at a time. One shard is called
+    model.safetensors; more get the usual numbered names and an index.
 
     Args:
         folder: checkpoint folder.

@@ -54,7 +54,7 @@ class Run:
         seconds = {**self.clock.stages, "total": round(self.clock.total(), 3)}
         result = self.result.with_seconds(seconds)
         write_text(self.work.staging / RESULT_FILE, result.to_json())
-        write_text(self.work.staging / "README.md", render(result))
+        write_text(self.work.staging / "README.md", render(result, composite=self.job.checkpoint.composite is not None))
         return result
 
 

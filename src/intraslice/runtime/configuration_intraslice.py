@@ -207,7 +207,7 @@ class _PrunedConfig(_ConfigBase):
 
 
 PREFIX = "IntraSlice"
-_MODEL_TYPE_PREFIX = "intraslice_"
+MODEL_TYPE_PREFIX = "intraslice_"
 
 
 def known_families() -> tuple[str, ...]:
@@ -236,7 +236,7 @@ def config_class(family: str) -> type[Any]:
         "__doc__": f"{stem} whose layers have their own shapes.",
         "__annotations__": {"intraslice": dict | None},
         "intraslice": None,
-        "model_type": f"{_MODEL_TYPE_PREFIX}{family}",
+        "model_type": f"{MODEL_TYPE_PREFIX}{family}",
         "family": family,
     }
     return strict(type(name, (_PrunedConfig, stock_config_class(family)), fields))
@@ -257,7 +257,7 @@ class _CompositeConfig(_ConfigBase):
     def __post_init__(self, **kwargs: Any) -> None:
         # The stock class would look the text tower up among the registered configs, where it need not be.
         if isinstance(self.text_config, dict):
-            family = self.text_config["model_type"].removeprefix(_MODEL_TYPE_PREFIX)
+            family = self.text_config["model_type"].removeprefix(MODEL_TYPE_PREFIX)
             self.text_config = config_class(family)(**self.text_config)
         super().__post_init__(**kwargs)
 
@@ -271,7 +271,7 @@ def composite_config_class(composite: str) -> type[Any]:
         "__module__": __name__,
         "__qualname__": name,
         "__doc__": f"{stem} whose text tower has layers with their own shapes.",
-        "model_type": f"{_MODEL_TYPE_PREFIX}{composite}",
+        "model_type": f"{MODEL_TYPE_PREFIX}{composite}",
         "composite": composite,
     }
     return strict(type(name, (_CompositeConfig, stock_config_class(composite)), fields))
@@ -330,10 +330,28 @@ def _carried_over(config: PretrainedConfig) -> dict[str, Any]:
 
 def dense_config(config: PretrainedConfig) -> PretrainedConfig:
     """Return a copy of a pruned config as the stock class, with the dense sizes."""
-    family = config.model_type.removeprefix(_MODEL_TYPE_PREFIX)
+    family = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
     stock = stock_config_class(family)
     values = {**_carried_over(config), **((vars(config)["intraslice"] or {}).get("dense", {}))}
     return stock(**values, architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]])
+
+
+def class_names(pruned: type[Any]) -> dict[str, Any]:
+    """Return the fields of config.json that name the classes of a model whose config is of this class of ours."""
+    name = pruned.__name__.removesuffix("Config")
+    auto, head = (
+        ("AutoModelForImageTextToText", "ForConditionalGeneration")
+        if issubclass(pruned, _CompositeConfig)
+        else ("AutoModelForCausalLM", "ForCausalLM")
+    )
+    return {
+        "architectures": [f"{name}{head}"],
+        "auto_map": {
+            "AutoConfig": f"configuration_intraslice.{name}Config",
+            "AutoModel": f"modeling_intraslice.{name}Model",
+            auto: f"modeling_intraslice.{name}{head}",
+        },
+    }
 
 
 def pruned_config(
@@ -359,7 +377,6 @@ def pruned_config(
         The IntraSlice config of the family, complete for config.json.
     """
     pruned = config_class(spec.name)
-    name = pruned.__name__.removesuffix("Config")
     per_layer = {
         layer_idx: {
             "num_attention_heads": shape.num_attention_heads,
@@ -377,13 +394,7 @@ def pruned_config(
     if own is not None:
         restored["per_layer_config"] = own
     return pruned(
-        **{**values, **changes},
-        architectures=[f"{name}ForCausalLM"],
-        auto_map={
-            "AutoConfig": f"configuration_intraslice.{pruned.__name__}",
-            "AutoModel": f"modeling_intraslice.{name}Model",
-            "AutoModelForCausalLM": f"modeling_intraslice.{name}ForCausalLM",
-        },
+        **{**values, **changes, **class_names(pruned)},
         per_layer_config=per_layer,
         intraslice={
             "format_version": FORMAT_VERSION,
@@ -408,18 +419,8 @@ def composite_config(composite: PretrainedConfig, text: PretrainedConfig) -> Pre
         The IntraSlice config of the composite, complete for config.json.
     """
     pruned = composite_config_class(composite.model_type)
-    name = pruned.__name__.removesuffix("Config")
     # The classes are named once, on the outside.
     text = copy.deepcopy(text)
     text.architectures = None
     delattr(text, "auto_map")
-    values = {**_carried_over(composite), "text_config": text}
-    return pruned(
-        **values,
-        architectures=[f"{name}ForConditionalGeneration"],
-        auto_map={
-            "AutoConfig": f"configuration_intraslice.{pruned.__name__}",
-            "AutoModel": f"modeling_intraslice.{name}Model",
-            "AutoModelForImageTextToText": f"modeling_intraslice.{name}ForConditionalGeneration",
-        },
-    )
+    return pruned(**{**_carried_over(composite), "text_config": text, **class_names(pruned)})

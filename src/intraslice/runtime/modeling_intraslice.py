@@ -597,7 +597,7 @@ def _composite_class(composite: str, kind: str) -> type[Any]:
     Only the module of transformers that has this model type is imported.
     """
     stock_config = stock_config_class(composite)
-    mapping = MODEL_MAPPING if kind == "Model" else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    mapping: Any = MODEL_MAPPING if kind == "Model" else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     name = f"{PREFIX}{class_stem(composite)}{kind}"
     fields = {
         "__module__": __name__,
