@@ -141,7 +141,7 @@ def _sample(
 
     place = choose_device(device)
     # Its bar would run into ours.
-    with quiet():
+    with quiet(*(("transformers",) if arguments else ())):
         # The stubs know nothing of output_loading_info, with which a pair is returned.
         auto: Any = AutoModelForCausalLM
         model, info = auto.from_pretrained(
