@@ -89,6 +89,8 @@ def prune(
 def load(path: str | Path, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
     """Load a saved model, dense or pruned, for generation: the same as AutoModelForCausalLM.from_pretrained.
 
+    Of a composite (vision-language) model it is the text tower alone; AutoModelForImageTextToText loads the whole.
+
     Args:
         path: folder, hub id, .gguf file or built-in name.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from intraslice.checkpoint.composite import text_arguments
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.writer import check_output
@@ -54,6 +55,7 @@ def prune_recipe(
         progress=progress,
     )
     recipe = fitted_recipe(recipe, checkpoint.config, checkpoint.spec)
+    _check_composite(recipe, checkpoint.composite.model_type if checkpoint.composite else None)
     for note in recipe.notes:
         progress.note(note)
     check_seqlen(checkpoint.config, recipe.calibration.seqlen)
@@ -175,6 +177,7 @@ def calibrate(
         seed=wanted.seed,
         vocab_size=checkpoint.config.vocab_size,
         model_folder=checkpoint.folder,
+        model_arguments=text_arguments(checkpoint.folder) if checkpoint.composite else None,
         progress=progress,
         text_field=wanted.text_field,
         device=device,
@@ -191,6 +194,14 @@ def check_seqlen(config: Any, seqlen: int) -> None:
         raise RecipeError(
             f"seqlen {seqlen} is beyond the {config.max_position_embeddings} positions of the model; "
             f"use --seqlen {config.max_position_embeddings} or less."
+        )
+
+
+def _check_composite(recipe: Recipe, model_type: str | None) -> None:
+    if model_type is not None and recipe.entry.form.rotates_stream:
+        raise RecipeError(
+            f"method {recipe.method} narrows the residual stream of the text tower, into which the other towers of "
+            f"this {model_type} model write; choose another method, for example intraslice."
         )
 
 
@@ -229,9 +240,10 @@ def dry_run(recipe: Recipe, *, progress: Progress | None = None) -> DryRun:
     """Say what a recipe would do; writes nothing and loads no weights."""
     opened = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
     info = inspect_model(recipe.model, **opened)
-    config, _ = load_config(recipe.model, **opened)
+    config = load_config(recipe.model, **opened)
     progress = progress or SilentProgress()
     recipe = fitted_recipe(recipe, config, family_of(config))
+    _check_composite(recipe, info.composite)
     for note in recipe.notes:
         progress.note(note)
     recipe = _with_sparsity(recipe, config, config.dtype or torch.float32, None, progress)
