@@ -26,7 +26,7 @@ from intraslice.methods.blockwise.allocators.base import Allocation, split_spars
 from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients, channel_importance
 from intraslice.methods.blockwise.options import AllocationOptions
 
-_NEAR = 0.9 * TOLERANCE
+NEAR = 0.9 * TOLERANCE
 """How near to the budget one shape for all layers must come: closer than what a finished prune may miss it by."""
 
 
@@ -101,7 +101,7 @@ def allocate_shapes(
         if not all(attention):
             continue
         if options.shape_freedom == "model":
-            chosen = _one_shape(attention, ffn, budget, _NEAR * sites.num_weights)
+            chosen = _one_shape(attention, ffn, budget, NEAR * sites.num_weights)
         else:
             chosen = knapsack(attention + ffn, budget)
         if chosen is not None:
