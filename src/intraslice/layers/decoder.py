@@ -17,7 +17,7 @@ from intraslice.layers.sites import ATTENTION, FFN
 from intraslice.layers.state_dict import split_attention, split_ffn
 from intraslice.layers.weights import AttentionWeights, FFNWeights
 from intraslice.runtime.families_intraslice import FamilySpec, LayerShape, Slot
-from intraslice.runtime.modeling_intraslice import FactoredLinear, PrunedAttention
+from intraslice.runtime.modeling_intraslice import DroppedAttention, FactoredLinear, PrunedAttention
 
 
 def norms_come_first(spec: FamilySpec, config: Any) -> bool:
@@ -43,7 +43,14 @@ class DecoderLayer:
         self.spec = spec
         self.arguments = dict(arguments or {})
         self.norm_first = norms_come_first(spec, config)
-        self.activation = self.ffn.get_submodule(spec.act_fn)
+        self.activation = self.ffn.get_submodule(spec.act_fn) if self.shape.has_ffn else nn.Identity()
+
+    @property
+    def shape(self) -> LayerShape:
+        """What the layer is now, as far as its attention knows."""
+        module = self.module.get_submodule(self.spec.attention)
+        assert isinstance(module, PrunedAttention | DroppedAttention)
+        return module.shape
 
     @property
     def attention(self) -> PrunedAttention:
@@ -103,6 +110,8 @@ class DecoderLayer:
 
     def attention_step(self, hidden_BTD: Tensor) -> Tensor:
         """Return the hidden states after the attention block, [B, T, D]."""
+        if not self.shape.has_attention:
+            return self.add_attention(hidden_BTD, torch.zeros_like(hidden_BTD))
         return self.add_attention(hidden_BTD, self.attention_output(self.attention, hidden_BTD))
 
     def ffn_input(self, hidden_BTD: Tensor) -> Tensor:
@@ -136,6 +145,8 @@ class DecoderLayer:
 
     def ffn_step(self, hidden_BTD: Tensor) -> Tensor:
         """Return the hidden states after the FFN block, [B, T, D]."""
+        if not self.shape.has_ffn:
+            return self.add_ffn(hidden_BTD, torch.zeros_like(hidden_BTD))
         return self.add_ffn(hidden_BTD, self.ffn_output(hidden_BTD))
 
     def run(
