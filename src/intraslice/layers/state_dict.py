@@ -65,7 +65,8 @@ def split_attention(tensors: Mapping[str, Tensor], spec: FamilySpec, shape: Laye
 
     def headed(slot: Slot, heads: int, width: int) -> tuple[Tensor, Tensor | None]:
         weight, bias = _take(tensors, slot, counts)
-        return weight.reshape(heads, width, -1), None if bias is None else bias.reshape(heads, width)
+        # Also where there are no heads, which leaves nothing to infer a size from.
+        return weight.reshape(heads, width, weight.shape[1]), None if bias is None else bias.reshape(heads, width)
 
     q, q_bias = headed(spec.q, shape.num_attention_heads, shape.qk_head_dim)
     k, k_bias = headed(spec.k, shape.num_key_value_heads, shape.qk_head_dim)

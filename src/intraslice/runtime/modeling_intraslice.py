@@ -405,8 +405,8 @@ def _nothing(x: torch.Tensor) -> torch.Tensor:
 class DroppedAttention(nn.Module):
     """Stands where a layer has no attention: adds nothing, and has no weights.
 
-    The model counts its positions, and makes its masks, by the first layer of each kind in the cache. Where that is this
-    layer, one channel of zeros per token is kept there, so that any cache counts as it always does.
+    The model counts its positions, and makes its masks, by the first layer of each kind in the cache. Where that is
+    this layer, one channel of zeros per token is kept there, so that any cache counts as it always does.
 
     Args:
         layer_idx: number of the layer, for the cache.

@@ -125,7 +125,7 @@ def ffn_moments(model: StreamedModel, layer: DecoderLayer, streams: Streams, rep
     moments = sums.moments()
     if not torch.isfinite(moments.gram).all():
         raise NumericalError("the FFN activations contain NaN or infinite values.")
-    return moments if to_stream else own_output(moments, read_ffn(layer, layer.attention.shape).down)
+    return moments if to_stream else own_output(moments, read_ffn(layer, layer.shape).down)
 
 
 class _OutputSums:

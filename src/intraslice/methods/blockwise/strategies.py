@@ -180,6 +180,7 @@ ALLOCATION_RULES: dict[str, AllocationRule] = {
             "allocation.pca_ffn",
             "allocation.ffn_share",
             "allocation.shape_freedom",
+            "allocation.drop_blocks",
         ),
         paper="IntraSlice, Eq. 9-11",
     ),
@@ -228,6 +229,14 @@ PCA_FFN: dict[bool, Row] = {
     False: Row(summary="gradients as they are"),
 }
 """`allocation.pca_ffn`."""
+
+DROP_BLOCKS: dict[bool, Row] = {
+    True: Row(
+        summary="attention and FFNs of which little is lost go as a whole", reads=("allocation.max_dropped_share",)
+    ),
+    False: Row(summary="every layer keeps both"),
+}
+"""`allocation.drop_blocks`."""
 
 ITER_PCA: dict[bool, Row] = {
     True: Row(

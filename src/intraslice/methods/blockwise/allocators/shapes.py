@@ -92,8 +92,11 @@ def allocate_shapes(
         # Layers without RoPE are free in what they keep of query and key, whatever the others share.
         kept_mass = [1.0] * len(heads)
         if pairs is not None and mass is not None:
+            # Sites that go as a whole are not among those that get a shape.
+            places = {layer: place for place, (layer, _) in enumerate(sites.of(ATTENTION))}
             for layer, kept in zip(rotated, mass[:, list(pairs)].sum(1).tolist(), strict=True):
-                kept_mass[layer] = kept
+                if layer in places:
+                    kept_mass[places[layer]] = kept
         attention = [
             _head_choices(layer * kept, grid, widths, size, cap)
             for layer, kept, size in zip(heads, kept_mass, attention_sizes, strict=True)
