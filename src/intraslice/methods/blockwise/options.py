@@ -36,6 +36,8 @@ class AllocationOptions:
         shape_freedom: a row of SHAPE_FREEDOMS.
         drop_blocks: whether the attention or the FFN of a layer may go as a whole.
         max_dropped_share: cap on the share of all these blocks that goes.
+        max_drop_price: a block goes only where its importance is less than this many times what thinning would take for
+            as many weights; above 1, quality is paid for speed.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -51,6 +53,7 @@ class AllocationOptions:
     shape_freedom: Annotated[str, OneOf(strategies.SHAPE_FREEDOMS)] = "free"
     drop_blocks: Annotated[bool, OneOf(strategies.DROP_BLOCKS)] = False
     max_dropped_share: Annotated[float, Gt(0), Lt(1)] = 0.1
+    max_drop_price: Annotated[float, Gt(0)] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,12 +198,13 @@ class BlockwiseOptions:
                 f"(target {target}) chooses how many heads stay; set attention.heads to adaptive or whole, or leave "
                 "shapes free, as --target transformers does."
             )
-        if self.allocation.drop_blocks and (target in ("vllm", "stock") or freedom == "model"):
+        drops = self.allocation.drop_blocks and "allocation.drop_blocks" in self.read()
+        if drops and (target in ("vllm", "stock") or freedom == "model"):
             return (
                 f"allocation.drop_blocks takes whole blocks out of layers, which --target {target} cannot run; use "
                 "--target transformers or llama.cpp, or leave every layer its blocks."
             )
-        if self.allocation.drop_blocks and self.allocation.budget_unit == "units":
+        if drops and self.allocation.budget_unit == "units":
             return (
                 "allocation.drop_blocks saves weights, which allocation.budget_unit = units does not count; set it to "
                 "weights, or leave every layer its blocks."

@@ -232,7 +232,8 @@ PCA_FFN: dict[bool, Row] = {
 
 DROP_BLOCKS: dict[bool, Row] = {
     True: Row(
-        summary="attention and FFNs of which little is lost go as a whole", reads=("allocation.max_dropped_share",)
+        summary="attention and FFNs of which little is lost go as a whole",
+        reads=("allocation.max_dropped_share", "allocation.max_drop_price"),
     ),
     False: Row(summary="every layer keeps both"),
 }
