@@ -126,13 +126,10 @@ def test_other_families(family, tmp_path):
     found.check(3, 11)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_layers_without_attention_or_ffn(family, tmp_path):
+def test_layers_without_attention_or_ffn(tmp_path):
     first, second = SHAPES["grouped"]
     shapes = [first.without("attention"), second, first.without("ffn"), second.without("attention").without("ffn")]
-    overrides = {"sliding_window": WINDOW} if family == "mistral" else {}
-    exported = Exported(tmp_path, family, shapes=shapes, **overrides)
+    exported = Exported(tmp_path, "mistral", shapes=shapes, sliding_window=WINDOW)
     exported.check(1, 1)
     exported.check(2, 2 * WINDOW + 1)
     # What has no attention has no place in the cache.
@@ -141,6 +138,7 @@ def test_layers_without_attention_or_ffn(family, tmp_path):
     assert [node.name for node in exported.decode.get_inputs()] == ["input_ids", *(f"past.{name}" for name in cache)]
 
 
+@pytest.mark.slow
 def test_half_precision(tmp_path):
     found = Exported(tmp_path, "llama", {"dtype": "float16"})
     assert {node.type for node in found.decode.get_inputs()[1:]} == {"tensor(float16)"}

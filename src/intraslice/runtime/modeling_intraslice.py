@@ -419,13 +419,15 @@ class DroppedAttention(nn.Module):
         self.shape = shape
 
     def forward(
-        self, hidden_states: torch.Tensor, *_: Any, past_key_values: Cache | None = None, **__: Any
+        self, hidden_states: torch.Tensor, *args: Any, past_key_values: Cache | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         """Return zeros [B, T, D], and no attention weights.
 
         Args:
             hidden_states: [B, T, D].
+            args: not read; other attention modules take more.
             past_key_values: cache to extend.
+            kwargs: not read.
         """
         if past_key_values is not None and self._counts(past_key_values):
             B, T, _ = hidden_states.shape
