@@ -33,6 +33,8 @@ def prune(
     output: str | Path | None = None,
     sparsity: float | None = None,
     target_speedup: float | None = None,
+    target_parameters: int | str | None = None,
+    target_size: int | str | None = None,
     speedup_of: str | None = None,
     method: str | None = None,
     target: str | None = None,
@@ -51,6 +53,8 @@ def prune(
         sparsity: fraction of the decoder layers' linear weights to remove, in [0, 0.95).
         target_speedup: instead of sparsity: how many times as fast as the dense model the result should be; layers
             are measured on this machine to find the sparsity.
+        target_parameters: instead of sparsity: parameters that the result may have, embeddings included, such as "6B".
+        target_size: instead of sparsity: bytes that its weight files may have in the saved dtype, such as "4GB".
         speedup_of: what is to be faster: "decode" (default) or "prefill".
         method: name of a preset; "intraslice" unless given.
         target: runtime that the shapes are chosen for: "transformers" (default), "vllm", "llama.cpp" or "stock".
@@ -69,6 +73,8 @@ def prune(
         "output": None if output is None else str(output),
         "sparsity": sparsity,
         "target_speedup": target_speedup,
+        "target_parameters": target_parameters,
+        "target_size": target_size,
         "speedup_of": speedup_of,
         "method": method,
         "target": target,

@@ -47,6 +47,17 @@ def prune(
             help="Instead of --sparsity: how many times as fast as the dense model; layers are measured here.",
         ),
     ] = None,
+    target_parameters: Annotated[
+        str | None,
+        typer.Option(metavar="COUNT", help="Instead of --sparsity: parameters of the result, at most; such as 6B."),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="Instead of --sparsity: size of the weight files in the saved dtype, at most; such as 4GB.",
+        ),
+    ] = None,
     speedup_of: Annotated[
         str | None, typer.Option(metavar="decode|prefill", help="What is to be faster (default: decode).")
     ] = None,
@@ -116,6 +127,8 @@ def prune(
         "output": output,
         "sparsity": sparsity,
         "target_speedup": target_speedup,
+        "target_parameters": target_parameters,
+        "target_size": target_size,
         "speedup_of": speedup_of,
         "method": method,
         "target": target,
@@ -204,6 +217,10 @@ def print_result(result: PruneResult) -> None:
 
 
 def _asked(result: PruneResult) -> str:
+    if (parameters := result.recipe.get("target_parameters")) is not None:
+        return f"{result.requested_sparsity:g}, for at most {count(parameters)} parameters"
+    if (num_bytes := result.recipe.get("target_size")) is not None:
+        return f"{result.requested_sparsity:g}, for at most {count(num_bytes)} bytes"
     speedup = result.recipe.get("target_speedup")
     if speedup is None:
         return f"{result.requested_sparsity:g}"
