@@ -20,6 +20,7 @@ from intraslice.numbers import count, duration, number, size
 
 if TYPE_CHECKING:
     from intraslice.healing.run import HealResult
+    from intraslice.results.healing import HealingRecord
 
 
 def heal(
@@ -121,7 +122,8 @@ def heal(
     if as_json:
         write_json(result.to_dict())
     else:
-        print_healing(result)
+        print_healing(result.record)
+        print_line(f"checkpoint    {result.output}")
 
 
 def _run(checkpoint: str, output: Path, options: Any, settings: dict[str, Any]) -> HealResult:
@@ -131,9 +133,8 @@ def _run(checkpoint: str, output: Path, options: Any, settings: dict[str, Any]) 
         return heal_checkpoint(checkpoint, output, options, progress=progress, **settings)
 
 
-def print_healing(result: HealResult) -> None:
+def print_healing(record: HealingRecord) -> None:
     """Print the curve and the totals of a finished healing."""
-    record = result.record
     rows = [
         (
             str(point.step),
@@ -150,4 +151,3 @@ def print_healing(result: HealResult) -> None:
     print_line(f"held-out KL   {record.kl_before:.4f} -> {record.best.kl:.4f} nats per token")
     print_line(f"speed         {count(record.tokens_per_second)} tokens/s")
     print_line(f"peak memory   {size(record.peak_memory_bytes)}")
-    print_line(f"checkpoint    {result.output}")

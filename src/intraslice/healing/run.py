@@ -93,7 +93,7 @@ def heal_checkpoint(
         IntraSliceError: whatever a user can mend; nothing appears under the output then.
     """
     progress = progress or SilentProgress()
-    _check_extras(options)
+    check_extras(options)
     check_output(output, overwrite, source=Path(checkpoint).expanduser())
     if options.calibration is not None:
         check_source(options.calibration)
@@ -174,7 +174,12 @@ def _refuse(work: HealDir, stopped: str | None) -> None:
     raise NumericalError(f"healing has not helped, {reason}; try a lower --lr. Nothing was written.")
 
 
-def _check_extras(options: HealOptions) -> None:
+def check_extras(options: HealOptions) -> None:
+    """Refuse to begin without the packages that healing needs.
+
+    Raises:
+        MissingExtraError: one is not installed.
+    """
     for package in ["accelerate", *(["peft"] if options.weights == "lora" else [])]:
         try:
             importlib.import_module(package)
