@@ -38,13 +38,14 @@ def prune_recipe(
     overwrite: bool = False,
     resume: bool = False,
     command: str = "",
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
-    """Run a recipe; the arguments are those of `prune`."""
+    """Run a recipe; the arguments are those of `prune`, and a folder to write in the place of the recipe's output."""
     progress = progress or SilentProgress()
     if recipe.output is None:
         raise RecipeError("no output is given; name the folder to write with -o.")
-    output = Path(recipe.output).expanduser()
+    output = folder or Path(recipe.output).expanduser()
     _check_output_apart(recipe.model, output)
     check_output(output, overwrite)
     # Before the model is opened, which may mean a long download: a wrong name must answer at once.
