@@ -58,7 +58,7 @@ class PrunedCheckpoint:
         """Return the channels of each rotary pair of a dense head of layer `index`, [d / 2, 2]; None without RoPE."""
         if not self.rotated[index]:
             return None
-        return pair_channels(rotary_dim(self.dense), self.dense_shape.qk_head_dim)
+        return pair_channels(rotary_dim(self.dense, index), self.dense_shape.qk_head_dim, self.spec.interleaved)
 
     def layer_prefix(self, index: int) -> str:
         """Return what the names of layer `index` begin with."""
