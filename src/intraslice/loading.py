@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from intraslice.checkpoint.composite import text_arguments, text_config
 from intraslice.checkpoint.folder import config_reason, read_headers, weight_files
 from intraslice.checkpoint.source import find_built_in, resolve_model
 from intraslice.errors import CheckpointError
@@ -41,7 +42,18 @@ _LOADING_ERRORS = (
 )
 
 
-def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[Any, list[Path]]:
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Read the config of a dense or pruned model, of a composite model that of its text tower.
+
+    Raises:
+        CheckpointError: there is no such model, its config cannot be read, or its folder holds no weights.
+    """
+    return text_config(load_whole_config(name, revision=revision, trust_remote_code=trust_remote_code)[0])
+
+
+def load_whole_config(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, list[Path]]:
     """Read the config of a dense or pruned model; no weights are loaded, downloaded or converted.
 
     Returns:
@@ -79,7 +91,7 @@ def load_model(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, Any]:
-    """Load a dense or pruned model and its tokenizer, in evaluation mode.
+    """Load a dense or pruned model and its tokenizer, in evaluation mode; of a composite model the text tower alone.
 
     Args:
         name: hub id, local folder, .gguf file or built-in name.
@@ -110,6 +122,7 @@ def load_model(
                 **_names_arguments(folder, trust_remote_code),
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
+                **text_arguments(folder, trust_remote_code=trust_remote_code),
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except _LOADING_ERRORS as error:

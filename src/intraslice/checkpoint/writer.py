@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from intraslice.checkpoint.ownership import check_ours, write_list
-from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot, read_slots
+from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor, TensorFile, TensorSlot, read_slots
 from intraslice.errors import OutputError
 from intraslice.files import write_text, writing
 
@@ -25,6 +25,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SIDE_PATTERNS = (
     "tokenizer*.json",
     "tokenizer*.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -37,17 +38,27 @@ SIDE_PATTERNS = (
 )
 
 
+# Of composite models: what turns images and videos into tensors.
+PROCESSOR_PATTERNS = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
 def assemble(
     folder: Path,
     layer_files: Sequence[Path],
     layer_prefixes: Sequence[str],
     rest: Mapping[str, torch.Tensor],
     max_shard_bytes: int,
+    carried: Mapping[str, StoredTensor] | None = None,
 ) -> int:
     """Pack finished layers and all other tensors into the weight files of a checkpoint.
 
-    One tensor of the layer files is in memory at a time. One shard is called model.safetensors; more get the
-    usual numbered names and an index.
+    One tensor of the layer files, and of what is carried over, is in memory at a time. One shard is called
+    model.safetensors; more get the usual numbered names and an index.
 
     Args:
         folder: checkpoint folder.
@@ -55,6 +66,7 @@ def assemble(
         layer_prefixes: what to put before those names, for example "model.layers.3.".
         rest: all other tensors by full name; tied tensors only once.
         max_shard_bytes: a shard grows up to this size; one larger tensor gets a shard of its own.
+        carried: tensors that are copied from file to file as they are, by the names to store them under.
 
     Returns:
         Bytes of the weight files.
@@ -68,6 +80,9 @@ def assemble(
         for name, slot in read_slots(path).items():
             slots[prefix + name] = slot
             origin[prefix + name] = (path, name)
+    for name, tensor in (carried or {}).items():
+        slots[name] = TensorSlot(DTYPES[tensor.dtype], tensor.shape)
+        origin[name] = (tensor.path, tensor.name)
 
     shards = plan_shards(slots, max_shard_bytes)
     file_names = shard_names(len(shards))
@@ -136,7 +151,8 @@ def save_side_files(folder: Path, config: Any, tokenizer_source: Path, *, runtim
             shutil.copyfile(generation, folder / generation.name)
         else:
             GenerationConfig.from_model_config(config).save_pretrained(folder)
-        for pattern in SIDE_PATTERNS:
+        composite = getattr(config, "text_config", None) is not None
+        for pattern in SIDE_PATTERNS + (PROCESSOR_PATTERNS if composite else ()):
             for path in sorted(tokenizer_source.glob(pattern)):
                 if path.is_file():
                     shutil.copyfile(path, folder / path.name)

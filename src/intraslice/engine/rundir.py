@@ -39,6 +39,26 @@ def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def check_identity(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    """Refuse to go on with an interrupted run that has begun with other settings.
+
+    Args:
+        old: what decides the result of the interrupted run, flattened.
+        new: the same of this one.
+        path: the work folder.
+
+    Raises:
+        ResumeMismatchError: they differ.
+    """
+    differ = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    # A fingerprint says the least: it is named only when nothing else explains the difference.
+    for name in sorted(differ, key=lambda name: name.endswith("fingerprint"))[:1]:
+        raise ResumeMismatchError(
+            f"the interrupted run in {str(path)!r} has {name} = {old.get(name)!r}, this one has "
+            f"{new.get(name)!r}; repeat the first command with --resume, or pass --overwrite to start again."
+        )
+
+
 def interrupted_sparsity(output: Path) -> float | None:
     """Return the sparsity of the interrupted run beside `output`, or None when there is none that can be read."""
     try:
@@ -133,14 +153,7 @@ class RunDir:
             data = json.loads(manifest.read_text())
         except json.JSONDecodeError as error:
             raise CheckpointError(f"{manifest} is not readable ({error}); pass --overwrite to start again.") from error
-        old, new = data["identity"], self._identity
-        differ = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-        # A fingerprint says the least: it is named only when nothing else explains the difference.
-        for name in sorted(differ, key=lambda name: name.endswith("fingerprint"))[:1]:
-            raise ResumeMismatchError(
-                f"the interrupted run in {str(self.path)!r} has {name} = {old.get(name)!r}, this one has "
-                f"{new.get(name)!r}; repeat the first command with --resume, or pass --overwrite to start again."
-            )
+        check_identity(data["identity"], self._identity, self.path)
         self.records = [layer_record_from_dict(record) for record in data["records"]]
         self.carry = data["carry"]
         self.seconds = data["seconds"]

@@ -19,7 +19,7 @@ from intraslice.runtime.families_intraslice import FAMILIES
 
 _GENERAL = (
     *("model", "revision", "trust_remote_code", "output", "method", "target", "sparsity", "target_speedup"),
-    "speedup_of",
+    *("target_parameters", "target_size", "speedup_of"),
 )
 
 

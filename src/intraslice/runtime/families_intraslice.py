@@ -12,11 +12,11 @@ torch, so it imports only the standard library.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 # Fields of a shape that config.json holds only where they are set.
-_OPTIONAL = ("output_bias", "ranks", "shortcuts", "headed_qk_norm")
+_OPTIONAL = ("output_bias", "ranks", "shortcuts", "headed_qk_norm", "dropped")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class LayerShape:
         shortcuts: whether each residual connection passes through a matrix (a rotated and sliced residual stream).
         headed_qk_norm: whether the norms of query and key, where all heads share one weight in the dense model, have
             one weight per head: [num_attention_heads, qk_head_dim] and [num_key_value_heads, qk_head_dim].
+        dropped: blocks that the layer does not have, "attention" or "ffn"; their heads, widths and channels are 0.
     """
 
     heads_per_kv: tuple[int, ...]
@@ -44,6 +45,24 @@ class LayerShape:
     ranks: tuple[tuple[str, int], ...] = ()
     shortcuts: bool = False
     headed_qk_norm: bool = False
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the layer has an attention block."""
+        return "attention" not in self.dropped
+
+    @property
+    def has_ffn(self) -> bool:
+        """Whether the layer has an FFN."""
+        return "ffn" not in self.dropped
+
+    def without(self, block: str) -> LayerShape:
+        """Return the shape of a layer that has lost a block, "attention" or "ffn"."""
+        sizes: dict[str, Any] = {"intermediate_size": 0}
+        if block == "attention":
+            sizes = {"heads_per_kv": (), "qk_head_dim": 0, "v_head_dim": 0}
+        return replace(self, **sizes, dropped=(*self.dropped, block))
 
     @property
     def num_attention_heads(self) -> int:
@@ -58,13 +77,15 @@ class LayerShape:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; fields that few methods use only where they say something."""
         data = {**asdict(self), "heads_per_kv": list(self.heads_per_kv), "ranks": [list(pair) for pair in self.ranks]}
+        data["dropped"] = list(self.dropped)
         return {name: value for name, value in data.items() if value or name not in _OPTIONAL}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerShape:
         """Inverse of `to_dict`."""
         ranks = tuple((path, rank) for path, rank in data.get("ranks", ()))
-        return cls(**{**data, "heads_per_kv": tuple(data["heads_per_kv"]), "ranks": ranks})
+        dropped = tuple(data.get("dropped", ()))
+        return cls(**{**data, "heads_per_kv": tuple(data["heads_per_kv"]), "ranks": ranks, "dropped": dropped})
 
 
 @dataclass(frozen=True)
@@ -111,11 +132,11 @@ class FamilySpec:
         up, gate, down: FFN projections relative to the FFN module; gate is None when the FFN is not gated.
         activation: config attribute that names the activation function.
         act_fn: the activation function as a module relative to the FFN module.
-        attention_norm, ffn_norm: norms of the inputs of the blocks, relative to the layer; None when a block reads the
+        attention_norm, ffn_norm: norms of the inputs of the sites, relative to the layer; None when a site reads the
             residual stream as it is.
-        attention_out_norm, ffn_out_norm: norms of the outputs of the blocks, before they are added to the residual
+        attention_out_norm, ffn_out_norm: norms of the outputs of the sites, before they are added to the residual
             stream; None when there are none.
-        residual_scale: config attribute that the output of each block is multiplied by before it is added.
+        residual_scale: config attribute that the output of each site is multiplied by before it is added.
         parallel: whether the FFN reads the input of the layer, as attention does: a constant, or a config attribute.
         qk_norm: norms of query and key; None when the family has none.
         norm: what the norms compute: "rms" (x / rms(x) * weight), "rms_plus_one" (the same, * (1 + weight)), "layer"
@@ -271,7 +292,8 @@ class FamilySpec:
             sizes |= {path: (count, hidden_size) for path, count in zip(paths, counts, strict=True)}
         sizes[o] = (hidden_size, heads * shape.v_head_dim)
         sizes[down] = (hidden_size, shape.intermediate_size)
-        return sizes
+        gone = (() if shape.has_attention else (*attention, o)) + (() if shape.has_ffn else (*ffn, down))
+        return {path: size for path, size in sizes.items() if path not in gone}
 
     def num_parameters(self, shape: LayerShape, hidden_size: int) -> int:
         """Return the number of linear weights (no biases, no norms) of a layer of this shape.

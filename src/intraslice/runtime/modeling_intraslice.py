@@ -18,14 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+)
 
 from .configuration_intraslice import (
     PREFIX,
     class_stem,
+    composite_config_class,
     config_class,
     dense_config,
     dense_head_dim,
@@ -454,6 +459,60 @@ def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
     return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
+def _nothing(x: torch.Tensor) -> torch.Tensor:
+    """Return zeros of the shape of `x` that take the memory of one number."""
+    return x.new_zeros(1).expand(x.shape)
+
+
+class DroppedAttention(nn.Module):
+    """Stands where a layer has no attention: adds nothing, and has no weights.
+
+    The model counts its positions, and makes its masks, by the first layer of each kind in the cache. Where that is
+    this layer, one channel of zeros per token is kept there, so that any cache counts as it always does.
+
+    Args:
+        layer_idx: number of the layer, for the cache.
+        shape: of the layer.
+    """
+
+    def __init__(self, layer_idx: int, shape: LayerShape) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.shape = shape
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        """Return zeros [B, T, D], and no attention weights.
+
+        Args:
+            hidden_states: [B, T, D].
+            args: not read; other attention modules take more.
+            past_key_values: cache to extend.
+            kwargs: not read.
+        """
+        if past_key_values is not None and self._counts(past_key_values):
+            B, T, _ = hidden_states.shape
+            token_B1T1 = hidden_states.new_zeros(B, 1, T, 1)
+            past_key_values.update(token_B1T1, token_B1T1, self.layer_idx)
+        return _nothing(hidden_states), None
+
+    def _counts(self, cache: Cache) -> bool:
+        kinds = cache.is_sliding
+        # A cache that grows by the layer may not have come so far.
+        return self.layer_idx == 0 or (
+            self.layer_idx < len(kinds) and kinds.index(kinds[self.layer_idx]) == self.layer_idx
+        )
+
+
+class DroppedFFN(nn.Module):
+    """Stands where a layer has no FFN, or has its last projection: adds nothing, and has no weights."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return zeros, [..., D]."""
+        return _nothing(hidden_states)
+
+
 class FactoredLinear(nn.Module):
     """A Linear whose weight is stored as two factors: W = second first.
 
@@ -495,7 +554,7 @@ def apply_layer_shape(
     are resized; then come the factors and the matrices of the residual connections, if the shape has any. Device
     and dtype stay, the meta device too. A Linear whose size does not change keeps its parameters, the others hold
     uninitialised memory; a new `rope_index` holds the first pairs, and a bias that the shape adds to an output
-    projection is zero.
+    projection is zero. A dropped block is replaced by one without weights that adds nothing, and cannot come back.
 
     Args:
         layer: decoder layer of the stock class, or one that was changed by this function before.
@@ -505,7 +564,9 @@ def apply_layer_shape(
         shape: the new shape.
     """
     old = layer.get_submodule(spec.attention)
-    if isinstance(old, PrunedAttention) and old.has_shape(shape):
+    if not shape.has_attention:
+        layer.set_submodule(spec.attention, DroppedAttention(layer_idx, shape))
+    elif isinstance(old, PrunedAttention) and old.has_shape(shape):
         old.shape = shape
     else:
         with torch.device("meta"):
@@ -520,20 +581,48 @@ def apply_layer_shape(
 
     mlp: Any = layer.get_submodule(spec.mlp) if spec.mlp else layer
     hidden, ffn = config.hidden_size, shape.intermediate_size
-    for slot in (spec.up, spec.gate):
-        if slot is not None:
-            rows = ffn * max(1, len(slot.parts))
-            mlp.set_submodule(slot.path, _resized(mlp.get_submodule(slot.path), rows, hidden))
-    mlp.set_submodule(spec.down.path, _resized(mlp.get_submodule(spec.down.path), hidden, ffn))
-    if spec.mlp:
-        mlp.intermediate_size = ffn
+    if not shape.has_ffn:
+        _drop_ffn(layer, spec)
+    else:
+        for slot in (spec.up, spec.gate):
+            if slot is not None:
+                rows = ffn * max(1, len(slot.parts))
+                mlp.set_submodule(slot.path, _resized(mlp.get_submodule(slot.path), rows, hidden))
+        mlp.set_submodule(spec.down.path, _resized(mlp.get_submodule(spec.down.path), hidden, ffn))
+        if spec.mlp:
+            mlp.intermediate_size = ffn
+    if shape.dropped:
+        _drop_norms(layer, config, spec, shape)
     if shape.output_bias:
-        for module, slot in ((layer.get_submodule(spec.attention), spec.o), (mlp, spec.down)):
-            _add_bias(module.get_submodule(slot.path))
+        for kept, (_, output) in ((shape.has_attention, spec.attention_paths), (shape.has_ffn, spec.ffn_paths)):
+            if kept:
+                _add_bias(layer.get_submodule(output))
     for path, rank in shape.ranks:
         layer.set_submodule(path, FactoredLinear.like(layer.get_submodule(path), rank))  # type: ignore[arg-type]
     if shape.shortcuts:
         add_shortcuts(layer, spec, hidden)
+
+
+def _drop_ffn(layer: nn.Module, spec: FamilySpec) -> None:
+    if spec.mlp:
+        layer.set_submodule(spec.mlp, DroppedFFN())
+        return
+    # Linears of the layer itself: what stands before the last one passes on what nobody reads.
+    reading, output = spec.ffn_paths
+    for path in reading:
+        layer.set_submodule(path, nn.Identity())
+    layer.set_submodule(output, DroppedFFN())
+
+
+def _drop_norms(layer: nn.Module, config: PretrainedConfig, spec: FamilySpec, shape: LayerShape) -> None:
+    """Take away the norms that only dropped blocks read; those that come after the sum stay."""
+    if spec.norm_first is not None and not vars(config)[spec.norm_first]:
+        return
+    read = {spec.attention_norm: shape.has_attention}
+    read[spec.ffn_norm] = read.get(spec.ffn_norm, False) or shape.has_ffn
+    for path, needed in read.items():
+        if path is not None and not needed:
+            layer.set_submodule(path, nn.Identity())
 
 
 def _resized(linear: Any, out_features: int, in_features: int) -> nn.Module:
@@ -572,7 +661,8 @@ def _shape_layers(model: Any, config: Any) -> None:
     for layer_idx, (layer, shape) in enumerate(zip(model.layers, config.layer_shapes, strict=True)):
         apply_layer_shape(layer, config, spec, layer_idx, shape)
         # Where other buffers are made: vLLM builds parameters on the meta device, but no buffers.
-        layer.get_submodule(spec.attention).register_indices()
+        if shape.has_attention:
+            layer.get_submodule(spec.attention).register_indices()
     model._no_split_modules = {type(layer).__name__ for layer in model.layers}
     if spec.rope:
         # Scaled RoPE recomputes its frequencies while the model runs, from the dense head_dim.
@@ -647,6 +737,40 @@ def _model_class(family: str, kind: str) -> type[Any]:
     return type(name, (_HoldsLayers, stock), fields)
 
 
+class _HoldsText(_ModelBase):
+    """A composite class: the stock one, which asks `AutoModel` for the text tower."""
+
+    def __init__(self, config: Any):
+        text = type(config.text_config)
+        AutoModel.register(text, _model_class(text.family, "Model"), exist_ok=True)
+        super().__init__(config)
+
+
+@cache
+def _composite_class(composite: str, kind: str) -> type[Any]:
+    """Return one of our classes of a composite model type; `kind` is "Model" or "ForConditionalGeneration".
+
+    Only the module of transformers that has this model type is imported.
+    """
+    stock_config = stock_config_class(composite)
+    mapping: Any = MODEL_MAPPING if kind == "Model" else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    name = f"{PREFIX}{class_stem(composite)}{kind}"
+    fields = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"{class_stem(composite)}{kind} whose text tower has layers with their own shapes.",
+        "config_class": composite_config_class(composite),
+        "_auto_class": "AutoModel" if kind == "Model" else "AutoModelForImageTextToText",
+    }
+    return type(name, (_HoldsText, mapping[stock_config]), fields)
+
+
+def composite_classes(composite: str) -> tuple[type[Any], type[Any], type[Any]]:
+    """Return the config, the model, and the model with a language head of a composite model type."""
+    model, head = (_composite_class(composite, kind) for kind in ("Model", "ForConditionalGeneration"))
+    return composite_config_class(composite), model, head
+
+
 def model_classes(family: str) -> tuple[type[Any], type[Any], type[Any]]:
     """Return the config, the model, and the model with a language head of a family."""
     return config_class(family), _model_class(family, "Model"), _model_class(family, "ForCausalLM")
@@ -657,6 +781,8 @@ def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
     family, kind = family_of_class(name)
+    if family not in FAMILIES:
+        return composite_config_class(family) if kind == "Config" else _composite_class(family, kind)
     if kind == "Config":
         return config_class(family)
     if kind == "Decoder" and len(FAMILIES[family].class_fields) == 1:
