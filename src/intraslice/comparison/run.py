@@ -26,7 +26,7 @@ from intraslice.comparison.cells import (
 from intraslice.comparison.document import build_cell, build_document, build_protocol, failed_cell
 from intraslice.comparison.spec import ComparisonSpec, check_names
 from intraslice.comparison.store import Store
-from intraslice.comparison.tables import write_outputs
+from intraslice.comparison.tables import check_outputs, write_outputs
 from intraslice.errors import ComparisonError, IntraSliceError, RecipeError, one_line
 from intraslice.process import Keep, Worker
 from intraslice.progress import Progress
@@ -125,6 +125,7 @@ class Comparison:
         """
         failures: dict[str, str] = {}
         with self.store.locked():
+            check_outputs(self.store.folder)
             # The tables are there from the start, and follow each cell.
             document = self._write(failures)
             unfinished = [work for work in self.works if self.store.cell(work) is None]

@@ -11,11 +11,27 @@ from typing import Any
 
 from intraslice.errors import OutputError
 from intraslice.evaluation.task_data import task_score
-from intraslice.files import write_text
+from intraslice.files import check_replaced, write_text
 from intraslice.report.document import DENSE
 
 DOCUMENT_FILE = "comparison.json"
 TABLE_FORMS = (".md", ".csv", ".json")
+TABLE_BEGINS = {".md": "# ", ".csv": "model,", ".json": '[\n {\n  "model":'}
+"""How a table begins, so that one can be told from another file."""
+
+
+def check_outputs(folder: Path) -> None:
+    """Refuse a folder where files that no comparison has written have the names of its results.
+
+    Raises:
+        OutputError: with the first of them.
+    """
+    from intraslice.report import PAGE_BEGINS
+
+    check_replaced(folder / DOCUMENT_FILE, '{\n "format":')
+    for suffix, begins in TABLE_BEGINS.items():
+        check_replaced(folder / f"table{suffix}", begins)
+    check_replaced(folder / "report.html", PAGE_BEGINS)
 
 
 def write_outputs(document: dict[str, Any], folder: Path) -> None:
