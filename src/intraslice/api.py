@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from intraslice.checkpoint.source import open_checkpoint
-from intraslice.data.text import check_source, load_text
+from intraslice.data.mixture import check_source
+from intraslice.data.text import load_text
 from intraslice.evaluation.perplexity import Perplexity, measure_perplexity, tokenize
 from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
 from intraslice.evaluation.tasks import TaskResults, check_range, open_tasks, score_tasks

@@ -12,7 +12,7 @@ from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.writer import check_output
 from intraslice.data.calibration import Calibration, load_calibration
-from intraslice.data.text import check_source
+from intraslice.data.mixture import check_source
 from intraslice.engine.run import Job, batch_size, prune_checkpoint
 from intraslice.engine.rundir import interrupted_sparsity
 from intraslice.errors import OutputError, RecipeError

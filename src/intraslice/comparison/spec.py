@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from intraslice.data.text import check_source
+from intraslice.data.mixture import check_source, map_parts
 from intraslice.errors import RecipeError, nearest, one_line
 from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
 from intraslice.methods.registry import METHODS
@@ -219,10 +219,14 @@ def _fields(place: tuple[int | str, ...]) -> list[str]:
 
 
 def _with_absolute_paths(spec: ComparisonSpec, base: Path) -> ComparisonSpec:
-    def text(source: str) -> str:
+    def part(source: str) -> str:
         # A bare word is the name of a data set, so that a misspelt one gets the nearest name.
         is_file = Path(source).suffix.lower() in _TEXT_FILES or "/" in source
         return str(base / Path(source).expanduser()) if is_file else source
+
+    def text(source: str) -> str:
+        # One file beside the comparison may have a comma in its name; a mixture cannot.
+        return part(source) if (base / Path(source).expanduser()).is_file() else map_parts(source, part)
 
     def model(name: str) -> str:
         is_name = kind_of(name, base) in (NameKind.BUILT_IN, NameKind.HUB)

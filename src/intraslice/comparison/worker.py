@@ -16,7 +16,7 @@ import transformers
 from intraslice import __version__
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.comparison.cells import ANALYSIS, PERPLEXITY, RANK, TASK, Facts, TextFacts, calibration_name, digest
-from intraslice.data.calibration import BUILT_IN_CHARS_PER_TOKEN
+from intraslice.data.calibration import SHIPPED_CHARS_PER_TOKEN
 from intraslice.data.text import SELF, load_text
 from intraslice.errors import ComparisonError
 from intraslice.evaluation.perplexity import check_windows, measure_perplexity, tokenize
@@ -114,7 +114,7 @@ def _model_facts(
 def _text_fingerprint(calibration: CalibrationOptions) -> str | None:
     if calibration.source == SELF:
         return None
-    enough = BUILT_IN_CHARS_PER_TOKEN * calibration.num_samples * calibration.seqlen
+    enough = SHIPPED_CHARS_PER_TOKEN * calibration.num_samples * calibration.seqlen
     return digest(load_text(calibration.source, text_field=calibration.text_field, min_chars=enough))
 
 
