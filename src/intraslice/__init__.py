@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from intraslice.api import analyze, benchmark, benchmark_layers, evaluate, evaluate_tasks, export, load, prune
+    from intraslice.api import (
+        analyze,
+        benchmark,
+        benchmark_layers,
+        compare_tasks,
+        evaluate,
+        evaluate_tasks,
+        evaluate_texts,
+        export,
+        load,
+        prune,
+    )
 
 __version__ = version("intraslice")
 __all__ = [
@@ -20,8 +31,10 @@ __all__ = [
     "analyze",
     "benchmark",
     "benchmark_layers",
+    "compare_tasks",
     "evaluate",
     "evaluate_tasks",
+    "evaluate_texts",
     "export",
     "load",
     "prune",

@@ -10,6 +10,7 @@ from typing import Any
 
 from intraslice.comparison.cells import PERPLEXITY, PRUNE, RANK, SPEED, TASK, Facts, TextFacts, Work, calibration_name
 from intraslice.comparison.spec import ComparisonSpec
+from intraslice.data.mixture import short_source
 from intraslice.evaluation.task_data import task_score
 from intraslice.report.document import FORMAT
 from intraslice.results.sites import site_errors
@@ -132,7 +133,7 @@ def build_protocol(
         tasks["lm_eval"] = versions["lm_eval"]
     return {
         "calibration": {
-            "source": _source_name(shared.source),
+            "source": short_source(shared.source),
             "num_samples": shared.num_samples,
             "seqlen": shared.seqlen,
             "seed": shared.seed,

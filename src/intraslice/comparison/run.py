@@ -27,6 +27,7 @@ from intraslice.comparison.document import build_cell, build_document, build_pro
 from intraslice.comparison.spec import ComparisonSpec, check_names
 from intraslice.comparison.store import Store
 from intraslice.comparison.tables import write_outputs
+from intraslice.data.mixture import is_sampled
 from intraslice.errors import ComparisonError, IntraSliceError, RecipeError, one_line
 from intraslice.process import Keep, Worker
 from intraslice.progress import Progress
@@ -176,7 +177,8 @@ class Comparison:
     def _check_calibration(self, work: Work, result: dict[str, Any]) -> None:
         wanted = work.identities[PRUNE]["calibration"]
         # Sampled tokens have a fingerprint only after the sampling.
-        if result["calibration"]["name"] != "self" and result["calibration"]["fingerprint"] != wanted:
+        sampled = is_sampled(work.cell.recipe.calibration.source) if work.cell.recipe is not None else False
+        if not sampled and result["calibration"]["fingerprint"] != wanted:
             raise ComparisonError(
                 f"the calibration text {result['calibration']['name']!r} has changed since the comparison was started; "
                 "start it again."

@@ -17,7 +17,9 @@ from intraslice import __version__
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.comparison.cells import ANALYSIS, PERPLEXITY, RANK, TASK, Facts, TextFacts, calibration_name, digest
 from intraslice.data.calibration import SHIPPED_CHARS_PER_TOKEN
-from intraslice.data.text import SELF, load_text
+from intraslice.data.mixture import is_sampled, parse_source, share_out
+from intraslice.data.sampling import SAMPLING_VERSION
+from intraslice.data.text import SAMPLED, load_text
 from intraslice.errors import ComparisonError
 from intraslice.evaluation.perplexity import check_windows, measure_perplexity, tokenize
 from intraslice.inspection import inspect_model
@@ -99,10 +101,11 @@ def _model_facts(
     fingerprint = checkpoint.fingerprint()
     found: dict[str, str] = {}
     for calibration in calibrations:
-        if calibration.source == SELF:
+        if is_sampled(calibration.source):
             check_seqlen(checkpoint.config, calibration.seqlen)
-            # Sampling takes minutes; the model and the settings decide the tokens as well as their hash would.
-            found[calibration_name(calibration)] = digest({"self": fingerprint, **asdict(calibration)})
+            # Sampling takes minutes; model, settings and texts decide the tokens as well as their hash would.
+            decides = {"self": fingerprint, "sampling": SAMPLING_VERSION, "texts": _text_fingerprint(calibration)}
+            found[calibration_name(calibration)] = digest({**decides, **asdict(calibration)})
             continue
         tokens = calibrate(checkpoint, calibration, device=device, progress=parent)
         found[calibration_name(calibration)] = tokens.fingerprint
@@ -112,10 +115,15 @@ def _model_facts(
 
 
 def _text_fingerprint(calibration: CalibrationOptions) -> str | None:
-    if calibration.source == SELF:
-        return None
-    enough = SHIPPED_CHARS_PER_TOKEN * calibration.num_samples * calibration.seqlen
-    return digest(load_text(calibration.source, text_field=calibration.text_field, min_chars=enough))
+    parts = parse_source(calibration.source)
+    texts = {}
+    for part, count in zip(parts, share_out(parts, calibration.num_samples), strict=True):
+        if count and part.source not in SAMPLED:
+            enough = SHIPPED_CHARS_PER_TOKEN * count * calibration.seqlen
+            texts[part.source] = digest(load_text(part.source, text_field=calibration.text_field, min_chars=enough))
+    if len(parts) == 1:
+        return texts.get(parts[0].source)
+    return digest(list(texts.values())) if texts else None
 
 
 def _task_data(tasks: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from intraslice.data.text import NAMED_TEXTS, check_text
+from intraslice.data.text import NAMED_TEXTS, SAMPLED, check_text
 from intraslice.errors import CalibrationError
 
 
@@ -48,6 +48,11 @@ def parse_source(source: str) -> list[Part]:
         for part in inner:
             weights[part.source] = weights.get(part.source, 0.0) + weight * part.weight
     return [Part(name, weight) for name, weight in weights.items()]
+
+
+def is_sampled(source: str) -> bool:
+    """Say whether a part of the source is sampled from the model."""
+    return any(part.source in SAMPLED for part in parse_source(source))
 
 
 def check_source(source: str) -> None:
