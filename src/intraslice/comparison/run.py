@@ -14,9 +14,7 @@ from intraslice.comparison.cells import (
     ANALYSIS,
     PERPLEXITY,
     PRUNE,
-    RANK,
     SPEED,
-    TASK,
     Facts,
     TextFacts,
     Work,
@@ -162,9 +160,10 @@ class Comparison:
             result = run_job({"job": "prune", "recipe": recipe.to_dict(), "command": command}, self._progress)
             self._check_calibration(work, result)
             store.keep_part(PRUNE, work.identities[PRUNE], result)
-        measured = [name for name in missing if name in (PERPLEXITY, RANK) or name.startswith(TASK)]
+        measured = [name for name in missing if name not in (PRUNE, SPEED)]
         if measured:
             job = {"job": "measure", "folder": folder, "device": self._device, "parts": measured}
+            job["dense"] = self.facts[cell.model].folder
             job["evaluation"] = self.spec.evaluation.model_dump()
             job["tasks"] = None if self.spec.tasks is None else self.spec.tasks.model_dump()
             run_job(job, self._progress, lambda name, result: store.keep_part(name, work.identities[name], result))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from intraslice.data.text import NAMED_TEXTS, check_text
+from intraslice.data.text import FILE_TYPES, NAMED_TEXTS, check_text
 from intraslice.errors import RecipeError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -29,6 +29,19 @@ class TextChoice:
     source: str
     first: int = 0
     windows: int | None = None
+
+
+def with_base(given: str, base: Path) -> str:
+    """Return the same text with a path that starts at `base`, if it is a file there."""
+    if given in NAMED_TEXTS:
+        return given
+    before, sign, rest = given.partition("=")
+    named = bool(sign) and _NAME.fullmatch(before) is not None and not (base / Path(given).expanduser()).is_file()
+    name, source = (f"{before}=", rest) if named else ("", given)
+    match = _WINDOWS.fullmatch(source)
+    file = match["source"] if match and not (base / Path(source).expanduser()).is_file() else source
+    is_file = Path(file).suffix.lower() in FILE_TYPES or "/" in file
+    return f"{name}{base / Path(file).expanduser()}{source[len(file) :]}" if is_file else given
 
 
 def parse_text(given: str, windows: int | None = None) -> TextChoice:
