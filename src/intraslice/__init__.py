@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         evaluate_tasks,
         evaluate_texts,
         export,
+        heal,
         load,
         prune,
     )
@@ -36,6 +37,7 @@ __all__ = [
     "evaluate_tasks",
     "evaluate_texts",
     "export",
+    "heal",
     "load",
     "prune",
 ]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor
 
+from intraslice.checkpoint.composite import is_composite, text_config, text_tensors
 from intraslice.checkpoint.folder import StoredTensor, config_reason, read_headers
+from intraslice.checkpoint.tensorfile import DTYPES
 from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
 from intraslice.layers.state_dict import NeutralLayer, split_layer
 from intraslice.runtime import register
@@ -31,9 +35,13 @@ class PrunedCheckpoint:
         shapes: of each layer.
         rotated: whether each layer rotates query and key.
         dense_shape: of each layer of the dense model; they are alike, other runtimes know only one.
+        composite: whether the folder holds more than this model, which is its text tower then.
     """
 
-    def __init__(self, folder: Path, name: str, config: Any, tensors: dict[str, StoredTensor]) -> None:
+    def __init__(
+        self, folder: Path, name: str, config: Any, tensors: dict[str, StoredTensor], *, composite: bool = False
+    ) -> None:
+        self.composite = composite
         self.folder = folder
         self.name = name
         self.config = config
@@ -58,7 +66,7 @@ class PrunedCheckpoint:
         """Return the channels of each rotary pair of a dense head of layer `index`, [d / 2, 2]; None without RoPE."""
         if not self.rotated[index]:
             return None
-        return pair_channels(rotary_dim(self.dense), self.dense_shape.qk_head_dim)
+        return pair_channels(rotary_dim(self.dense, index), self.dense_shape.qk_head_dim, self.spec.interleaved)
 
     def layer_prefix(self, index: int) -> str:
         """Return what the names of layer `index` begin with."""
@@ -74,6 +82,7 @@ class PrunedCheckpoint:
         tensors = {
             name[len(prefix) :]: _read(stored) for name, stored in self._tensors.items() if name.startswith(prefix)
         }
+        tensors |= self._absent(self.shapes[index])
         promise = f"layer {index} of {self.name!r} does not have the weights that its config.json promises"
         try:
             layer = split_layer(tensors, self.spec, self.shapes[index])
@@ -88,6 +97,34 @@ class PrunedCheckpoint:
                 raise CheckpointError(f"{promise} (shape {list(tensor.shape)} instead of {list(size)})")
         return layer
 
+    def _absent(self, shape: LayerShape) -> dict[str, Tensor]:
+        """Return what stands for the blocks that a layer does not have: no heads or channels, and norms without effect.
+
+        Other formats may have to hold a block there all the same.
+        """
+        spec, found = self.spec, {}
+        sizes = spec.linear_sizes(replace(shape, dropped=()), self.config.hidden_size)
+        blocks = (
+            (shape.has_attention, spec.attention_paths, spec.attention_norm),
+            (shape.has_ffn, spec.ffn_paths, spec.ffn_norm),
+        )
+        for kept, (reading, output), norm in blocks:
+            if kept:
+                continue
+            for path in (*reading, output):
+                for name, size in ((f"{path}.weight", sizes[path]), (f"{path}.bias", sizes[path][:1])):
+                    if (like := self._anywhere(name)) is not None:
+                        found[name] = torch.zeros(size, dtype=DTYPES[like.dtype])
+            for name, fill in ((f"{norm}.weight", 1.0), (f"{norm}.bias", 0.0)):
+                if (like := self._anywhere(name)) is not None:
+                    found[name] = torch.full(like.shape, fill, dtype=DTYPES[like.dtype])
+        return found
+
+    def _anywhere(self, name: str) -> StoredTensor | None:
+        """Return the tensor of this name within its layer that the first layer to have one stores."""
+        stored = (self._tensors.get(f"{self.layer_prefix(index)}{name}") for index in range(self.num_layers))
+        return next((tensor for tensor in stored if tensor is not None), None)
+
     def load_rest(self) -> dict[str, Tensor]:
         """Load all tensors outside the decoder layers, by full name."""
         prefix = f"{self.spec.layers}."
@@ -101,7 +138,7 @@ class PrunedCheckpoint:
         everything = tuple(range(self.dense_shape.qk_head_dim // 2))
         choices: set[tuple[int, ...]] = set()
         for index, shape in enumerate(self.shapes):
-            if not self.rotated[index]:
+            if not self.rotated[index] or not shape.has_attention:
                 continue
             if shape.qk_head_dim == self.dense_shape.qk_head_dim:
                 choices.add(everything)
@@ -112,7 +149,7 @@ class PrunedCheckpoint:
 
 
 def open_pruned(model: str) -> PrunedCheckpoint:
-    """Open a checkpoint that `prune` has written.
+    """Open a checkpoint that `prune` has written; of a composite model its text tower.
 
     Raises:
         CheckpointError: it is not there, not ours, or damaged.
@@ -126,15 +163,18 @@ def open_pruned(model: str) -> PrunedCheckpoint:
     if not path.is_file():
         raise CheckpointError(f"{model!r} is not a checkpoint folder; give the output folder of 'intraslice prune'.")
     try:
-        ours = "intraslice" in json.loads(path.read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(folder) if ours else None
+        data = json.loads(path.read_text(encoding="utf-8"))
+        ours = any("intraslice" in part for part in (data, data.get("text_config") or {}))
+        whole = AutoConfig.from_pretrained(folder) if ours else None
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json of {model!r} cannot be read: {config_reason(error)}") from error
-    if config is None:
+    if whole is None:
         raise CheckpointError(
             f"{model!r} was not pruned by intraslice, so there is nothing to export; give the output folder of "
             "'intraslice prune'."
         )
+    composite = is_composite(whole)
+    config = text_config(whole)
     if any(shape.ranks or shape.shortcuts for shape in config.layer_shapes):
         raise UnsupportedModelError(
             f"{model!r} was pruned by {config.intraslice['method']}, whose layers no other runtime knows; it runs in "
@@ -145,7 +185,10 @@ def open_pruned(model: str) -> PrunedCheckpoint:
             f"{model!r} was pruned from a model whose layers have different sizes, for which no other format has a "
             "place here; load it with transformers as it is."
         )
-    return PrunedCheckpoint(folder, model, config, read_headers(folder, model))
+    tensors = read_headers(folder, model)
+    if composite:
+        tensors = text_tensors(model, whole.model_type, tensors)
+    return PrunedCheckpoint(folder, model, config, tensors, composite=composite)
 
 
 def _read(stored: StoredTensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def load_calibration(
     seed: int,
     vocab_size: int,
     model_folder: Path,
+    model_arguments: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     text_field: str | None = None,
     device: str = "auto",
@@ -68,6 +70,7 @@ def load_calibration(
         seed: of the choice, or of the sampling.
         vocab_size: token ids of the model are below this.
         model_folder: folder of the dense model; "self" loads it.
+        model_arguments: what `from_pretrained` needs besides, where the model is the text tower of a composite one.
         progress: shows the sampling.
         text_field: column of a .jsonl or .parquet file.
         device: where "self" samples: "auto", "cpu" or a torch device.
@@ -104,7 +107,7 @@ def load_calibration(
         )
         rows = None if kept is None else _read_rows(kept)
         if rows is None:
-            rows = sample(model_folder, tokenizer, sources, seqlen, seed, device, progress)
+            rows = sample(model_folder, model_arguments or {}, tokenizer, sources, seqlen, seed, device, progress)
             if kept is not None:
                 _write_rows(kept, rows)
         for index, own in zip(sampled, rows.split([counts[index] for index in sampled]), strict=True):

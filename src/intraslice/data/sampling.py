@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -54,6 +54,7 @@ class _Document:
 
 def sample(
     model_folder: Path,
+    model_arguments: Mapping[str, Any],
     tokenizer: Any,
     sources: Sequence[str],
     seqlen: int,
@@ -68,6 +69,7 @@ def sample(
 
     Args:
         model_folder: folder of the dense model.
+        model_arguments: what `from_pretrained` needs besides, where the model is the text tower of a composite one.
         tokenizer: the one that belongs to it.
         sources: "self" for documents of all kinds, or "self-" and a kind, for each row.
         seqlen: T.
@@ -82,12 +84,14 @@ def sample(
         CalibrationError: the model cannot be sampled from, or has no chat template that "self-chat" asks for.
         NumericalError: the model gives NaN.
     """
-    model = _load(model_folder, choose_device(device))
+    model = _load(model_folder, model_arguments, choose_device(device))
     ends = _ends(model, tokenizer)
     seeds = _Seeds(tokenizer, model.config.vocab_size, ends)
-    rows = [_Row(seeds.documents(source, seed, number), ends, seqlen) for number, source in enumerate(sources)]
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(len(rows), seqlen, dtype=torch.float64, generator=generator)  # [N, T]
+    rows = [
+        _Row(seeds.documents(source, seed, number), ends, seqlen, f"{seed} {number}")
+        for number, source in enumerate(sources)
+    ]
+    draws = torch.tensor([row.draws for row in rows], dtype=torch.float64)  # [N, T]
     batch = _batch_size(model.config, model.dtype.itemsize, seqlen)
     with torch.inference_mode(), progress.step("Sampling calibration text", len(rows) * seqlen) as advance:
         for start in range(0, len(rows), batch):
@@ -111,9 +115,12 @@ class _Row:
         documents: without an end.
         ends: token ids that end a text.
         seqlen: T.
+        seed: of the numbers in [0, 1) that the tokens are drawn by.
     """
 
-    def __init__(self, documents: Iterator[_Document], ends: Sequence[int], seqlen: int):
+    def __init__(self, documents: Iterator[_Document], ends: Sequence[int], seqlen: int, seed: str):
+        drawn = random.Random(seed)
+        self.draws = [drawn.random() for _ in range(seqlen)]
         self.tokens: list[int] = []
         self._documents = documents
         self._ends = ends
@@ -207,12 +214,14 @@ class _Seeds:
         return tokens
 
 
-def _load(model_folder: Path, place: torch.device) -> Any:
+def _load(model_folder: Path, arguments: Mapping[str, Any], place: torch.device) -> Any:
     # Its bar would run into ours.
-    with quiet():
+    with quiet(*(("transformers",) if arguments else ())):
         # The stubs know nothing of output_loading_info, with which a pair is returned.
         auto: Any = AutoModelForCausalLM
-        model, info = auto.from_pretrained(model_folder, dtype="auto", use_safetensors=True, output_loading_info=True)
+        model, info = auto.from_pretrained(
+            model_folder, dtype="auto", use_safetensors=True, output_loading_info=True, **arguments
+        )
     if info["missing_keys"]:
         # Names that only our reader knows; transformers fills in random numbers, whose text means nothing.
         raise CalibrationError(

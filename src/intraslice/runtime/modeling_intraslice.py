@@ -9,6 +9,7 @@ p v_head_dim, d head_dim of the dense model.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -17,14 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+)
 
 from .configuration_intraslice import (
     PREFIX,
     class_stem,
+    composite_config_class,
     config_class,
     dense_config,
     dense_head_dim,
@@ -43,12 +49,13 @@ else:
     _ModelBase = object
 
 
-def pair_channels(rotary_dim: int, head_dim: int) -> torch.Tensor:
+def pair_channels(rotary_dim: int, head_dim: int, interleaved: bool = False) -> torch.Tensor:
     """Return the two channels of every rotary pair of a dense head.
 
     Args:
         rotary_dim: number of rotated channels; they come first.
         head_dim: width of the dense head. The channels that are not rotated form pairs too, with angle 0.
+        interleaved: whether the two channels of a pair are side by side.
 
     Returns:
         int64 [d/2, 2], rotated pairs first.
@@ -60,6 +67,8 @@ def pair_channels(rotary_dim: int, head_dim: int) -> torch.Tensor:
         raise ValueError(
             f"head_dim {head_dim} with {rotary_dim} rotated channels has no rotary pairs; both must be even."
         )
+    if interleaved:
+        return torch.arange(head_dim).view(-1, 2)
     rotated = torch.arange(rotary_dim // 2)
     passed = torch.arange((head_dim - rotary_dim) // 2)
     first = torch.cat((rotated, rotary_dim + passed))
@@ -67,7 +76,10 @@ def pair_channels(rotary_dim: int, head_dim: int) -> torch.Tensor:
     return torch.stack((first, second), dim=1)
 
 
-def _rotate(x_BTHr: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotate(x_BTHr: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    if interleaved:
+        first, second = x_BTHr[..., 0::2], x_BTHr[..., 1::2]
+        return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
     first, second = x_BTHr.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -123,7 +135,9 @@ class PrunedAttention(nn.Module):
     Linears carry the names of the family. The softmax scale stays that of the dense head. Query heads are
     sorted by kv head. When query and key keep fewer channels than the dense head and the layer has RoPE, the
     buffer `rope_index` [K, r/2] holds the kept pairs of each kv head (rows of `pair_channels`); a head's rows
-    of q and k are then the first channels of these pairs, followed by the second channels.
+    of q and k are then the first channels of these pairs, followed by the second channels (or, where the family lays
+    pairs out side by side, pair after pair). Norms of query and key are the modules of the stock class; their weight
+    has another size where heads or channels went.
 
     Args:
         config: of the model (dense or pruned).
@@ -151,10 +165,13 @@ class PrunedAttention(nn.Module):
         inherited = vars(stock)
         self.is_causal = inherited["is_causal"]
         self.scaling = inherited["scaling"]
-        self.attention_dropout = inherited.get("attention_dropout", config.attention_dropout)
+        # Not as a default of get(): some configs have no such field.
+        dropout = "attention_dropout"
+        self.attention_dropout = inherited[dropout] if dropout in inherited else config.attention_dropout
         self.residual_dropout = inherited.get("residual_dropout", 0.0)
         self.attn_logit_softcapping = inherited.get("attn_logit_softcapping")
-        self.sliding_window = inherited.get("sliding_window")
+        # Some modules hold the window of the model, and use it only where they are told to.
+        self.sliding_window = inherited.get("sliding_window") if inherited.get("is_sliding", True) else None
         if spec.sliding_window is not None:
             self.sliding_window = vars(config).get(spec.sliding_window)
 
@@ -181,6 +198,7 @@ class PrunedAttention(nn.Module):
         o_bias = _flag(config, spec.o_bias) or shape.output_bias
         self.add_module(spec.o.path, nn.Linear(context_dim, hidden, bias=o_bias))
 
+        self.interleaved = spec.interleaved
         self.rotated = rotated(config, spec, layer_idx)
         self.rotary_half = rotary_dim(config, layer_idx) // 2 if self.rotated else 0
         self.unrotated_pairs = dense_dim // 2 - self.rotary_half if self.rotated else 0
@@ -202,11 +220,40 @@ class PrunedAttention(nn.Module):
 
     def has_shape(self, shape: LayerShape) -> bool:
         """Return whether the attention part of `shape` is that of this module."""
-        return (shape.heads_per_kv, shape.qk_head_dim, shape.v_head_dim) == (
-            self.shape.heads_per_kv,
-            self.shape.qk_head_dim,
-            self.shape.v_head_dim,
+        own = self.shape
+        return (shape.heads_per_kv, shape.qk_head_dim, shape.v_head_dim, shape.headed_qk_norm) == (
+            own.heads_per_kv,
+            own.qk_head_dim,
+            own.v_head_dim,
+            own.headed_qk_norm,
         )
+
+    def take_norms(self, stock: nn.Module) -> None:
+        """Take over the norms of query and key, with a weight of the size that this shape needs.
+
+        Args:
+            stock: the attention module that is replaced.
+        """
+        norms = self.spec.qk_norm
+        if norms is None:
+            return
+        width = self.qk_head_dim
+        for name, heads in ((norms.q, self.num_heads), (norms.k, self.num_kv_heads)):
+            size = (heads * width,) if norms.over == "all" else (width,)
+            if self.shape.headed_qk_norm:
+                size = (heads, width)
+            self.add_module(name, _resized_norm(stock.get_submodule(name), size))
+
+    def norm_query_key(self, query_BTHr: torch.Tensor, key_BTKr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return query and key after their norms; the same where the family has none."""
+        norms = self.spec.qk_norm
+        if norms is None:
+            return query_BTHr, key_BTKr
+        query_norm, key_norm = getattr(self, norms.q), getattr(self, norms.k)
+        if norms.over == "all":
+            query = query_norm(query_BTHr.flatten(2)).view(query_BTHr.shape)
+            return query, key_norm(key_BTKr.flatten(2)).view(key_BTKr.shape)
+        return query_norm(query_BTHr), key_norm(key_BTKr)
 
     def set_rope_pairs(self, pairs: torch.Tensor) -> None:
         """Choose the kept pairs of each kv head.
@@ -228,12 +275,24 @@ class PrunedAttention(nn.Module):
         """Return query, key (after RoPE) and value, as they go into the cache.
 
         Args:
-            hidden_BTD: input of the attention block, [B, T, D].
+            hidden_BTD: input of attention, [B, T, D].
             position_embeddings: cos and sin, each [B or 1, T, rotary channels]; None without RoPE.
 
         Returns:
             query [B, H, T, r], key [B, K, T, r], value [B, K, T, p].
         """
+        query, key, value = self.project_rows(hidden_BTD)
+        after_rope = self.spec.qk_norm is not None and self.spec.qk_norm.after_rope
+        if not after_rope:
+            query, key = self.norm_query_key(query, key)
+        if self.rotated:
+            query, key = self._apply_rope(query, key, position_embeddings)
+        if after_rope:
+            query, key = self.norm_query_key(query, key)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def project_rows(self, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return query [B, T, H, r], key [B, T, K, r] and value [B, T, K, p] as the Linears give them."""
         B, T, _ = hidden_BTD.shape
         if self.spec.q.parts:
             query, key, value = getattr(self, self.spec.q.path)(hidden_BTD).split(self.qkv_rows, dim=-1)
@@ -244,40 +303,43 @@ class PrunedAttention(nn.Module):
         query = query.reshape(B, T, self.num_heads, self.qk_head_dim)
         key = key.reshape(B, T, self.num_kv_heads, self.qk_head_dim)
         # vLLM needs contiguous values when their width is not that of the keys.
-        value = value.contiguous().view(B, T, self.num_kv_heads, self.v_head_dim)
-        if self.rotated:
-            query, key = self._apply_rope(query, key, position_embeddings)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return query, key, value.contiguous().view(B, T, self.num_kv_heads, self.v_head_dim)
 
     def _apply_rope(
         self, query_BTHr: torch.Tensor, key_BTKr: torch.Tensor, position_embeddings: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Both halves of cos and sin are the same angles.
-        cos, sin = (table[..., : self.rotary_half] for table in position_embeddings)
+        if self.spec.rope_layout == "interleaved_tables":
+            cos, sin = (table[..., ::2] for table in position_embeddings)
+        else:
+            # Both halves of cos and sin are the same angles.
+            cos, sin = (table[..., : self.rotary_half] for table in position_embeddings)
         if self.unrotated_pairs:
             cos = nn.functional.pad(cos, (0, self.unrotated_pairs), value=1.0)
             sin = nn.functional.pad(sin, (0, self.unrotated_pairs))
         if self.rope_index is None:
             return self._rotate_dense(query_BTHr, key_BTKr, cos, sin)
         cos_BTKr, sin_BTKr = cos[..., self.rope_index], sin[..., self.rope_index]
-        key = _rotate(key_BTKr, cos_BTKr, sin_BTKr)
+        key = _rotate(key_BTKr, cos_BTKr, sin_BTKr, self.interleaved)
         if self.head_slot is not None:
             kv_of_head = self.head_slot // self.max_group
             cos_BTHr, sin_BTHr = cos_BTKr.index_select(2, kv_of_head), sin_BTKr.index_select(2, kv_of_head)
-            return _rotate(query_BTHr, cos_BTHr, sin_BTHr), key
+            return _rotate(query_BTHr, cos_BTHr, sin_BTHr, self.interleaved), key
         grouped = query_BTHr.unflatten(2, (self.num_kv_heads, self.max_group))
-        return _rotate(grouped, cos_BTKr.unsqueeze(3), sin_BTKr.unsqueeze(3)).flatten(2, 3), key
+        cos_BTKr, sin_BTKr = cos_BTKr.unsqueeze(3), sin_BTKr.unsqueeze(3)
+        return _rotate(grouped, cos_BTKr, sin_BTKr, self.interleaved).flatten(2, 3), key
 
     def _rotate_dense(
         self, query_BTHd: torch.Tensor, key_BTKd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+        both = (query_BTHd, key_BTKd)
         if not self.unrotated_pairs:
-            return _rotate(query_BTHd, cos, sin), _rotate(key_BTKd, cos, sin)
+            query, key = (_rotate(x, cos, sin, self.interleaved) for x in both)
+            return query, key
         width = 2 * self.rotary_half
         cos, sin = cos[..., : self.rotary_half], sin[..., : self.rotary_half]
         query, key = (
-            torch.cat((_rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1) for x in (query_BTHd, key_BTKd)
+            torch.cat((_rotate(x[..., :width], cos, sin, self.interleaved), x[..., width:]), dim=-1) for x in both
         )
         return query, key
 
@@ -365,7 +427,7 @@ class PrunedAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the output of the attention block [B, T, D], and the weights if the kernel has them.
+        """Return the output of attention [B, T, D], and the weights if the kernel has them.
 
         Args:
             hidden_states: [B, T, D].
@@ -395,6 +457,60 @@ class PrunedAttention(nn.Module):
 
 def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
     return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
+def _nothing(x: torch.Tensor) -> torch.Tensor:
+    """Return zeros of the shape of `x` that take the memory of one number."""
+    return x.new_zeros(1).expand(x.shape)
+
+
+class DroppedAttention(nn.Module):
+    """Stands where a layer has no attention: adds nothing, and has no weights.
+
+    The model counts its positions, and makes its masks, by the first layer of each kind in the cache. Where that is
+    this layer, one channel of zeros per token is kept there, so that any cache counts as it always does.
+
+    Args:
+        layer_idx: number of the layer, for the cache.
+        shape: of the layer.
+    """
+
+    def __init__(self, layer_idx: int, shape: LayerShape) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.shape = shape
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        """Return zeros [B, T, D], and no attention weights.
+
+        Args:
+            hidden_states: [B, T, D].
+            args: not read; other attention modules take more.
+            past_key_values: cache to extend.
+            kwargs: not read.
+        """
+        if past_key_values is not None and self._counts(past_key_values):
+            B, T, _ = hidden_states.shape
+            token_B1T1 = hidden_states.new_zeros(B, 1, T, 1)
+            past_key_values.update(token_B1T1, token_B1T1, self.layer_idx)
+        return _nothing(hidden_states), None
+
+    def _counts(self, cache: Cache) -> bool:
+        kinds = cache.is_sliding
+        # A cache that grows by the layer may not have come so far.
+        return self.layer_idx == 0 or (
+            self.layer_idx < len(kinds) and kinds.index(kinds[self.layer_idx]) == self.layer_idx
+        )
+
+
+class DroppedFFN(nn.Module):
+    """Stands where a layer has no FFN, or has its last projection: adds nothing, and has no weights."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return zeros, [..., D]."""
+        return _nothing(hidden_states)
 
 
 class FactoredLinear(nn.Module):
@@ -438,7 +554,7 @@ def apply_layer_shape(
     are resized; then come the factors and the matrices of the residual connections, if the shape has any. Device
     and dtype stay, the meta device too. A Linear whose size does not change keeps its parameters, the others hold
     uninitialised memory; a new `rope_index` holds the first pairs, and a bias that the shape adds to an output
-    projection is zero.
+    projection is zero. A dropped block is replaced by one without weights that adds nothing, and cannot come back.
 
     Args:
         layer: decoder layer of the stock class, or one that was changed by this function before.
@@ -448,7 +564,9 @@ def apply_layer_shape(
         shape: the new shape.
     """
     old = layer.get_submodule(spec.attention)
-    if isinstance(old, PrunedAttention) and old.has_shape(shape):
+    if not shape.has_attention:
+        layer.set_submodule(spec.attention, DroppedAttention(layer_idx, shape))
+    elif isinstance(old, PrunedAttention) and old.has_shape(shape):
         old.shape = shape
     else:
         with torch.device("meta"):
@@ -458,24 +576,53 @@ def apply_layer_shape(
         for path in dict.fromkeys(slot.path for slot in (spec.q, spec.k, spec.v, spec.o)):
             fresh: Any = new.get_submodule(path)
             new.set_submodule(path, _resized(old.get_submodule(path), fresh.out_features, fresh.in_features))
+        new.take_norms(old)
         layer.set_submodule(spec.attention, new.train(layer.training))
 
     mlp: Any = layer.get_submodule(spec.mlp) if spec.mlp else layer
     hidden, ffn = config.hidden_size, shape.intermediate_size
-    for slot in (spec.up, spec.gate):
-        if slot is not None:
-            rows = ffn * max(1, len(slot.parts))
-            mlp.set_submodule(slot.path, _resized(mlp.get_submodule(slot.path), rows, hidden))
-    mlp.set_submodule(spec.down.path, _resized(mlp.get_submodule(spec.down.path), hidden, ffn))
-    if spec.mlp:
-        mlp.intermediate_size = ffn
+    if not shape.has_ffn:
+        _drop_ffn(layer, spec)
+    else:
+        for slot in (spec.up, spec.gate):
+            if slot is not None:
+                rows = ffn * max(1, len(slot.parts))
+                mlp.set_submodule(slot.path, _resized(mlp.get_submodule(slot.path), rows, hidden))
+        mlp.set_submodule(spec.down.path, _resized(mlp.get_submodule(spec.down.path), hidden, ffn))
+        if spec.mlp:
+            mlp.intermediate_size = ffn
+    if shape.dropped:
+        _drop_norms(layer, config, spec, shape)
     if shape.output_bias:
-        for module, slot in ((layer.get_submodule(spec.attention), spec.o), (mlp, spec.down)):
-            _add_bias(module.get_submodule(slot.path))
+        for kept, (_, output) in ((shape.has_attention, spec.attention_paths), (shape.has_ffn, spec.ffn_paths)):
+            if kept:
+                _add_bias(layer.get_submodule(output))
     for path, rank in shape.ranks:
         layer.set_submodule(path, FactoredLinear.like(layer.get_submodule(path), rank))  # type: ignore[arg-type]
     if shape.shortcuts:
         add_shortcuts(layer, spec, hidden)
+
+
+def _drop_ffn(layer: nn.Module, spec: FamilySpec) -> None:
+    if spec.mlp:
+        layer.set_submodule(spec.mlp, DroppedFFN())
+        return
+    # Linears of the layer itself: what stands before the last one passes on what nobody reads.
+    reading, output = spec.ffn_paths
+    for path in reading:
+        layer.set_submodule(path, nn.Identity())
+    layer.set_submodule(output, DroppedFFN())
+
+
+def _drop_norms(layer: nn.Module, config: PretrainedConfig, spec: FamilySpec, shape: LayerShape) -> None:
+    """Take away the norms that only dropped blocks read; those that come after the sum stay."""
+    if spec.norm_first is not None and not vars(config)[spec.norm_first]:
+        return
+    read = {spec.attention_norm: shape.has_attention}
+    read[spec.ffn_norm] = read.get(spec.ffn_norm, False) or shape.has_ffn
+    for path, needed in read.items():
+        if path is not None and not needed:
+            layer.set_submodule(path, nn.Identity())
 
 
 def _resized(linear: Any, out_features: int, in_features: int) -> nn.Module:
@@ -486,6 +633,17 @@ def _resized(linear: Any, out_features: int, in_features: int) -> nn.Module:
     new = nn.Linear(in_features, out_features, linear.bias is not None, device="meta", dtype=weight.dtype)
     new = new.to_empty(device=weight.device) if weight.device.type != "meta" else new
     return new.requires_grad_(weight.requires_grad).train(linear.training)
+
+
+def _resized_norm(norm: nn.Module, size: tuple[int, ...]) -> nn.Module:
+    """Return a norm with a weight of another size; the norm itself where it has that size already."""
+    weight: Any = norm.weight
+    if tuple(weight.shape) == size:
+        return norm
+    new = copy.copy(norm)
+    # A copy of a module shares its table of parameters.
+    new._parameters = {"weight": nn.Parameter(weight.new_empty(size), requires_grad=weight.requires_grad)}
+    return new
 
 
 def _add_bias(linear: Any) -> None:
@@ -503,7 +661,8 @@ def _shape_layers(model: Any, config: Any) -> None:
     for layer_idx, (layer, shape) in enumerate(zip(model.layers, config.layer_shapes, strict=True)):
         apply_layer_shape(layer, config, spec, layer_idx, shape)
         # Where other buffers are made: vLLM builds parameters on the meta device, but no buffers.
-        layer.get_submodule(spec.attention).register_indices()
+        if shape.has_attention:
+            layer.get_submodule(spec.attention).register_indices()
     model._no_split_modules = {type(layer).__name__ for layer in model.layers}
     if spec.rope:
         # Scaled RoPE recomputes its frequencies while the model runs, from the dense head_dim.
@@ -537,13 +696,15 @@ class _HoldsHead(_ModelBase):
     _auto_class = "AutoModelForCausalLM"
 
     def __init__(self, config: Any):
-        # Not the constructor of the stock class, which would build the dense layers first.
-        PreTrainedModel.__init__(self, config)
+        # The constructor of the stock class knows what else belongs to it. It builds the dense layers as well, here
+        # without memory.
+        with torch.device("meta"), dense_sizes(config):
+            super().__init__(config)
         self.model = _model_class(config.family, "Model")(config)
-        self.vocab_size = config.vocab_size
         # As wide as the embeddings, which may be another width than that of the layers.
         embeddings: Any = self.get_input_embeddings()
-        self.lm_head = nn.Linear(embeddings.embedding_dim, config.vocab_size, bias=False)
+        biased = self.lm_head.bias is not None
+        self.lm_head = nn.Linear(embeddings.embedding_dim, config.vocab_size, bias=biased)
         self.post_init()
 
 
@@ -576,6 +737,40 @@ def _model_class(family: str, kind: str) -> type[Any]:
     return type(name, (_HoldsLayers, stock), fields)
 
 
+class _HoldsText(_ModelBase):
+    """A composite class: the stock one, which asks `AutoModel` for the text tower."""
+
+    def __init__(self, config: Any):
+        text = type(config.text_config)
+        AutoModel.register(text, _model_class(text.family, "Model"), exist_ok=True)
+        super().__init__(config)
+
+
+@cache
+def _composite_class(composite: str, kind: str) -> type[Any]:
+    """Return one of our classes of a composite model type; `kind` is "Model" or "ForConditionalGeneration".
+
+    Only the module of transformers that has this model type is imported.
+    """
+    stock_config = stock_config_class(composite)
+    mapping: Any = MODEL_MAPPING if kind == "Model" else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    name = f"{PREFIX}{class_stem(composite)}{kind}"
+    fields = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"{class_stem(composite)}{kind} whose text tower has layers with their own shapes.",
+        "config_class": composite_config_class(composite),
+        "_auto_class": "AutoModel" if kind == "Model" else "AutoModelForImageTextToText",
+    }
+    return type(name, (_HoldsText, mapping[stock_config]), fields)
+
+
+def composite_classes(composite: str) -> tuple[type[Any], type[Any], type[Any]]:
+    """Return the config, the model, and the model with a language head of a composite model type."""
+    model, head = (_composite_class(composite, kind) for kind in ("Model", "ForConditionalGeneration"))
+    return composite_config_class(composite), model, head
+
+
 def model_classes(family: str) -> tuple[type[Any], type[Any], type[Any]]:
     """Return the config, the model, and the model with a language head of a family."""
     return config_class(family), _model_class(family, "Model"), _model_class(family, "ForCausalLM")
@@ -586,6 +781,8 @@ def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
     family, kind = family_of_class(name)
+    if family not in FAMILIES:
+        return composite_config_class(family) if kind == "Config" else _composite_class(family, kind)
     if kind == "Config":
         return config_class(family)
     if kind == "Decoder" and len(FAMILIES[family].class_fields) == 1:
