@@ -95,7 +95,9 @@ def load_calibration(
         if index not in sampled and counts[index]:
             # The one place that decides how much shipped text is needed, so that it depends on nothing else.
             enough = SHIPPED_CHARS_PER_TOKEN * counts[index] * seqlen
-            text = load_text(part.source, text_field=text_field, min_chars=enough, progress=progress)
+            text = load_text(
+                part.source, text_field=text_field, min_chars=enough, progress=progress, tokenizer=tokenizer
+            )
             # verbose=False: the stream is meant to be longer than the model's context.
             stream = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
             blocks[index] = _choose_blocks(stream, part.source, counts[index], seqlen, seed)

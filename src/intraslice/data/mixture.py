@@ -14,6 +14,7 @@ from pathlib import Path
 
 from intraslice.data.text import NAMED_TEXTS, SAMPLED, check_text
 from intraslice.errors import CalibrationError
+from intraslice.options import DEFAULT_CALIBRATION
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,20 @@ class Part:
 
 MIXTURES = {
     "offline-mix": "self:0.5,readmes:0.15,docstrings:0.1,manual:0.15,code:0.1",
-    "hub-mix": "fineweb-edu:0.4,ultrachat:0.2,the-stack:0.2,finemath:0.2",
+    "hub-mix": "fineweb-edu:0.4,ultrachat:0.2,codeparrot:0.2,finemath:0.2",
 }
 """Mixtures with a name."""
+
+CALIBRATION_HELP = (
+    f"Text that the model is shown (default: {DEFAULT_CALIBRATION}). Best is text like what it will be used for: "
+    "a .txt, .jsonl or .parquet file. Without a network: self (written by the model: a bit of everything it knows; "
+    "takes minutes), builtin and manual (a manual of Python, the second without the part to judge on), docstrings "
+    "(technical prose), readmes (prose about software), code (Python), offline-mix (of all these). With one: "
+    "wikitext2, c4, fineweb-edu (prose), ptb (news), alpaca (instructions), ultrachat (conversations), codeparrot "
+    "(Python), finemath (mathematics), hub-mix (prose, conversations, code and mathematics). "
+    "Several with weights: self:0.5,notes.txt:0.5."
+)
+"""What each source is good for, in the help of the commands."""
 
 
 def parse_source(source: str) -> list[Part]:

@@ -40,9 +40,28 @@ def built_in_documents(min_chars: int) -> Iterator[str]:
 
 def manual_documents(min_chars: int) -> Iterator[str]:
     """Yield the same without what is held out."""
+    yield from _until(min_chars, _manual_paragraphs(), _docstrings(_calibration_paths()))
+
+
+def _manual_paragraphs() -> Iterator[str]:
+    """Yield the paragraphs of the topics but those that are held out; sections that are in several topics count too."""
     first, last = HELD_OUT_CHARS
-    text = "\n\n".join(_topics())
-    yield from _until(min_chars, iter([text[:first], text[last:]]), _docstrings(_calibration_paths()))
+    kept, held, start = [], set(), 0
+    for paragraph in "\n\n".join(_topics()).split("\n\n"):
+        end = start + len(paragraph)
+        if end > first and start < last:
+            held.add(_bare(paragraph))
+        else:
+            kept.append(paragraph)
+        start = end + 2
+    for paragraph in kept:
+        if _bare(paragraph) not in held:
+            yield paragraph
+
+
+def _bare(paragraph: str) -> str:
+    # The same section is indented where it is part of another one.
+    return " ".join(paragraph.split())
 
 
 def docstring_documents(min_chars: int) -> Iterator[str]:
