@@ -3,7 +3,7 @@ from __future__ import annotations
 import builtins
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -263,6 +263,45 @@ def test_data_set(
     assert [call[2]["split"] for call in fake_datasets.calls] == ["train", test_split]
     for _, _, options in fake_datasets.calls:
         assert set(options.get("data_files", {options["split"]: ""})) == {options["split"]}
+
+
+def test_large_data_sets_are_read_as_far_as_needed(fake_datasets: SimpleNamespace) -> None:
+    read: list[int] = []
+
+    def rows() -> Iterator[dict[str, str]]:
+        for number in range(100):
+            read.append(number)
+            yield {"text": "ten chars."}
+
+    fake_datasets.answer = rows()
+    assert load_text("fineweb-edu", min_chars=25) == "\n\n".join(["ten chars."] * 3)
+    assert read == [0, 1, 2]
+    ((path, config, options),) = fake_datasets.calls
+    assert (path, config) == ("HuggingFaceFW/fineweb-edu", "sample-10BT") and options["streaming"] is True
+
+
+def test_conversations_go_through_the_chat_template(fake_datasets: SimpleNamespace, tokenizer: Any) -> None:
+    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    fake_datasets.answer = [{"messages": said}] * 2
+    plain = "user: Hello\nassistant: Hi"
+    assert load_text("ultrachat", tokenizer=tokenizer) == f"{plain}\n\n{plain}"
+    chat = tiny_tokenizer()
+    chat.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    assert load_text("ultrachat", tokenizer=chat) == "[user]Hello[assistant]Hi\n\n[user]Hello[assistant]Hi"
+    assert fake_datasets.calls[0][2]["split"] == "train_sft"
+
+
+def test_the_mixture_of_the_hub(tokenizer: Any, fake_datasets: SimpleNamespace) -> None:
+    fake_datasets.answer = [
+        {
+            "text": "words of the web. " * 20,
+            "content": "def f(): pass\n" * 20,
+            "messages": [{"role": "user", "content": "Hi"}] * 40,
+        }
+    ] * 20
+    mixed = calibrate("hub-mix", tokenizer, num_samples=10)
+    assert mixed.source == "hub-mix"
+    assert mixed.parts == {"fineweb-edu": 4, "ultrachat": 2, "codeparrot": 2, "finemath": 2}
 
 
 @pytest.mark.parametrize(
