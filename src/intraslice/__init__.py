@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from intraslice.api import analyze, benchmark, benchmark_layers, evaluate, evaluate_tasks, export, heal, load, prune
+    from intraslice.api import (
+        analyze,
+        benchmark,
+        benchmark_layers,
+        compare_tasks,
+        evaluate,
+        evaluate_tasks,
+        evaluate_texts,
+        export,
+        heal,
+        load,
+        prune,
+    )
 
 __version__ = version("intraslice")
 __all__ = [
@@ -21,8 +33,10 @@ __all__ = [
     "analyze",
     "benchmark",
     "benchmark_layers",
+    "compare_tasks",
     "evaluate",
     "evaluate_tasks",
+    "evaluate_texts",
     "export",
     "heal",
     "load",

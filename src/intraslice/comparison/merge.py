@@ -148,6 +148,8 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterato
         "text": ("seqlen", "windows", "dtype", "fingerprint"),
         "tasks": ("names", "limit", "data"),
     }
+    if first.get("texts") and second.get("texts") and first["texts"] != second["texts"]:
+        yield "texts", first["texts"], second["texts"]
     for section, names in fields.items():
         one, other = first.get(section), second.get(section)
         if one and other:

@@ -8,7 +8,7 @@ from typing import Any
 
 from intraslice.report.document import DENSE, SPEED, Cell, by_sparsity, finite, get
 from intraslice.report.summary import Summary, summarize
-from intraslice.report.tables import Choice, Table, main_table, task_table
+from intraslice.report.tables import Choice, Table, main_table, task_table, text_table
 from intraslice.report.words import asked, key
 from intraslice.results.sites import list_sites, site_title
 
@@ -94,6 +94,7 @@ def build_article(index: int, model: str, comparison: dict[str, Any]) -> Article
     found = [
         ("summary", "Summary", "", summarize(main) if main else None),
         ("results", "All results", TABLE_NOTE, _results(index, main)),
+        ("texts", "Perplexity by text", TEXT_NOTE, text_table(done, f"Perplexity by text, {model}")),
         ("tasks", "Accuracy by task", TASK_NOTE, task_table(done, f"Accuracy by task, {model}")),
         ("size", "Quality against size", SIZE_NOTE, _quality(done, "sparsity", "against sparsity", "sparsity")),
         ("speed", "Quality against decode speed", SPEED_NOTE, _quality(done, "speed", "against decode speed", SPEED)),
@@ -114,6 +115,10 @@ def build_article(index: int, model: str, comparison: dict[str, Any]) -> Article
 TABLE_NOTE = (
     "Select a column head to sort. The best of each sparsity is marked. Sparsity is the removed share of the decoder "
     "layers' linear weights, counted on the stored tensors."
+)
+TEXT_NOTE = (
+    "Log gap: ln(perplexity / dense perplexity); 0.1 is 10.5 % more. KL: mean divergence from the dense model's "
+    "predictions. Same token: how often both find the same token most likely. The mean takes each text once."
 )
 TASK_NOTE = "Zero-shot, with standard errors; the metric of each task is below its name."
 SIZE_NOTE = "Sparsity as counted on the stored tensors. The dashed line is the dense model."
