@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from intraslice.comparison.merge import merge_results
 from intraslice.exporters.export import export_checkpoint
 from intraslice.exporters.options import ExportOptions
+from intraslice.report import render_report
 from intraslice.results.result import PruneResult
 from support.processes import AUTO, BLOCK_PACKAGE, LOAD_ALL, check_logits, run_python
 from support.progress import Notes
@@ -212,3 +214,13 @@ def test_shards_become_one_file(pruned_folder, heal, tmp_path):
     assert [path.name for path in (tmp_path / "healed").glob("*.safetensors*")] == ["model.safetensors"]
     assert not (tmp_path / "healed" / "model.safetensors.index.json").exists()
     assert forms(pruned) == forms(tmp_path / "healed")
+
+
+def test_the_report_shows_the_curve(pruned_folder, heal):
+    result = heal(pruned_folder())
+    document = merge_results([str(pruned_folder()), result.output])
+    plain, healed = document["cells"]
+    assert plain["key"] != healed["key"] and healed["label"] == f"{plain['label']}, healed"
+    assert [point["kl"] for point in healed["healing"]] == [point.kl for point in result.record.curve]
+    assert "Held-out KL divergence" in render_report(document)
+    assert "Held-out KL divergence" not in render_report(merge_results([str(pruned_folder())]))
