@@ -148,6 +148,7 @@ def pruned_fields(result: Mapping[str, Any]) -> dict[str, Any]:
         "weight_bytes": result["pruned_bytes"],
         "prune": {"seconds": result["seconds"], "peak_memory_bytes": result["peak_memory_bytes"]},
         "layers": [_layer(layer) for layer in result["layers"]],
+        **({"healing": result["healing"]["curve"]} if result.get("healing") else {}),
     }
 
 

@@ -104,6 +104,7 @@ def build_article(index: int, model: str, comparison: dict[str, Any]) -> Article
         ("spectra", "Spectra of the dense model", SPECTRA_NOTE, _spectra(analysis)),
         ("rope", "Sensitivity to rotary pairs", ROPE_NOTE, _rope(analysis)),
         ("sweeps", "Sweeps", SWEEP_NOTE, _sweeps(cells)),
+        ("healing", "Healing", HEALING_NOTE, _healing(done)),
         ("cost", "Cost of pruning", COST_NOTE, _cost(index, done)),
     ]
     sections = [
@@ -147,6 +148,10 @@ ROPE_NOTE = "Relative error of the attention output when only this share of the 
 SWEEP_NOTE = (
     "One option changed at a time, all else as in the table. The paper shows the size of the calibration data and "
     "lambda_b (allocation.ffn_share)."
+)
+HEALING_NOTE = (
+    "KL divergence from the dense model on held-out text while the pruned model is trained to agree with it, in nats "
+    "per token; the weights of the lowest point are kept."
 )
 COST_NOTE = (
     "Time and peak memory of the pruning run. A gradient pass that several runs share is counted in each of them."
@@ -245,6 +250,11 @@ def _sweeps(cells: Sequence[Cell]) -> Figures | None:
         if cell.get("error")
     ]
     return Figures(figures=figures, failures=failures) if figures or failures else None
+
+
+def _healing(cells: Sequence[Cell]) -> Figures | None:
+    known = any(cell.get("healing") for cell in cells)
+    return _grid([_figure("healing", "Held-out KL divergence against tokens trained on", "full")] if known else [])
 
 
 def _cost(index: int, cells: Sequence[Cell]) -> Figures | None:
