@@ -25,6 +25,7 @@ _COMMON: dict[str, Any] = {
     "attention_dropout": 0.0,
 }
 _WINDOWS = ["full_attention", "sliding_attention"] * 2
+_SLIDING = {"use_sliding_window": True, "sliding_window": 5, "layer_types": _WINDOWS}
 _BIASES = {"attention_bias": True, "mlp_bias": True}
 _NO_DROPOUT = {"residual_dropout": 0.0}
 _PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
@@ -32,7 +33,7 @@ _PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "pa
 CASES: dict[str, dict[str, Any]] = {
     "llama": _BIASES,
     "mistral": {"sliding_window": 5},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "layer_types": _WINDOWS},
+    "qwen2": _SLIDING,
     "phi3": {"sliding_window": 6, "original_max_position_embeddings": 64, **_PARTIAL},
     "opt": {"num_key_value_heads": None, "ffn_dim": 48, "word_embed_proj_dim": 16, "dropout": 0.0},
     "seed_oss": {"head_dim": 12, "attention_out_bias": True, **_BIASES, **_NO_DROPOUT},
@@ -62,6 +63,45 @@ CASES: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "layer_types": _WINDOWS,
     },
+    "qwen3": {"head_dim": 12, "attention_bias": True, **_SLIDING},
+    "granite": {
+        **_BIASES,
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 2.0,
+    },
+    "gemma2": {
+        "head_dim": 12,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 5,
+        "layer_types": _WINDOWS,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "head_dim": 12,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 5,
+        "layer_types": _WINDOWS,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 900.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+        "tie_word_embeddings": True,
+    },
+    "olmo2": {"attention_bias": True},
+    "olmo3": {"attention_bias": True, "sliding_window": 5, "layer_types": _WINDOWS},
+    "exaone4": {"sliding_window": 5, "layer_types": _WINDOWS},
+    "hunyuan_v1_dense": {"head_dim": 12, "attention_bias": True},
+    "glm": {"head_dim": 12, "attention_bias": True, **_PARTIAL},
+    "glm4": {"head_dim": 12, "attention_bias": True, **_PARTIAL},
+    "ernie4_5": {"head_dim": 12, "use_bias": True},
+    "helium": {"head_dim": 8, "attention_bias": True},
+    "cohere": {"logit_scale": 0.7, "attention_bias": True},
+    "cohere2": {"logit_scale": 0.7, "attention_bias": True, "sliding_window": 5, "layer_types": _WINDOWS},
+    "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, **_PARTIAL},
 }
 assert CASES.keys() == FAMILIES.keys(), "every row of the table is tested"
 

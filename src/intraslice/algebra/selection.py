@@ -70,6 +70,17 @@ def reconstruction_score(scores_H: Tensor, spectrum_Hd: Tensor, heads: Sequence[
     return scores_H[list(heads)] * part / total
 
 
+def shared_width(budget_dims: float, heads: int, qk_width: int | None) -> float:
+    """Return the width that heads can have.
+
+    Args:
+        budget_dims: head dimensions to share, of query and value (or key and output) alike.
+        heads: query and kv heads together.
+        qk_width: width that query and key keep; None when they are as wide as the value.
+    """
+    return budget_dims / heads if qk_width is None else max(0.0, 2.0 * budget_dims / heads - qk_width)
+
+
 def weakest_unit(heads: Sequence[int], group: int, groups: str, scores: Mapping[int, float]) -> tuple[int, ...] | None:
     """Return the query heads to remove next, or None when the group policy allows no removal.
 
@@ -86,7 +97,14 @@ def weakest_unit(heads: Sequence[int], group: int, groups: str, scores: Mapping[
 
 
 def adaptive_heads(
-    scores_H: Tensor, spectrum_Hd: Tensor, *, budget_dims: float, group: int, min_width: float, groups: str
+    scores_H: Tensor,
+    spectrum_Hd: Tensor,
+    *,
+    budget_dims: float,
+    group: int,
+    min_width: float,
+    groups: str,
+    qk_width: int | None = None,
 ) -> HeadChoice:
     """Choose the heads to keep by greedy removal; Paper: Eq. 4-5, Algorithm 2.
 
@@ -100,11 +118,12 @@ def adaptive_heads(
         group: query heads a kv head in the dense model.
         min_width: heads are removed as long as they would be narrower than this.
         groups: "ragged" or "uniform".
+        qk_width: width that query and key keep whatever happens; None when they are as wide as the value.
     """
     num_heads, head_dim = spectrum_Hd.shape
 
     def width_of(heads: Sequence[int]) -> float:
-        return min(float(head_dim), budget_dims / (len(heads) + len(kept_kv_heads(heads, group))))
+        return min(float(head_dim), shared_width(budget_dims, len(heads) + len(kept_kv_heads(heads, group)), qk_width))
 
     kept = list(range(num_heads))
     width = width_of(kept)

@@ -18,7 +18,7 @@ from torch import Tensor
 from intraslice.checkpoint.pruned import PrunedCheckpoint
 from intraslice.errors import UnsupportedModelError
 from intraslice.layers.state_dict import NeutralLayer
-from intraslice.layers.weights import AttentionWeights, FFNWeights
+from intraslice.layers.weights import AttentionWeights, FFNWeights, rows_of_pairs
 from intraslice.runtime.families_intraslice import LayerShape
 
 
@@ -32,7 +32,7 @@ def pad_layer(
         shape: the larger shape: one group size, qk_head_dim == v_head_dim; without attention where the layer has none.
         pair_channels: channels of each pair of a dense head, [d / 2, 2]; None for a layer without RoPE.
         pairs: dense pairs that the rows of a head of `shape` stand for, ascending; None: all of the dense head. With
-            a subset a head's rows are the first channels of these pairs, then the second channels.
+            a subset a head's rows are the channels of these pairs, in the order of the family.
 
     Returns:
         The layer in `shape`; its `rope_pairs` are None.
@@ -48,7 +48,7 @@ def pad_layer(
     if not shape.has_attention:
         padded = layer.attention
     elif not source.has_attention:
-        padded = _silent(layer.attention, shape)
+        padded = _silent(layer, shape)
     else:
         padded = _padded_attention(layer, shape, pair_channels, pairs)
     missing = shape.intermediate_size - source.intermediate_size
@@ -70,13 +70,15 @@ def pad_layer(
         rest=layer.rest,
         rope_pairs=None,
         shape=shape,
+        spec=layer.spec,
     )
 
 
-def _silent(attention: AttentionWeights, shape: LayerShape) -> AttentionWeights:
+def _silent(layer: NeutralLayer, shape: LayerShape) -> AttentionWeights:
     """Return zeros in the place of an attention block that is not there."""
     heads, kv_heads, width = shape.num_attention_heads, shape.num_key_value_heads, shape.qk_head_dim
-    hidden = attention.o.shape[0]
+    attention = layer.attention
+    hidden, normed = attention.o.shape[0], layer.spec.qk_norm is not None
 
     def bias(given: Tensor | None, count: int) -> Tensor | None:
         return None if given is None else given.new_zeros(count, width)
@@ -90,6 +92,8 @@ def _silent(attention: AttentionWeights, shape: LayerShape) -> AttentionWeights:
         k_bias=bias(attention.k_bias, kv_heads),
         v_bias=bias(attention.v_bias, kv_heads),
         o_bias=attention.o_bias,
+        q_norm=attention.q.new_ones(heads, width) if normed else None,
+        k_norm=attention.k.new_ones(kv_heads, width) if normed else None,
     )
 
 
@@ -116,16 +120,52 @@ def _padded_attention(
     o = attention.o.new_zeros(attention.o.shape[0], heads * width)
     o[:, (q_places[:, None] * width + v_channels).flatten()] = attention.o
     v_rows = v_channels.expand(source.num_key_value_heads, -1)
+    q_factor, k_factor = _norm_factors(layer, shape)
+
+    def scaled(tensor: Tensor | None, factor: float) -> Tensor | None:
+        return tensor if tensor is None or factor == 1.0 else tensor.float() * factor
+
+    def divided(norm: Tensor | None, factor: float) -> Tensor | None:
+        offset = layer.spec.norm_offset
+        return norm if norm is None or factor == 1.0 else (norm.float() + offset) / factor - offset
+
     return AttentionWeights(
-        q=_some(rows(attention.q, heads, q_places, q_channels)),
-        k=_some(rows(attention.k, kv_heads, kv_places, channels_Kr)),
+        q=_some(scaled(rows(attention.q, heads, q_places, q_channels), q_factor)),
+        k=_some(scaled(rows(attention.k, kv_heads, kv_places, channels_Kr), k_factor)),
         v=_some(rows(attention.v, kv_heads, kv_places, v_rows)),
         o=o,
-        q_bias=rows(attention.q_bias, heads, q_places, q_channels),
-        k_bias=rows(attention.k_bias, kv_heads, kv_places, channels_Kr),
+        q_bias=scaled(rows(attention.q_bias, heads, q_places, q_channels), q_factor),
+        k_bias=scaled(rows(attention.k_bias, kv_heads, kv_places, channels_Kr), k_factor),
+        q_norm=rows(divided(attention.q_norm, q_factor), heads, q_places, q_channels),
+        k_norm=rows(divided(attention.k_norm, k_factor), kv_heads, kv_places, channels_Kr),
         v_bias=rows(attention.v_bias, kv_heads, kv_places, v_rows),
         o_bias=attention.o_bias,
     )
+
+
+def _norm_factors(layer: NeutralLayer, shape: LayerShape) -> tuple[float, float]:
+    """Return the factors on the rows of query and key with which their norms divide by the same in a larger shape.
+
+    A norm divides x by sqrt(sum x^2 / r + eps). With zeros up to the width d, sqrt(d / r) x is divided by the same
+    number; the norm's weight takes the factor back.
+
+    Raises:
+        UnsupportedModelError: each head has its own norm, for which stock classes have no place.
+    """
+    norms, source = layer.spec.qk_norm, layer.shape
+    if norms is None:
+        return 1.0, 1.0
+    if source.headed_qk_norm:
+        raise UnsupportedModelError(
+            f"the norms of query and key differ from head to head, and the {layer.spec.name} class has one for all; "
+            "prune with --target stock, or with attention.qk_width = dense."
+        )
+    factor = shape.qk_head_dim / source.qk_head_dim
+    heads, kv_heads = 1.0, 1.0
+    if norms.over == "all":
+        heads = shape.num_attention_heads / source.num_attention_heads
+        kv_heads = shape.num_key_value_heads / source.num_key_value_heads
+    return (factor * heads) ** 0.5, (factor * kv_heads) ** 0.5
 
 
 def _some(tensor: Tensor | None) -> Tensor:
@@ -149,13 +189,14 @@ def _head_channels(
     else:
         own = torch.arange(num_pairs).expand(kv_heads, -1)
     if pairs is None:
-        return torch.cat([pair_channels[own, 0], pair_channels[own, 1]], dim=1)
+        return rows_of_pairs(pair_channels[own], layer.spec.interleaved)
     place = torch.full((num_pairs,), -1)
     place[list(pairs)] = torch.arange(len(pairs))
     places = place[own]
     if (places < 0).any() or 2 * len(pairs) != width:
         raise UnsupportedModelError("the kept rotary pairs of a head are not among those of the larger shape.")
-    return torch.cat([places, len(pairs) + places], dim=1)
+    both = (2 * places, 2 * places + 1) if layer.spec.interleaved else (places, len(pairs) + places)
+    return rows_of_pairs(torch.stack(both, dim=-1), layer.spec.interleaved)
 
 
 def with_output_biases(layer: NeutralLayer) -> NeutralLayer:
@@ -186,7 +227,11 @@ def with_all_biases(layer: NeutralLayer) -> NeutralLayer:
 
 def scale_queries(layer: NeutralLayer, factor: float) -> NeutralLayer:
     """Multiply the queries, for runtimes whose softmax scale is another one than that of the dense head."""
-    attention = layer.attention
+    attention, offset = layer.attention, layer.spec.norm_offset
+    if attention.q_norm is not None:
+        # Whatever comes before a norm has no effect on the size of what comes out.
+        norm = (attention.q_norm.float() + offset) * factor - offset
+        return replace(layer, attention=replace(attention, q_norm=norm))
     # In float32: what is rounded afterwards is the product.
     bias = None if attention.q_bias is None else attention.q_bias.float() * factor
     return replace(layer, attention=replace(attention, q=attention.q.float() * factor, q_bias=bias))

@@ -121,7 +121,7 @@ def write_stock(
                 padded = scale_queries(_padded(layer, shape, checkpoint.pair_channels(index), pairs), factor)
                 if checkpoint.has_output_biases:
                     padded = with_all_biases(padded)
-                tensors = join_layer(padded, checkpoint.spec)
+                tensors = join_layer(padded)
                 tensors = {name: tensor.to(dtype or stored) for name, tensor in tensors.items()}
                 files.append(layers / f"{index:05d}.safetensors")
                 write_tensors(files[-1], tensors)
@@ -241,7 +241,8 @@ def _write_both_rope_forms(path: Path) -> None:
     """Add the RoPE keys of older readers: without rope_theta they silently take the default angles."""
     data = json.loads(path.read_text(encoding="utf-8"))
     rope = data.get("rope_parameters")
-    if rope:
+    if rope and "rope_theta" in rope:
+        # Parameters per layer type never had an older form.
         data["rope_theta"] = rope["rope_theta"]
         data["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
         write_text(path, json.dumps(data, indent=2, sort_keys=True) + "\n")

@@ -1,5 +1,8 @@
 """One decoder layer taken apart: two residual blocks, and the neutral weights of each.
 
+What a block adds to the residual stream is its raw output (of o_proj or down_proj), normalized where the family has
+output norms, times the factor of the family.
+
 Reads modules through their `FamilySpec`; never writes them (see surgery.py).
 
 Shapes: B batch, T time, D hidden_size, F intermediate_size.
@@ -25,8 +28,15 @@ def norms_come_first(spec: FamilySpec, config: Any) -> bool:
     return True if spec.norm_first is None else bool(getattr(config, spec.norm_first))
 
 
+def blocks_are_parallel(spec: FamilySpec, config: Any) -> bool:
+    """Return whether the FFN reads the input of the layer, as attention does."""
+    return bool(getattr(config, spec.parallel)) if isinstance(spec.parallel, str) else spec.parallel
+
+
 class DecoderLayer:
     """Runs a decoder layer in pieces: h1 = h + attention(norm(h)), h2 = h1 + ffn(norm(h1)).
+
+    Parallel blocks: h2 = h + attention(norm(h)) + ffn(norm(h)).
 
     Args:
         module: a Hugging Face decoder layer whose attention is a `PrunedAttention`.
@@ -43,6 +53,8 @@ class DecoderLayer:
         self.spec = spec
         self.arguments = dict(arguments or {})
         self.norm_first = norms_come_first(spec, config)
+        self.parallel = blocks_are_parallel(spec, config)
+        self.scale = 1.0 if spec.residual_scale is None else float(getattr(config, spec.residual_scale))
         self.activation = self.ffn.get_submodule(spec.act_fn) if self.shape.has_ffn else nn.Identity()
 
     @property
@@ -81,14 +93,52 @@ class DecoderLayer:
         assert isinstance(linear, nn.Linear | FactoredLinear)
         return linear
 
+    def _norm(self, name: str | None, states: Tensor) -> Tensor:
+        return states if name is None else self.module.get_submodule(name)(states)
+
     def attention_input(self, hidden_BTD: Tensor) -> Tensor:
         """Return what the attention projections read, [B, T, D]."""
-        return self.module.get_submodule(self.spec.attention_norm)(hidden_BTD) if self.norm_first else hidden_BTD
+        return self._norm(self.spec.attention_norm, hidden_BTD) if self.norm_first else hidden_BTD
 
     def add_attention(self, hidden_BTD: Tensor, output_BTD: Tensor) -> Tensor:
-        """Return the hidden states after the attention block, [B, T, D]."""
+        """Return the hidden states after the attention block adds this, [B, T, D]."""
         hidden = hidden_BTD + output_BTD
-        return hidden if self.norm_first else self.module.get_submodule(self.spec.attention_norm)(hidden)
+        return hidden if self.norm_first else self._norm(self.spec.attention_norm, hidden)
+
+    def output_norm(self, site: str) -> nn.Module | None:
+        """Return the norm of the raw output of a site, or None."""
+        name = {ATTENTION: self.spec.attention_out_norm, FFN: self.spec.ffn_out_norm}[site]
+        return None if name is None else self.module.get_submodule(name)
+
+    def output_gain(self, site: str) -> Tensor | None:
+        """Return the factor of each output channel between the raw output and what is added, [D], float64 on the CPU.
+
+        With an output norm, what is added is this times the raw output divided by its root mean square. None is 1.
+        """
+        norm = self.output_norm(site)
+        if norm is None:
+            return (
+                None
+                if self.scale == 1.0
+                else torch.full((self.output_projection(site).out_features,), self.scale).double()
+            )
+        weight = norm.get_parameter("weight").detach().to("cpu", torch.float64)
+        return (weight + self.spec.norm_offset) * self.scale
+
+    def added(self, site: str, raw_BTD: Tensor) -> Tensor:
+        """Return what a site adds to the residual stream for a raw output, [B, T, D]."""
+        norm = self.output_norm(site)
+        output = raw_BTD if norm is None else norm(raw_BTD)
+        return output if self.scale == 1.0 else output * self.scale
+
+    def raw_output(self, attention: PrunedAttention, hidden_BTD: Tensor) -> Tensor:
+        """Return what o_proj of an attention module gives, [B, T, D]."""
+        context = self.context(attention, self.attention_input(hidden_BTD))
+        return self._linear(attention, self.spec.o)(context)
+
+    def raw_ffn_output(self, hidden_BTD: Tensor) -> Tensor:
+        """Return what down_proj gives, [B, T, D]."""
+        return self.down_projection(self.act(self.ffn_input(hidden_BTD)))
 
     def project(self, attention: PrunedAttention, input_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return query [B, H, T, r], key [B, K, T, r] (both after RoPE) and value [B, K, T, p]."""
@@ -105,18 +155,37 @@ class DecoderLayer:
 
     def attention_output(self, attention: PrunedAttention, hidden_BTD: Tensor) -> Tensor:
         """Return what an attention module adds to the hidden states, [B, T, D]."""
-        context = self.context(attention, self.attention_input(hidden_BTD))
-        return self._linear(attention, self.spec.o)(context)
+        return self.added(ATTENTION, self.raw_output(attention, hidden_BTD))
+
+    def before_ffn(self, hidden_BTD: Tensor, output_BTD: Tensor) -> Tensor:
+        """Return what is kept until the FFN runs, [B, T, D]: the hidden states after attention adds its output.
+
+        Where the FFN reads the input of the layer, that input is kept, and attention is computed again later.
+        """
+        return hidden_BTD if self.parallel else self.add_attention(hidden_BTD, output_BTD)
 
     def attention_step(self, hidden_BTD: Tensor) -> Tensor:
-        """Return the hidden states after the attention block, [B, T, D]."""
+        """Return what is kept until the FFN runs, [B, T, D]."""
+        if self.parallel:
+            return hidden_BTD
         if not self.shape.has_attention:
             return self.add_attention(hidden_BTD, torch.zeros_like(hidden_BTD))
         return self.add_attention(hidden_BTD, self.attention_output(self.attention, hidden_BTD))
 
+    def ffn_residual(self, kept_BTD: Tensor, attention: PrunedAttention | None = None) -> Tensor:
+        """Return what the FFN adds to, [B, T, D], of what was kept until it runs.
+
+        Args:
+            kept_BTD: from `before_ffn` or `attention_step`.
+            attention: the attention module, where it is not the layer's own.
+        """
+        if not self.parallel or (attention is None and not self.shape.has_attention):
+            return kept_BTD
+        return self.add_attention(kept_BTD, self.attention_output(attention or self.attention, kept_BTD))
+
     def ffn_input(self, hidden_BTD: Tensor) -> Tensor:
         """Return what up and gate read, [B, T, D]."""
-        return self.module.get_submodule(self.spec.ffn_norm)(hidden_BTD) if self.norm_first else hidden_BTD
+        return self._norm(self.spec.ffn_norm, hidden_BTD) if self.norm_first else hidden_BTD
 
     def preactivations(self, input_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the outputs of up and gate, [B, T, F] each; gate is None when the FFN is not gated."""
@@ -135,19 +204,20 @@ class DecoderLayer:
         return self.activation(up) if gate is None else self.activation(gate) * up
 
     def add_ffn(self, hidden_BTD: Tensor, output_BTD: Tensor) -> Tensor:
-        """Return the hidden states after the FFN block, [B, T, D]."""
+        """Return the hidden states after the FFN block adds this, [B, T, D]."""
         hidden = hidden_BTD + output_BTD
-        return hidden if self.norm_first else self.module.get_submodule(self.spec.ffn_norm)(hidden)
+        return hidden if self.norm_first else self._norm(self.spec.ffn_norm, hidden)
 
     def ffn_output(self, hidden_BTD: Tensor) -> Tensor:
         """Return what the FFN adds to the hidden states, [B, T, D]."""
-        return self.down_projection(self.act(self.ffn_input(hidden_BTD)))
+        return self.added(FFN, self.raw_ffn_output(hidden_BTD))
 
     def ffn_step(self, hidden_BTD: Tensor) -> Tensor:
-        """Return the hidden states after the FFN block, [B, T, D]."""
+        """Return the hidden states after the layer, [B, T, D], of what `attention_step` gave."""
+        residual = self.ffn_residual(hidden_BTD)
         if not self.shape.has_ffn:
-            return self.add_ffn(hidden_BTD, torch.zeros_like(hidden_BTD))
-        return self.add_ffn(hidden_BTD, self.ffn_output(hidden_BTD))
+            return self.add_ffn(residual, torch.zeros_like(residual))
+        return self.add_ffn(residual, self.ffn_output(hidden_BTD))
 
     def run(
         self, hidden_BTD: Tensor, watch: Callable[[Tensor, Tensor], None] | None = None
@@ -162,13 +232,19 @@ class DecoderLayer:
         if watch is not None:
             watch(query, key)
         context = self.attend(self.attention, query, key, value)
-        middle = self.add_attention(hidden_BTD, self.out_projection(context))
-        act = self.act(self.ffn_input(middle))
-        return self.add_ffn(middle, self.down_projection(act)), {ATTENTION: context, FFN: act}
+        middle = self.add_attention(hidden_BTD, self.added(ATTENTION, self.out_projection(context)))
+        act = self.act(self.ffn_input(hidden_BTD if self.parallel else middle))
+        return self.add_ffn(middle, self.added(FFN, self.down_projection(act))), {ATTENTION: context, FFN: act}
 
     def output_projection(self, site: str) -> nn.Linear:
         """Return the output projection of a site."""
-        return {ATTENTION: self.out_projection, FFN: self.down_projection}[site]
+        return self.out_projection if site == ATTENTION else self.down_projection
+
+
+def norm_eps(norm: nn.Module) -> float:
+    """Return the epsilon of an RMSNorm, which families call by two names."""
+    values = vars(norm)
+    return float(values["eps"] if "eps" in values else values["variance_epsilon"])
 
 
 def _neutral(module: nn.Module) -> dict[str, Tensor]:

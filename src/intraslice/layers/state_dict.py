@@ -28,6 +28,7 @@ class NeutralLayer:
         rest: norms and whatever else the layer holds, by name relative to the layer.
         rope_pairs: int64 [K, r / 2], kept pairs of each kv head; None when all are kept or there is no RoPE.
         shape: of the layer.
+        spec: the family.
     """
 
     attention: AttentionWeights
@@ -35,6 +36,7 @@ class NeutralLayer:
     rest: dict[str, Tensor]
     rope_pairs: Tensor | None
     shape: LayerShape
+    spec: FamilySpec
 
 
 def _row_counts(shape: LayerShape) -> dict[str, int]:
@@ -72,7 +74,12 @@ def split_attention(tensors: Mapping[str, Tensor], spec: FamilySpec, shape: Laye
     k, k_bias = headed(spec.k, shape.num_key_value_heads, shape.qk_head_dim)
     v, v_bias = headed(spec.v, shape.num_key_value_heads, shape.v_head_dim)
     o, o_bias = _take(tensors, spec.o, counts)
-    return AttentionWeights(q=q, k=k, v=v, o=o, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=o_bias)
+    norms = {}
+    if spec.qk_norm is not None and shape.has_attention:
+        # One row a head, also where all heads share one.
+        for side, name, rows in (("q_norm", spec.qk_norm.q, q), ("k_norm", spec.qk_norm.k, k)):
+            norms[side] = tensors[f"{name}.weight"].reshape(-1, shape.qk_head_dim).expand(len(rows), -1)
+    return AttentionWeights(q=q, k=k, v=v, o=o, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias, o_bias=o_bias, **norms)
 
 
 def split_ffn(tensors: Mapping[str, Tensor], spec: FamilySpec, shape: LayerShape) -> FFNWeights:
@@ -102,6 +109,25 @@ def attention_parts(weights: AttentionWeights, spec: FamilySpec) -> list[Part]:
         rows(spec.v, weights.v, weights.v_bias),
         (spec.o, weights.o, weights.o_bias),
     ]
+
+
+def norm_weights(weights: AttentionWeights, spec: FamilySpec, headed: bool) -> dict[str, Tensor]:
+    """Return the weights of the norms of query and key by name relative to the attention module.
+
+    Args:
+        weights: of the block.
+        spec: the family.
+        headed: whether each head has its own (`LayerShape.headed_qk_norm`).
+    """
+    if spec.qk_norm is None or weights.q_norm is None or weights.k_norm is None:
+        return {}
+
+    def stored(norm_Hd: Tensor) -> Tensor:
+        if headed:
+            return norm_Hd
+        return norm_Hd.flatten() if spec.qk_norm is not None and spec.qk_norm.over == "all" else norm_Hd[0]
+
+    return {f"{spec.qk_norm.q}.weight": stored(weights.q_norm), f"{spec.qk_norm.k}.weight": stored(weights.k_norm)}
 
 
 def ffn_parts(weights: FFNWeights, spec: FamilySpec) -> list[Part]:
@@ -142,18 +168,21 @@ def split_layer(tensors: Mapping[str, Tensor], spec: FamilySpec, shape: LayerSha
     paths = [path for reading, writing in (spec.attention_paths, spec.ffn_paths) for path in (*reading, writing)]
     ours = {f"{path}.{kind}" for path in paths for kind in ("weight", "bias")}
     ours |= {f"{spec.attention}.{name}" for name in ("rope_index", "head_slot")}
+    if spec.qk_norm is not None:
+        ours |= {f"{spec.attention}.{name}.weight" for name in (spec.qk_norm.q, spec.qk_norm.k)}
     return NeutralLayer(
         attention=split_attention(below(tensors, spec.attention), spec, shape),
         ffn=split_ffn(below(tensors, spec.mlp), spec, shape),
         rest={name: tensor for name, tensor in tensors.items() if name not in ours},
         rope_pairs=tensors.get(f"{spec.attention}.rope_index"),
         shape=shape,
+        spec=spec,
     )
 
 
-def join_layer(layer: NeutralLayer, spec: FamilySpec) -> dict[str, Tensor]:
+def join_layer(layer: NeutralLayer) -> dict[str, Tensor]:
     """Return the state dict of a stock layer: inverse of `split_layer`, without index buffers."""
-    tensors = dict(layer.rest)
+    tensors, spec = dict(layer.rest), layer.spec
     blocks = ((spec.attention, attention_parts(layer.attention, spec)), (spec.mlp, ffn_parts(layer.ffn, spec)))
     for module, parts in blocks:
         prefix = f"{module}." if module else ""
@@ -161,4 +190,6 @@ def join_layer(layer: NeutralLayer, spec: FamilySpec) -> dict[str, Tensor]:
             tensors[f"{prefix}{path}.weight"] = weight.contiguous()
             if bias is not None:
                 tensors[f"{prefix}{path}.bias"] = bias.contiguous()
+    for name, weight in norm_weights(layer.attention, spec, layer.shape.headed_qk_norm).items():
+        tensors[f"{spec.attention}.{name}"] = weight.contiguous()
     return tensors

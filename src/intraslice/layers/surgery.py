@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from intraslice.layers.decoder import DecoderLayer
-from intraslice.layers.state_dict import Part, attention_parts, ffn_parts, join_parts
+from intraslice.layers.state_dict import Part, attention_parts, ffn_parts, join_parts, norm_weights
 from intraslice.layers.weights import AttentionWeights, FFNWeights
 from intraslice.runtime.families_intraslice import FamilySpec, LayerShape
 from intraslice.runtime.modeling_intraslice import FactoredLinear, apply_layer_shape
@@ -52,6 +52,9 @@ def write_attention(
     module = block.attention
 
     _write(module, attention_parts(weights, spec))
+    with torch.no_grad():
+        for name, weight in norm_weights(weights, spec, shape.headed_qk_norm).items():
+            module.get_parameter(name).copy_(weight)
     if rope_pairs is not None:
         module.set_rope_pairs(rope_pairs)
 

@@ -8,7 +8,7 @@ F intermediate_size; primes (H', K', F') after pruning.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class AttentionWeights:
     Attributes:
         q: [H, d, D]; k, v: [K, d, D]; o: [D, H * d].
         q_bias: [H, d] or None; k_bias, v_bias: [K, d] or None; o_bias: [D] or None.
+        q_norm: stored weights of the norm of the queries, [H, d], the same for all heads that share one; None without.
+        k_norm: the same of the keys, [K, d].
     """
 
     q: Tensor
@@ -34,6 +36,8 @@ class AttentionWeights:
     k_bias: Tensor | None = None
     v_bias: Tensor | None = None
     o_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
 
     @property
     def group(self) -> int:
@@ -59,12 +63,29 @@ class FFNWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NormEdit:
+    """How the norm of narrower queries (or keys) comes near to the norm of the dense ones.
+
+    Attributes:
+        gain: factor on the norm's weight, of each kept head, [H'].
+        row_scale: factor on the rows of the Linear, [H']: the norm's epsilon counts that much less.
+    """
+
+    gain: Tensor
+    row_scale: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class QKEdit:
     """The first half of an attention edit: heads, and what replaces query and key.
 
     Attributes:
         heads: kept query heads, ascending.
-        width: r, kept dimensions of a query/key head; the second half uses the same for the value, p = r.
+        width: p, kept dimensions of a value head, and of a query/key head if `qk_width` does not say otherwise.
+        qk_width: r, kept dimensions of a query/key head where that is another number; None where it is not.
+        channels: int64 [K', r] kept channels of query and key, where they are chosen one by one; None otherwise.
+        query_norm, key_norm: what changes in the norms; None where nothing does.
+        norm_offset: what a norm adds to its weight.
         rope_pairs: int64 [K', r / 2] kept RoPE pairs of each kept kv head; None without RoPE or when r = d.
         query_basis, key_basis: [K', d, r] dense bases; None with RoPE or when r = d.
         v_channels: int64 [K', p] kept channels of each value head; None leaves the choice to the second half.
@@ -72,6 +93,11 @@ class QKEdit:
 
     heads: tuple[int, ...]
     width: int
+    qk_width: int | None = None
+    channels: Tensor | None = None
+    query_norm: NormEdit | None = None
+    key_norm: NormEdit | None = None
+    norm_offset: float = 0.0
     rope_pairs: Tensor | None = None
     query_basis: Tensor | None = None
     key_basis: Tensor | None = None
@@ -117,8 +143,42 @@ def _sum(bias: Tensor | None, more: Tensor | None) -> Tensor | None:
     return (bias.double() + more).to(bias.dtype)
 
 
+def rows_of_pairs(pairs_Kn2: Tensor, interleaved: bool) -> Tensor:
+    """Return the channels of some rotary pairs in the order in which the rows of a head hold them, int64 [K, 2 n].
+
+    Args:
+        pairs_Kn2: the two channels of each pair.
+        interleaved: whether the channels of a pair are side by side; else the first ones come before the second ones.
+    """
+    return pairs_Kn2.flatten(1) if interleaved else pairs_Kn2.transpose(1, 2).flatten(1)
+
+
+def kept_channels(edit: QKEdit, pairs_to_channels: Tensor | None, interleaved: bool = False) -> Tensor | None:
+    """Return the channels of a query/key head that an edit keeps, in the order of the new rows, int64 [K', r].
+
+    None when all stay, or when they are mixed.
+    """
+    if edit.rope_pairs is None:
+        return edit.channels
+    if pairs_to_channels is None:
+        raise ValueError("rope_pairs need the channels of each pair")
+    return rows_of_pairs(pairs_to_channels[edit.rope_pairs], interleaved)
+
+
+def _edited_norm(norm_Hr: Tensor | None, edit: NormEdit | None, offset: float) -> Tensor | None:
+    if norm_Hr is None or edit is None:
+        return norm_Hr
+    return (edit.gain[:, None] * (norm_Hr.double() + offset) - offset).to(norm_Hr.dtype)
+
+
+def _scaled(rows: Tensor | None, edit: NormEdit | None) -> Tensor | None:
+    if rows is None or edit is None:
+        return rows
+    return (rows.double() * edit.row_scale.view(-1, *[1] * (rows.dim() - 1))).to(rows.dtype)
+
+
 def fuse_qk(
-    weights: AttentionWeights, edit: QKEdit, pairs_to_channels: Tensor | None
+    weights: AttentionWeights, edit: QKEdit, pairs_to_channels: Tensor | None, interleaved: bool = False
 ) -> tuple[AttentionWeights, tuple[int, ...]]:
     """Return weights with pruned heads and query/key rows; value and output keep the full width of kept heads.
 
@@ -126,6 +186,7 @@ def fuse_qk(
         weights: the dense block.
         edit: heads and query/key choice.
         pairs_to_channels: int64 [d / 2, 2], the two channels of each RoPE pair; None without RoPE.
+        interleaved: whether the channels of a pair are side by side in a head.
 
     Returns:
         Weights with q [H', r, D], k [K', r, D], v [K', d, D], o [D, H' * d], and heads_per_kv.
@@ -139,17 +200,24 @@ def fuse_qk(
     q, k = weights.q[heads], weights.k[kv_heads]
     q_bias = None if weights.q_bias is None else weights.q_bias[heads]
     k_bias = None if weights.k_bias is None else weights.k_bias[kv_heads]
-    if edit.rope_pairs is not None:
-        if pairs_to_channels is None:
-            raise ValueError("rope_pairs need the channels of each pair")
-        # Rows of a head: first channels of its pairs, then second channels, so that rotate-half still applies.
-        channels_Kr = torch.cat([pairs_to_channels[edit.rope_pairs, 0], pairs_to_channels[edit.rope_pairs, 1]], 1)
-        q = torch.stack([head[channels_Kr[kv]] for head, kv in zip(q, kv_position, strict=True)])
-        k = torch.stack([head[channels] for head, channels in zip(k, channels_Kr, strict=True)])
-        if q_bias is not None:
-            q_bias = torch.stack([head[channels_Kr[kv]] for head, kv in zip(q_bias, kv_position, strict=True)])
-        if k_bias is not None:
-            k_bias = torch.stack([head[channels] for head, channels in zip(k_bias, channels_Kr, strict=True)])
+    q_norm = None if weights.q_norm is None else weights.q_norm[heads]
+    k_norm = None if weights.k_norm is None else weights.k_norm[kv_heads]
+    channels_Kr = kept_channels(edit, pairs_to_channels, interleaved)
+    if channels_Kr is not None:
+
+        def of_queries(rows: Tensor | None) -> Tensor | None:
+            if rows is None:
+                return None
+            return torch.stack([head[channels_Kr[kv]] for head, kv in zip(rows, kv_position, strict=True)])
+
+        def of_keys(rows: Tensor | None) -> Tensor | None:
+            if rows is None:
+                return None
+            return torch.stack([head[channels] for head, channels in zip(rows, channels_Kr, strict=True)])
+
+        q, q_bias, q_norm = of_queries(q), of_queries(q_bias), of_queries(q_norm)
+        k, k_bias, k_norm = of_keys(k), of_keys(k_bias), of_keys(k_norm)
+        assert q is not None and k is not None
     elif edit.query_basis is not None and edit.key_basis is not None:
         query_basis = edit.query_basis[kv_position].to(q.dtype)
         key_basis = edit.key_basis.to(k.dtype)
@@ -158,15 +226,19 @@ def fuse_qk(
         q_bias = None if q_bias is None else torch.einsum("hdr,hd->hr", query_basis, q_bias)
         k_bias = None if k_bias is None else torch.einsum("kdr,kd->kr", key_basis, k_bias)
     columns = torch.cat([torch.arange(head * head_dim, (head + 1) * head_dim) for head in heads])
+    scaled_q, scaled_k = _scaled(q, edit.query_norm), _scaled(k, edit.key_norm)
+    assert scaled_q is not None and scaled_k is not None
     fused = AttentionWeights(
-        q=q,
-        k=k,
+        q=scaled_q,
+        k=scaled_k,
         v=weights.v[kv_heads],
         o=weights.o[:, columns],
-        q_bias=q_bias,
-        k_bias=k_bias,
+        q_bias=_scaled(q_bias, edit.query_norm),
+        k_bias=_scaled(k_bias, edit.key_norm),
         v_bias=None if weights.v_bias is None else weights.v_bias[kv_heads],
         o_bias=weights.o_bias,
+        q_norm=_edited_norm(q_norm, edit.query_norm, edit.norm_offset),
+        k_norm=_edited_norm(k_norm, edit.key_norm, edit.norm_offset),
     )
     return fused, per_kv
 
@@ -179,13 +251,10 @@ def fuse_value(weights: AttentionWeights, edit: ValueEdit) -> AttentionWeights:
         edit: value basis and new output weight.
     """
     basis = edit.v_basis.to(weights.v.dtype)
-    return AttentionWeights(
-        q=weights.q,
-        k=weights.k,
+    return replace(
+        weights,
         v=basis.transpose(1, 2) @ weights.v,
         o=edit.o_weight.to(weights.o.dtype),
-        q_bias=weights.q_bias,
-        k_bias=weights.k_bias,
         v_bias=None if weights.v_bias is None else torch.einsum("kdp,kd->kp", basis, weights.v_bias),
         o_bias=_sum(weights.o_bias, edit.o_bias),
     )
@@ -216,13 +285,26 @@ def fuse_ffn(weights: FFNWeights, edit: FFNEdit) -> FFNWeights:
 
 
 def attention_shape(
-    per_kv: tuple[int, ...], weights: AttentionWeights, intermediate_size: int, output_bias: bool = False
+    per_kv: tuple[int, ...],
+    weights: AttentionWeights,
+    intermediate_size: int,
+    output_bias: bool = False,
+    headed_qk_norm: bool = False,
 ) -> LayerShape:
-    """Return the layer shape that these attention weights have; `output_bias` says whether an edit adds one."""
+    """Return the layer shape that these attention weights have.
+
+    Args:
+        per_kv: query heads of each kv head.
+        weights: of the block.
+        intermediate_size: of the FFN.
+        output_bias: whether an edit adds a bias to an output projection.
+        headed_qk_norm: whether the norms of query and key differ from head to head.
+    """
     return LayerShape(
         heads_per_kv=per_kv,
         qk_head_dim=weights.q.shape[1],
         v_head_dim=weights.v.shape[1],
         intermediate_size=intermediate_size,
         output_bias=output_bias,
+        headed_qk_norm=headed_qk_norm,
     )

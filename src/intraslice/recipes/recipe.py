@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from intraslice.errors import RecipeError, nearest
+from intraslice.methods.choices import option_values
 from intraslice.methods.presets import TARGETS
 from intraslice.methods.registry import METHODS, MethodEntry, MethodOptions
 from intraslice.numbers import parse_count, parse_size
@@ -303,5 +304,9 @@ def fit_to_model(recipe: Recipe, spec: FamilySpec, *, hidden_size: int, norms_fi
         )
     if recipe.target in spec.without_targets:
         raise RecipeError(f"target {recipe.target} cannot run a pruned {spec.name} model; use --target transformers.")
+    if spec.output_norms and option_values(recipe.options).get("ffn.iter_pca"):
+        raise RecipeError(
+            f"ffn.iter_pca fits plain sums, but the blocks of {spec.name} end in norms; use ffn.iter_pca = false."
+        )
     fitted = recipe.options.fitted(target=recipe.target, hidden_size=hidden_size, norms_first=norms_first)
     return recipe.model_copy(update={"options": fitted})

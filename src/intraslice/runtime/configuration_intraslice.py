@@ -62,7 +62,11 @@ def dense_head_dim(config: PretrainedConfig, layer_idx: int = 0) -> int:
 
 def rotary_dim(config: PretrainedConfig, layer_idx: int = 0) -> int:
     """Return how many channels of a dense head are rotated, in a layer that rotates them at all."""
-    rope = vars(config).get("rope_parameters") or {}
+    values = vars(config)
+    rope = values.get("rope_parameters") or {}
+    layer_types = values.get("layer_types") or ()
+    if layer_types and layer_types[layer_idx] in rope:
+        rope = rope[layer_types[layer_idx]]
     return int(dense_head_dim(config, layer_idx) * rope.get("partial_rotary_factor", 1.0))
 
 
@@ -74,7 +78,12 @@ def rotated(config: PretrainedConfig, spec: FamilySpec, layer_idx: int) -> bool:
         spec: its family.
         layer_idx: number of the layer.
     """
-    return bool(vars(config)[spec.rope][layer_idx]) if isinstance(spec.rope, str) else spec.rope
+    if isinstance(spec.rope, bool):
+        return spec.rope
+    values = vars(config)
+    if spec.rope == "sliding_window":
+        return values["sliding_window"] is None or values["layer_types"][layer_idx] == "sliding_attention"
+    return bool(values[spec.rope][layer_idx])
 
 
 def dense_shape(config: PretrainedConfig, spec: FamilySpec, layer_idx: int = 0) -> LayerShape:

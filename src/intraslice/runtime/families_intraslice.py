@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 # Fields of a shape that config.json holds only where they are set.
-_OPTIONAL = ("output_bias", "ranks", "shortcuts", "dropped")
+_OPTIONAL = ("output_bias", "ranks", "shortcuts", "headed_qk_norm", "dropped")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,8 @@ class LayerShape:
         output_bias: o_proj and down_proj have biases, also where the family has none.
         ranks: (path, rank) of the Linears, named relative to the layer, that are stored as two factors.
         shortcuts: whether each residual connection passes through a matrix (a rotated and sliced residual stream).
+        headed_qk_norm: whether the norms of query and key, where all heads share one weight in the dense model, have
+            one weight per head: [num_attention_heads, qk_head_dim] and [num_key_value_heads, qk_head_dim].
         dropped: blocks that the layer does not have, "attention" or "ffn"; their heads, widths and channels are 0.
     """
 
@@ -42,6 +44,7 @@ class LayerShape:
     output_bias: bool = False
     ranks: tuple[tuple[str, int], ...] = ()
     shortcuts: bool = False
+    headed_qk_norm: bool = False
     dropped: tuple[str, ...] = ()
 
     @property
@@ -101,6 +104,22 @@ class Slot:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QKNorm:
+    """Norms of query and key. A stock module without them (a switch of the config) has them off.
+
+    Attributes:
+        q, k: modules relative to the attention module.
+        over: what one norm is computed over: each "head", or "all" heads of a token together.
+        after_rope: whether they come after the rotation.
+    """
+
+    q: str = "q_norm"
+    k: str = "k_norm"
+    over: str = "head"
+    after_rope: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class FamilySpec:
     """Where things are in one Hugging Face layout, and what is special about the family. Data only.
 
@@ -113,11 +132,20 @@ class FamilySpec:
         up, gate, down: FFN projections relative to the FFN module; gate is None when the FFN is not gated.
         activation: config attribute that names the activation function.
         act_fn: the activation function as a module relative to the FFN module.
-        attention_norm, ffn_norm: norms relative to the layer.
+        attention_norm, ffn_norm: norms of the inputs of the blocks, relative to the layer; None when a block reads the
+            residual stream as it is.
+        attention_out_norm, ffn_out_norm: norms of the outputs of the blocks, before they are added to the residual
+            stream; None when there are none.
+        residual_scale: config attribute that the output of each block is multiplied by before it is added.
+        parallel: whether the FFN reads the input of the layer, as attention does: a constant, or a config attribute.
+        qk_norm: norms of query and key; None when the family has none.
         norm: what the norms compute: "rms" (x / rms(x) * weight), "rms_plus_one" (the same, * (1 + weight)), "layer"
             (LayerNorm with weight and bias), "layer_plus_one", or "layer_plain" (LayerNorm without weights).
         norm_first: config attribute that says whether norms come before the block; None means always before.
-        rope: whether query and key are rotated: a constant, or the config list that says it of each layer (0: not).
+        rope: whether query and key are rotated: a constant, the config list that says it of each layer (0: not), or
+            "sliding_window" where layers with a window are rotated, and all layers if the model has no windows.
+        rope_layout: where the two channels of a rotary pair are: "half" (one in each half of the rotated channels), or
+            "interleaved" (side by side); "interleaved_tables" when those of the angles are side by side too.
         intermediate_size: config attribute of the FFN width.
         sliding_window: config attribute passed on to the attention kernel, where the stock attention module reads it
             from the config at every call; None when the module holds its window itself, or has none.
@@ -155,11 +183,17 @@ class FamilySpec:
     down: Slot = Slot("down_proj")
     activation: str = "hidden_act"
     act_fn: str = "act_fn"
-    attention_norm: str = "input_layernorm"
-    ffn_norm: str = "post_attention_layernorm"
+    attention_norm: str | None = "input_layernorm"
+    ffn_norm: str | None = "post_attention_layernorm"
+    attention_out_norm: str | None = None
+    ffn_out_norm: str | None = None
+    residual_scale: str | None = None
+    parallel: bool | str = False
+    qk_norm: QKNorm | None = None
     norm: str = "rms"
     norm_first: str | None = None
     rope: bool | str = True
+    rope_layout: str = "half"
     intermediate_size: str = "intermediate_size"
     sliding_window: str | None = None
     qkv_bias: bool | str = False
@@ -189,12 +223,30 @@ class FamilySpec:
         """Whether the residual stream may be rotated: a rotation passes unchanged only through an RMSNorm whose
         weight can be moved into the Linears that follow, and only where the norms come before the blocks.
         """
-        return self.norm == "rms" and self.norm_first is None
+        reads_norms = self.attention_norm is not None and self.ffn_norm is not None
+        plain_sum = self.norm_first is None and self.parallel is False and self.residual_scale is None
+        return self.norm == "rms" and reads_norms and plain_sum and not self.output_norms
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether the two channels of a rotary pair are side by side."""
+        return self.rope_layout != "half"
+
+    @property
+    def norm_offset(self) -> float:
+        """What the norms add to their weight."""
+        return 1.0 if self.norm.endswith("_plus_one") else 0.0
+
+    @property
+    def output_norms(self) -> bool:
+        """Whether the outputs of the blocks are normalized before they are added to the residual stream."""
+        return self.attention_out_norm is not None or self.ffn_out_norm is not None
 
     @property
     def fits_llama_cpp(self) -> bool:
         """Whether llama.cpp's architecture with a shape per layer has a place for everything in a layer."""
-        return self.rope is True and self.gate is not None and self.norm == "rms"
+        plain = self.qk_norm is None and self.residual_scale is None and self.rope_layout == "half"
+        return plain and self.rope is True and self.gate is not None and self.rotatable
 
     @property
     def without_targets(self) -> tuple[str, ...]:
@@ -402,6 +454,150 @@ FAMILIES: dict[str, FamilySpec] = {
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             bias_fields=("attention_bias", "mlp_bias"),
+        ),
+        FamilySpec(
+            name="qwen3",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm=QKNorm(),
+            gguf="qwen3",
+        ),
+        FamilySpec(
+            name="granite",
+            residual_scale="residual_multiplier",
+            fixed_scale=True,
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            bias_fields=("attention_bias", "mlp_bias"),
+        ),
+        FamilySpec(
+            name="gemma2",
+            activation="hidden_activation",
+            ffn_norm="pre_feedforward_layernorm",
+            attention_out_norm="post_attention_layernorm",
+            ffn_out_norm="post_feedforward_layernorm",
+            norm="rms_plus_one",
+            fixed_scale=True,
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            gguf="gemma2",
+        ),
+        FamilySpec(
+            name="gemma3_text",
+            activation="hidden_activation",
+            ffn_norm="pre_feedforward_layernorm",
+            attention_out_norm="post_attention_layernorm",
+            ffn_out_norm="post_feedforward_layernorm",
+            qk_norm=QKNorm(),
+            norm="rms_plus_one",
+            fixed_scale=True,
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            refuse=("use_bidirectional_attention",),
+            text_of=("gemma3",),
+            gguf="gemma3",
+        ),
+        FamilySpec(
+            name="olmo2",
+            attention_norm=None,
+            ffn_norm=None,
+            attention_out_norm="post_attention_layernorm",
+            ffn_out_norm="post_feedforward_layernorm",
+            qk_norm=QKNorm(over="all"),
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            head_dim_field=False,
+        ),
+        FamilySpec(
+            name="olmo3",
+            attention_norm=None,
+            ffn_norm=None,
+            attention_out_norm="post_attention_layernorm",
+            ffn_out_norm="post_feedforward_layernorm",
+            qk_norm=QKNorm(over="all"),
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            head_dim_field=False,
+        ),
+        FamilySpec(
+            name="exaone4",
+            attention_norm=None,
+            ffn_norm=None,
+            attention_out_norm="post_attention_layernorm",
+            ffn_out_norm="post_feedforward_layernorm",
+            qk_norm=QKNorm(),
+            rope="sliding_window",
+        ),
+        FamilySpec(
+            name="hunyuan_v1_dense",
+            qk_norm=QKNorm(q="query_layernorm", k="key_layernorm", after_rope=True),
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+        ),
+        FamilySpec(
+            name="glm",
+            gate=Slot("gate_up_proj", 0, _GATE_UP),
+            up=Slot("gate_up_proj", 1, _GATE_UP),
+            act_fn="activation_fn",
+            rope_layout="interleaved",
+            rope_subset=False,
+            qkv_bias="attention_bias",
+        ),
+        FamilySpec(
+            name="glm4",
+            gate=Slot("gate_up_proj", 0, _GATE_UP),
+            up=Slot("gate_up_proj", 1, _GATE_UP),
+            act_fn="activation_fn",
+            ffn_norm="post_attention_layernorm",
+            attention_out_norm="post_self_attn_layernorm",
+            ffn_out_norm="post_mlp_layernorm",
+            rope_layout="interleaved",
+            rope_subset=False,
+            qkv_bias="attention_bias",
+        ),
+        FamilySpec(
+            name="ernie4_5",
+            rope_layout="interleaved",
+            qkv_bias="use_bias",
+            o_bias="use_bias",
+            bias_fields=("use_bias",),
+        ),
+        FamilySpec(name="helium", rope_layout="interleaved", qkv_bias="attention_bias"),
+        FamilySpec(
+            name="cohere2",
+            ffn_norm="input_layernorm",
+            parallel=True,
+            norm="layer",
+            rope="sliding_window",
+            rope_layout="interleaved_tables",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+        ),
+        FamilySpec(
+            name="cohere",
+            ffn_norm="input_layernorm",
+            parallel=True,
+            norm="layer",
+            rope_layout="interleaved_tables",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            refuse=("use_qk_norm",),
+        ),
+        FamilySpec(
+            name="phi",
+            o=Slot("dense"),
+            up=Slot("fc1"),
+            gate=None,
+            down=Slot("fc2"),
+            act_fn="activation_fn",
+            ffn_norm="input_layernorm",
+            parallel=True,
+            norm="layer",
+            rope_subset=False,
+            qkv_bias=True,
+            o_bias=True,
+            head_dim_field=False,
+            refuse=("qk_layernorm",),
         ),
     )
 }

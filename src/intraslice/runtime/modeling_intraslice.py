@@ -9,6 +9,7 @@ p v_head_dim, d head_dim of the dense model.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -43,12 +44,13 @@ else:
     _ModelBase = object
 
 
-def pair_channels(rotary_dim: int, head_dim: int) -> torch.Tensor:
+def pair_channels(rotary_dim: int, head_dim: int, interleaved: bool = False) -> torch.Tensor:
     """Return the two channels of every rotary pair of a dense head.
 
     Args:
         rotary_dim: number of rotated channels; they come first.
         head_dim: width of the dense head. The channels that are not rotated form pairs too, with angle 0.
+        interleaved: whether the two channels of a pair are side by side.
 
     Returns:
         int64 [d/2, 2], rotated pairs first.
@@ -60,6 +62,8 @@ def pair_channels(rotary_dim: int, head_dim: int) -> torch.Tensor:
         raise ValueError(
             f"head_dim {head_dim} with {rotary_dim} rotated channels has no rotary pairs; both must be even."
         )
+    if interleaved:
+        return torch.arange(head_dim).view(-1, 2)
     rotated = torch.arange(rotary_dim // 2)
     passed = torch.arange((head_dim - rotary_dim) // 2)
     first = torch.cat((rotated, rotary_dim + passed))
@@ -67,7 +71,10 @@ def pair_channels(rotary_dim: int, head_dim: int) -> torch.Tensor:
     return torch.stack((first, second), dim=1)
 
 
-def _rotate(x_BTHr: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotate(x_BTHr: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    if interleaved:
+        first, second = x_BTHr[..., 0::2], x_BTHr[..., 1::2]
+        return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
     first, second = x_BTHr.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -123,7 +130,9 @@ class PrunedAttention(nn.Module):
     Linears carry the names of the family. The softmax scale stays that of the dense head. Query heads are
     sorted by kv head. When query and key keep fewer channels than the dense head and the layer has RoPE, the
     buffer `rope_index` [K, r/2] holds the kept pairs of each kv head (rows of `pair_channels`); a head's rows
-    of q and k are then the first channels of these pairs, followed by the second channels.
+    of q and k are then the first channels of these pairs, followed by the second channels (or, where the family lays
+    pairs out side by side, pair after pair). Norms of query and key are the modules of the stock class; their weight
+    has another size where heads or channels went.
 
     Args:
         config: of the model (dense or pruned).
@@ -151,10 +160,13 @@ class PrunedAttention(nn.Module):
         inherited = vars(stock)
         self.is_causal = inherited["is_causal"]
         self.scaling = inherited["scaling"]
-        self.attention_dropout = inherited.get("attention_dropout", config.attention_dropout)
+        # Not as a default of get(): some configs have no such field.
+        dropout = "attention_dropout"
+        self.attention_dropout = inherited[dropout] if dropout in inherited else config.attention_dropout
         self.residual_dropout = inherited.get("residual_dropout", 0.0)
         self.attn_logit_softcapping = inherited.get("attn_logit_softcapping")
-        self.sliding_window = inherited.get("sliding_window")
+        # Some modules hold the window of the model, and use it only where they are told to.
+        self.sliding_window = inherited.get("sliding_window") if inherited.get("is_sliding", True) else None
         if spec.sliding_window is not None:
             self.sliding_window = vars(config).get(spec.sliding_window)
 
@@ -181,6 +193,7 @@ class PrunedAttention(nn.Module):
         o_bias = _flag(config, spec.o_bias) or shape.output_bias
         self.add_module(spec.o.path, nn.Linear(context_dim, hidden, bias=o_bias))
 
+        self.interleaved = spec.interleaved
         self.rotated = rotated(config, spec, layer_idx)
         self.rotary_half = rotary_dim(config, layer_idx) // 2 if self.rotated else 0
         self.unrotated_pairs = dense_dim // 2 - self.rotary_half if self.rotated else 0
@@ -202,11 +215,40 @@ class PrunedAttention(nn.Module):
 
     def has_shape(self, shape: LayerShape) -> bool:
         """Return whether the attention part of `shape` is that of this module."""
-        return (shape.heads_per_kv, shape.qk_head_dim, shape.v_head_dim) == (
-            self.shape.heads_per_kv,
-            self.shape.qk_head_dim,
-            self.shape.v_head_dim,
+        own = self.shape
+        return (shape.heads_per_kv, shape.qk_head_dim, shape.v_head_dim, shape.headed_qk_norm) == (
+            own.heads_per_kv,
+            own.qk_head_dim,
+            own.v_head_dim,
+            own.headed_qk_norm,
         )
+
+    def take_norms(self, stock: nn.Module) -> None:
+        """Take over the norms of query and key, with a weight of the size that this shape needs.
+
+        Args:
+            stock: the attention module that is replaced.
+        """
+        norms = self.spec.qk_norm
+        if norms is None:
+            return
+        width = self.qk_head_dim
+        for name, heads in ((norms.q, self.num_heads), (norms.k, self.num_kv_heads)):
+            size = (heads * width,) if norms.over == "all" else (width,)
+            if self.shape.headed_qk_norm:
+                size = (heads, width)
+            self.add_module(name, _resized_norm(stock.get_submodule(name), size))
+
+    def norm_query_key(self, query_BTHr: torch.Tensor, key_BTKr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return query and key after their norms; the same where the family has none."""
+        norms = self.spec.qk_norm
+        if norms is None:
+            return query_BTHr, key_BTKr
+        query_norm, key_norm = getattr(self, norms.q), getattr(self, norms.k)
+        if norms.over == "all":
+            query = query_norm(query_BTHr.flatten(2)).view(query_BTHr.shape)
+            return query, key_norm(key_BTKr.flatten(2)).view(key_BTKr.shape)
+        return query_norm(query_BTHr), key_norm(key_BTKr)
 
     def set_rope_pairs(self, pairs: torch.Tensor) -> None:
         """Choose the kept pairs of each kv head.
@@ -234,6 +276,18 @@ class PrunedAttention(nn.Module):
         Returns:
             query [B, H, T, r], key [B, K, T, r], value [B, K, T, p].
         """
+        query, key, value = self.project_rows(hidden_BTD)
+        after_rope = self.spec.qk_norm is not None and self.spec.qk_norm.after_rope
+        if not after_rope:
+            query, key = self.norm_query_key(query, key)
+        if self.rotated:
+            query, key = self._apply_rope(query, key, position_embeddings)
+        if after_rope:
+            query, key = self.norm_query_key(query, key)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def project_rows(self, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return query [B, T, H, r], key [B, T, K, r] and value [B, T, K, p] as the Linears give them."""
         B, T, _ = hidden_BTD.shape
         if self.spec.q.parts:
             query, key, value = getattr(self, self.spec.q.path)(hidden_BTD).split(self.qkv_rows, dim=-1)
@@ -244,40 +298,43 @@ class PrunedAttention(nn.Module):
         query = query.reshape(B, T, self.num_heads, self.qk_head_dim)
         key = key.reshape(B, T, self.num_kv_heads, self.qk_head_dim)
         # vLLM needs contiguous values when their width is not that of the keys.
-        value = value.contiguous().view(B, T, self.num_kv_heads, self.v_head_dim)
-        if self.rotated:
-            query, key = self._apply_rope(query, key, position_embeddings)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return query, key, value.contiguous().view(B, T, self.num_kv_heads, self.v_head_dim)
 
     def _apply_rope(
         self, query_BTHr: torch.Tensor, key_BTKr: torch.Tensor, position_embeddings: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Both halves of cos and sin are the same angles.
-        cos, sin = (table[..., : self.rotary_half] for table in position_embeddings)
+        if self.spec.rope_layout == "interleaved_tables":
+            cos, sin = (table[..., ::2] for table in position_embeddings)
+        else:
+            # Both halves of cos and sin are the same angles.
+            cos, sin = (table[..., : self.rotary_half] for table in position_embeddings)
         if self.unrotated_pairs:
             cos = nn.functional.pad(cos, (0, self.unrotated_pairs), value=1.0)
             sin = nn.functional.pad(sin, (0, self.unrotated_pairs))
         if self.rope_index is None:
             return self._rotate_dense(query_BTHr, key_BTKr, cos, sin)
         cos_BTKr, sin_BTKr = cos[..., self.rope_index], sin[..., self.rope_index]
-        key = _rotate(key_BTKr, cos_BTKr, sin_BTKr)
+        key = _rotate(key_BTKr, cos_BTKr, sin_BTKr, self.interleaved)
         if self.head_slot is not None:
             kv_of_head = self.head_slot // self.max_group
             cos_BTHr, sin_BTHr = cos_BTKr.index_select(2, kv_of_head), sin_BTKr.index_select(2, kv_of_head)
-            return _rotate(query_BTHr, cos_BTHr, sin_BTHr), key
+            return _rotate(query_BTHr, cos_BTHr, sin_BTHr, self.interleaved), key
         grouped = query_BTHr.unflatten(2, (self.num_kv_heads, self.max_group))
-        return _rotate(grouped, cos_BTKr.unsqueeze(3), sin_BTKr.unsqueeze(3)).flatten(2, 3), key
+        cos_BTKr, sin_BTKr = cos_BTKr.unsqueeze(3), sin_BTKr.unsqueeze(3)
+        return _rotate(grouped, cos_BTKr, sin_BTKr, self.interleaved).flatten(2, 3), key
 
     def _rotate_dense(
         self, query_BTHd: torch.Tensor, key_BTKd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+        both = (query_BTHd, key_BTKd)
         if not self.unrotated_pairs:
-            return _rotate(query_BTHd, cos, sin), _rotate(key_BTKd, cos, sin)
+            query, key = (_rotate(x, cos, sin, self.interleaved) for x in both)
+            return query, key
         width = 2 * self.rotary_half
         cos, sin = cos[..., : self.rotary_half], sin[..., : self.rotary_half]
         query, key = (
-            torch.cat((_rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1) for x in (query_BTHd, key_BTKd)
+            torch.cat((_rotate(x[..., :width], cos, sin, self.interleaved), x[..., width:]), dim=-1) for x in both
         )
         return query, key
 
@@ -514,6 +571,7 @@ def apply_layer_shape(
         for path in dict.fromkeys(slot.path for slot in (spec.q, spec.k, spec.v, spec.o)):
             fresh: Any = new.get_submodule(path)
             new.set_submodule(path, _resized(old.get_submodule(path), fresh.out_features, fresh.in_features))
+        new.take_norms(old)
         layer.set_submodule(spec.attention, new.train(layer.training))
 
     mlp: Any = layer.get_submodule(spec.mlp) if spec.mlp else layer
@@ -552,13 +610,14 @@ def _drop_ffn(layer: nn.Module, spec: FamilySpec) -> None:
 
 
 def _drop_norms(layer: nn.Module, config: PretrainedConfig, spec: FamilySpec, shape: LayerShape) -> None:
-    """Take away the norms that only dropped blocks read; those that come after the sum stay."""
-    if spec.norm_first is not None and not vars(config)[spec.norm_first]:
-        return
-    read = {spec.attention_norm: shape.has_attention}
-    read[spec.ffn_norm] = read.get(spec.ffn_norm, False) or shape.has_ffn
-    for path, needed in read.items():
-        if not needed:
+    """Take away the norms that only dropped blocks have; those that come after the sum stay."""
+    needed = {spec.attention_out_norm: shape.has_attention, spec.ffn_out_norm: shape.has_ffn}
+    if spec.norm_first is None or vars(config)[spec.norm_first]:
+        needed[spec.attention_norm] = shape.has_attention
+        # Parallel blocks may share one.
+        needed[spec.ffn_norm] = needed.get(spec.ffn_norm, False) or shape.has_ffn
+    for path, kept in needed.items():
+        if path is not None and not kept:
             layer.set_submodule(path, nn.Identity())
 
 
@@ -570,6 +629,17 @@ def _resized(linear: Any, out_features: int, in_features: int) -> nn.Module:
     new = nn.Linear(in_features, out_features, linear.bias is not None, device="meta", dtype=weight.dtype)
     new = new.to_empty(device=weight.device) if weight.device.type != "meta" else new
     return new.requires_grad_(weight.requires_grad).train(linear.training)
+
+
+def _resized_norm(norm: nn.Module, size: tuple[int, ...]) -> nn.Module:
+    """Return a norm with a weight of another size; the norm itself where it has that size already."""
+    weight: Any = norm.weight
+    if tuple(weight.shape) == size:
+        return norm
+    new = copy.copy(norm)
+    # A copy of a module shares its table of parameters.
+    new._parameters = {"weight": nn.Parameter(weight.new_empty(size), requires_grad=weight.requires_grad)}
+    return new
 
 
 def _add_bias(linear: Any) -> None:
@@ -622,13 +692,15 @@ class _HoldsHead(_ModelBase):
     _auto_class = "AutoModelForCausalLM"
 
     def __init__(self, config: Any):
-        # Not the constructor of the stock class, which would build the dense layers first.
-        PreTrainedModel.__init__(self, config)
+        # The constructor of the stock class knows what else belongs to it. It builds the dense layers as well, here
+        # without memory.
+        with torch.device("meta"), dense_sizes(config):
+            super().__init__(config)
         self.model = _model_class(config.family, "Model")(config)
-        self.vocab_size = config.vocab_size
         # As wide as the embeddings, which may be another width than that of the layers.
         embeddings: Any = self.get_input_embeddings()
-        self.lm_head = nn.Linear(embeddings.embedding_dim, config.vocab_size, bias=False)
+        biased = self.lm_head.bias is not None
+        self.lm_head = nn.Linear(embeddings.embedding_dim, config.vocab_size, bias=biased)
         self.post_init()
 
 

@@ -44,9 +44,11 @@ class _Shortcuts(_LayerBase):
             kwargs: what the attention module takes.
         """
         spec = FAMILIES[self.family]
-        output, _ = getattr(self, spec.attention)(getattr(self, spec.attention_norm)(hidden_states), **kwargs)
+        # Only families whose blocks read norms are rotated.
+        attention_norm, ffn_norm = getattr(self, str(spec.attention_norm)), getattr(self, str(spec.ffn_norm))
+        output, _ = getattr(self, spec.attention)(attention_norm(hidden_states), **kwargs)
         hidden_states = self.attn_shortcut(hidden_states) + output
-        return self.mlp_shortcut(hidden_states) + getattr(self, spec.mlp)(getattr(self, spec.ffn_norm)(hidden_states))
+        return self.mlp_shortcut(hidden_states) + getattr(self, spec.mlp)(ffn_norm(hidden_states))
 
 
 @cache

@@ -21,6 +21,7 @@ from intraslice.algebra.statistics import BlockSecondMoment, SecondMoment, Sum
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer
+from intraslice.layers.sites import ATTENTION, FFN
 from intraslice.placement import Placement
 from intraslice.progress import Progress, SilentProgress
 from intraslice.streaming.hidden import HiddenStates
@@ -207,10 +208,10 @@ def _analyze_layer(
         context = block.attend(block.attention, query, key, value)
         if pair_errors is not None:
             pair_errors.update(query, key, value, context)
-        attention_output = block.out_projection(context)
+        attention_output = block.added(ATTENTION, block.out_projection(context))
         middle = block.add_attention(states, attention_output)
-        act = block.act(block.ffn_input(middle))
-        ffn_output = block.down_projection(act)
+        act = block.act(block.ffn_input(states if block.parallel else middle))
+        ffn_output = block.added(FFN, block.down_projection(act))
         residual = block.add_ffn(middle, ffn_output)
         hidden.write(part, residual)
         context_moment.update(context.flatten(0, 1))

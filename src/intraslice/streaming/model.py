@@ -139,7 +139,9 @@ class StreamedModel:
         """Return the channels of each rotary pair of a dense head of layer `index`, [d / 2, 2]; None without RoPE."""
         if not self.rotated(index):
             return None
-        return pair_channels(rotary_dim(self.config, index), self.dense_shapes[index].qk_head_dim)
+        return pair_channels(
+            rotary_dim(self.config, index), self.dense_shapes[index].qk_head_dim, self.spec.interleaved
+        )
 
     @property
     def can_share_pairs(self) -> bool:

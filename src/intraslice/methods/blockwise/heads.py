@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from intraslice.algebra.linalg import eigh_descending, low_rank_scores
+from intraslice.algebra.norms import fit_dropped_energy, norm_correction
 from intraslice.algebra.scores import rope_pair_scores
 from intraslice.algebra.selection import (
     HeadChoice,
@@ -24,15 +25,31 @@ from intraslice.algebra.selection import (
     planned_heads,
     reconstruction_score,
     round_to_multiple,
+    shared_width,
     top_indices,
     whole_heads,
 )
-from intraslice.layers.weights import AttentionWeights, QKEdit, ValueEdit
+from intraslice.layers.weights import AttentionWeights, NormEdit, QKEdit, ValueEdit, kept_channels
 from intraslice.methods.blockwise.options import AttentionOptions
 from intraslice.methods.blockwise.repairs import Output, OutputMoments, repair_output
 from intraslice.methods.blockwise.scores import ScoreInput, unit_scores
 from intraslice.methods.blockwise.strategies import SCORES
 from intraslice.methods.choices import load
+
+
+@dataclass(frozen=True)
+class QKNorms:
+    """What the norms of query and key compute.
+
+    Attributes:
+        over: "head", or "all" heads of a token together.
+        offset: what they add to their weight.
+        eps: what they add to the mean square.
+    """
+
+    over: str
+    offset: float
+    eps: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +66,9 @@ class AttentionStats:
         key_sum: sum of the keys, [K, d].
         query_abs: sum of |q|, [H, d]; key_abs: sum of |k|, [K, d].
         num_tokens: N.
+        norms: norms of query and key; None where the family has none.
+        query_energy, key_energy: second moments of `energy_rows` of what these norms read; [H or 1, ...] and
+            [K or 1, ...].
     """
 
     context: Tensor
@@ -61,6 +81,9 @@ class AttentionStats:
     query_abs: Tensor
     key_abs: Tensor
     num_tokens: int
+    norms: QKNorms | None = None
+    query_energy: Tensor | None = None
+    key_energy: Tensor | None = None
 
 
 def score_input(stats: AttentionStats, o_weight: Tensor, options: AttentionOptions) -> ScoreInput:
@@ -120,6 +143,7 @@ def choose_qk(
     _, head_dim, hidden_size = weights.q.shape
     # q and o cost D weights per query head and dimension, k and v per kv head: two matrices of the same width.
     budget_dims = budget / (2 * hidden_size)
+    qk_width = head_dim if options.qk_width == "dense" else None
     scores = head_scores(stats, weights.o, options)
     spectrum, _ = eigh_descending(stats.context)
     if plan is not None:
@@ -131,7 +155,8 @@ def choose_qk(
         )
         width = plan.width
     elif options.heads == "all":
-        choice = HeadChoice(tuple(range(len(scores))), budget_dims / (len(scores) + len(weights.k)))
+        width = shared_width(budget_dims, len(scores) + len(weights.k), qk_width)
+        choice = HeadChoice(tuple(range(len(scores))), width)
         width = _rounded_width(choice.width, head_dim, options)
     elif options.heads == "adaptive":
         choice = adaptive_heads(
@@ -141,6 +166,7 @@ def choose_qk(
             group=weights.group,
             min_width=options.min_head_fraction * head_dim,
             groups=options.gqa_groups,
+            qk_width=qk_width,
         )
         width = _rounded_width(choice.width, head_dim, options)
     else:
@@ -152,8 +178,10 @@ def choose_qk(
             site = score_input(stats, weights.o, options)
             heads = load(refine)(site, choice.heads, weights.group, options.gqa_groups)
             choice = replace(choice, heads=heads)
-    edit = QKEdit(heads=choice.heads, width=width)
-    return edit if width == head_dim else _narrowed(edit, weights, stats, options, pairs_to_channels, shared_pairs)
+    edit = QKEdit(heads=choice.heads, width=width, qk_width=qk_width)
+    if width < head_dim:
+        edit = _narrowed(edit, weights, stats, options, pairs_to_channels, shared_pairs)
+    return _with_norms(edit, weights, stats, pairs_to_channels, headed=shared_pairs is None)
 
 
 def _rounded_width(width: float, head_dim: int, options: AttentionOptions) -> int:
@@ -176,9 +204,12 @@ def _narrowed(
     members = {kv: [head for head in edit.heads if head // weights.group == kv] for kv in kv_heads}
     if options.basis == "channels":
         edit = replace(edit, v_channels=torch.stack([top_indices(stats.value_energy[kv], width) for kv in kv_heads]))
+    if edit.qk_width is not None:
+        return edit
     if shared_pairs is not None and pairs_to_channels is not None:
         return replace(edit, rope_pairs=torch.tensor(shared_pairs).repeat(len(kv_heads), 1))
-    if pairs_to_channels is not None or options.basis == "channels":
+    # A norm and a rotation of the channels do not commute.
+    if pairs_to_channels is not None or options.basis == "channels" or stats.norms is not None:
         # Without RoPE every channel is on its own.
         single = torch.arange(head_dim)[:, None]
         units = single if pairs_to_channels is None else pairs_to_channels
@@ -187,8 +218,7 @@ def _narrowed(
         kept = torch.stack([top_indices(scores[members[kv]].sum(0), count) for kv in kv_heads])
         if pairs_to_channels is not None:
             return replace(edit, rope_pairs=kept)
-        basis = selection_basis(kept, head_dim)
-        return replace(edit, query_basis=basis, key_basis=basis)
+        return replace(edit, channels=kept)
     bases = []
     for kv in kv_heads:
         mean = stats.key_sum[kv] / stats.num_tokens
@@ -198,6 +228,58 @@ def _narrowed(
         edit,
         query_basis=torch.stack([query for query, _ in bases]),
         key_basis=torch.stack([key for _, key in bases]),
+    )
+
+
+def _with_norms(
+    edit: QKEdit, weights: AttentionWeights, stats: AttentionStats, pairs_to_channels: Tensor | None, headed: bool
+) -> QKEdit:
+    """Add what the norms of query and key need to come near to those of the dense heads.
+
+    Args:
+        edit: the kept heads and channels.
+        weights: dense weights.
+        stats: sums over the dense site.
+        pairs_to_channels: channels of each RoPE pair; None without RoPE.
+        headed: whether every head may have its own; otherwise one gain serves all, and the epsilon stays.
+    """
+    norms = stats.norms
+    if norms is None or stats.query_energy is None or stats.key_energy is None:
+        return edit
+    head_dim = weights.q.shape[1]
+    channels, kv_heads = kept_channels(edit, pairs_to_channels), kept_kv_heads(edit.heads, weights.group)
+    if channels is None and (norms.over == "head" or len(edit.heads) == len(weights.q)):
+        return edit
+    if channels is None:
+        channels = torch.arange(head_dim).repeat(len(kv_heads), 1)
+    kept_of_kv = torch.zeros(len(weights.k), head_dim, dtype=torch.bool)
+    kept_of_kv[list(kv_heads)] = kept_of_kv[list(kv_heads)].scatter(1, channels, True)
+    of_queries = torch.zeros(len(weights.q), head_dim, dtype=torch.bool)
+    for head in edit.heads:
+        of_queries[head] = kept_of_kv[head // weights.group]
+
+    def correction(moment: Tensor, kept: Tensor, heads: Sequence[int]) -> NormEdit:
+        if norms.over == "all":
+            a, b = fit_dropped_energy(moment, kept.flatten()[None], with_offset=True)
+            gain, scale = norm_correction(a, b, kept.numel(), int(kept.sum()), norms.eps)
+            return NormEdit(gain=gain.repeat(len(heads)), row_scale=scale.repeat(len(heads)))
+        moment, kept = moment[list(heads)], kept[list(heads)]
+        width = int(kept[0].sum())
+        if headed:
+            a, b = fit_dropped_energy(moment, kept)
+        else:
+            # All heads keep the same channels, so their sums add up.
+            a, b = fit_dropped_energy(moment.sum(0, keepdim=True), kept[:1], with_offset=False)
+            a = a.repeat(len(heads))
+            return NormEdit(gain=(head_dim / ((1.0 + a) * width)).sqrt(), row_scale=torch.ones_like(a))
+        gain, scale = norm_correction(a, b, head_dim, width, norms.eps)
+        return NormEdit(gain=gain, row_scale=scale)
+
+    return replace(
+        edit,
+        norm_offset=norms.offset,
+        query_norm=correction(stats.query_energy, of_queries, edit.heads),
+        key_norm=correction(stats.key_energy, kept_of_kv, kv_heads),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,20 +16,23 @@ from torch import Tensor
 from intraslice.algebra.selection import HeadPlan
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer, read_attention, read_ffn
-from intraslice.layers.sites import ATTENTION, Site
+from intraslice.layers.sites import ATTENTION, FFN, Site
 from intraslice.layers.surgery import drop_block, write_attention, write_ffn
-from intraslice.layers.weights import attention_shape, fuse_ffn, fuse_qk, fuse_value
+from intraslice.layers.weights import FFNEdit, ValueEdit, attention_shape, fuse_ffn, fuse_qk, fuse_value
 from intraslice.methods.blockwise.budget import Budget
 from intraslice.methods.blockwise.channels import select_channels, solve_down
 from intraslice.methods.blockwise.heads import choose_qk, solve_value
 from intraslice.methods.blockwise.iter_pca import iterate_pca
-from intraslice.methods.blockwise.measure import attention_stats, context_moments, ffn_moments, without_bias
+from intraslice.methods.blockwise.measure import OutputAim, attention_stats, context_moments, ffn_moments, with_gain
 from intraslice.methods.blockwise.options import AttentionOptions, BlockwiseOptions, FFNOptions
 from intraslice.methods.blockwise.strategies import SCORES
 from intraslice.runtime.families_intraslice import LayerShape
+from intraslice.runtime.modeling_intraslice import PrunedAttention
 from intraslice.streaming.hidden import Streams
 from intraslice.streaming.model import StreamedModel
 from intraslice.streaming.propagate import propagate_ffn
+
+_Edit = TypeVar("_Edit", ValueEdit, FFNEdit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,7 @@ def prune_layer(
     errors: dict[str, float] = {}
     heads: tuple[int, ...] = ()
     granted, spent = 0.0, 0
+    dense = layer.attention
     try:
         for site in model.sites.layers[index]:
             planned = budget.planned(index, site)
@@ -108,7 +113,9 @@ def prune_layer(
                 continue
             # An FFN gets what was left over before it as well, and leaves the rest to the next one.
             available = planned + budget.carry + granted
-            keep, error = _prune_ffn(model, layer, index, site, streams, budget, available - spent, plan, options.ffn)
+            keep, error = _prune_ffn(
+                model, layer, index, site, streams, dense, budget, available - spent, plan, options.ffn
+            )
             errors[site.name] = error
             budget.carry = available - (spent + keep * site.unit_weights)
             granted, spent = 0.0, 0
@@ -149,21 +156,28 @@ def _prune_attention(
     options: AttentionOptions,
 ) -> _PrunedAttention:
     dense, whole_shape = layer.attention, model.dense_shapes[index]
+    gain = layer.output_gain(ATTENTION)
     weights = read_attention(layer, whole_shape)
+    weights = replace(weights, o=with_gain(weights.o, gain))
     stats = attention_stats(model, layer, streams.pruned, SCORES[options.score].needs_full_moment)
     pairs = model.pairs_to_channels(index)
     edit = choose_qk(weights, stats, budget, options, pairs, plan.heads, plan.rope_pairs)
-    trial, per_kv = fuse_qk(weights, edit, pairs)
+    trial, per_kv = fuse_qk(weights, edit, pairs, model.spec.interleaved)
     ffn_width = whole_shape.intermediate_size
-    write_attention(layer, model.config, index, attention_shape(per_kv, trial, ffn_width), trial, edit.rope_pairs)
+    # Where all heads share a norm's weight, they may need their own once they are narrower.
+    headed = edit.query_norm is not None and stats.norms is not None and stats.norms.over == "head"
+    headed = headed and plan.rope_pairs is None
+    trial_shape = attention_shape(per_kv, trial, ffn_width, headed_qk_norm=headed)
+    write_attention(layer, model.config, index, trial_shape, trial, edit.rope_pairs)
     moments = context_moments(model, layer, streams, dense, options.repair_against)
     dense_dims = whole_shape.num_attention_heads * whole_shape.qk_head_dim
     whole = len(edit.heads) * edit.width == dense_dims
     value_edit, error = solve_value(
         trial.o, per_kv, edit.width, moments, options, v_channels=edit.v_channels, whole=whole
     )
-    fused = fuse_value(trial, value_edit)
-    shape = attention_shape(per_kv, fused, ffn_width, output_bias=value_edit.o_bias is not None)
+    fused = fuse_value(trial, _without_gain(value_edit, gain))
+    output_bias = value_edit.o_bias is not None
+    shape = attention_shape(per_kv, fused, ffn_width, output_bias=output_bias, headed_qk_norm=headed)
     write_attention(layer, model.config, index, shape, fused, edit.rope_pairs)
     _round_to_saved(model, layer.attention)
     return _PrunedAttention(shape, edit.heads, error)
@@ -179,25 +193,40 @@ def _prune_ffn(
     index: int,
     site: Site,
     streams: Streams,
+    dense: PrunedAttention,
     budget: Budget,
     wanted: float,
     plan: LayerPlan,
     options: FFNOptions,
 ) -> tuple[int, float]:
     """Return the kept channels and the error."""
-    moments = ffn_moments(model, layer, streams, options.repair_against)
+    moments = ffn_moments(model, layer, streams, dense, options.repair_against)
     shape = layer.shape
     keep = budget.channels(index, site, wanted)
-    weights = read_ffn(layer, shape)
-    channels = select_channels(moments, weights.down, keep, options)
-    edit, error = solve_down(moments, weights.down, channels, options)
+    weights, gain = read_ffn(layer, shape), layer.output_gain(FFN)
+    down = with_gain(weights.down, gain)
+    channels = select_channels(moments, down, keep, options)
+    edit, error = solve_down(moments, down, channels, options)
     if plan.iter_pca and keep < shape.intermediate_size:
-        replay = _Replay(layer, streams, weights.down, options.repair_against)
+        replay = _Replay(layer, streams, down, options.repair_against)
         edit, error = iterate_pca(replay, moments, edit, error, options)
     shape = replace(shape, intermediate_size=keep, output_bias=shape.output_bias or edit.down_bias is not None)
-    write_ffn(layer, model.config, index, shape, fuse_ffn(weights, edit))
+    write_ffn(layer, model.config, index, shape, fuse_ffn(weights, _without_gain(edit, gain)))
     _round_to_saved(model, layer.ffn)
     return keep, error
+
+
+def _without_gain(edit: _Edit, gain: Tensor | None) -> _Edit:
+    """Return an edit whose output projection leaves out the factors that come after it."""
+    if gain is None:
+        return edit
+    # A channel that the norm switches off may have any weight.
+    factor = torch.where(gain == 0, 0.0, 1.0 / gain)
+    if isinstance(edit, ValueEdit):
+        bias = None if edit.o_bias is None else edit.o_bias * factor
+        return replace(edit, o_weight=edit.o_weight * factor[:, None], o_bias=bias)
+    bias = None if edit.down_bias is None else edit.down_bias * factor
+    return replace(edit, down_weight=edit.down_weight * factor[:, None], down_bias=bias)
 
 
 class _Replay:
@@ -208,6 +237,7 @@ class _Replay:
         self._streams = streams
         self._repair_against = repair_against
         self._down_weight = down_weight
+        self._aim = OutputAim(layer, FFN)
         self.activation = layer.activation
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
@@ -217,7 +247,7 @@ class _Replay:
             up, gate = layer.preactivations(layer.ffn_input(states))
             if self._repair_against == "dense_stream" and dense is not None:
                 # `ffn_moments` has already advanced the dense stream past this layer.
-                target = without_bias(dense.read(part) - states, layer.down_projection)
+                target, _ = self._aim.to_stream(dense.read(part) - layer.ffn_residual(states), None)
             else:
                 act = self.activation(up) if gate is None else self.activation(gate) * up
                 target = act @ self._down_weight.to(act).T

@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from intraslice.algebra.norms import energy_rows
 from intraslice.algebra.statistics import Statistics
 from intraslice.errors import NumericalError
-from intraslice.layers.decoder import DecoderLayer, read_ffn
+from intraslice.layers.decoder import DecoderLayer, norm_eps, read_ffn
+from intraslice.layers.sites import ATTENTION, FFN
 from intraslice.methods.blockwise.channels import own_output
-from intraslice.methods.blockwise.heads import AttentionStats
+from intraslice.methods.blockwise.heads import AttentionStats, QKNorms
 from intraslice.methods.blockwise.repairs import OutputMoments
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 from intraslice.streaming.hidden import HiddenStates, Streams
@@ -47,6 +49,16 @@ def attention_stats(
     key_moment = stats.block_second_moment("key", num_kv, qk)
     key_sum, key_abs = stats.sum("key_sum", num_kv, qk), stats.sum("key_abs", num_kv, qk)
     query_abs = stats.sum("query_abs", num_heads, qk)
+    norms = layer.spec.qk_norm
+    query_energy, key_energy = None, None
+    if norms is not None:
+        # One vector per norm: a head, or all heads of a token together.
+        counts = (1, 1) if norms.over == "all" else (num_heads, num_kv)
+        widths = (num_heads * qk // counts[0] + 1, num_kv * qk // counts[1] + 1)
+        query_energy, key_energy = (
+            stats.block_second_moment(name, count, width)
+            for name, count, width in zip(("query_energy", "key_energy"), counts, widths, strict=True)
+        )
     num_tokens = stats.number("num_tokens")
     for part in hidden.slices():
         states = hidden.read(part)
@@ -63,12 +75,22 @@ def attention_stats(
             key_sum.update(key.sum((0, 2)))
             query_moment.update(query.transpose(1, 2).flatten(0, 1).flatten(1))
             key_moment.update(key.transpose(1, 2).flatten(0, 1).flatten(1))
+        if norms is not None and query_energy is not None and key_energy is not None:
+            # Energies are the same before and after a rotation, so it is enough to look before it.
+            raw_query, raw_key, _ = attention.project_rows(layer.attention_input(states))
+            for moment, raw, name in ((query_energy, raw_query, norms.q), (key_energy, raw_key, norms.k)):
+                vectors = raw.flatten(2)[..., None, :] if norms.over == "all" else raw
+                rows = energy_rows(vectors.flatten(0, 1), norm_eps(attention.get_submodule(name)))
+                moment.update(rows.flatten(1))
         num_tokens.update(context.shape[0] * context.shape[1])
     sums = stats.finish()
     if not torch.isfinite(sums["context"]).all() or not torch.isfinite(sums["query_abs"]).all():
         raise NumericalError("the attention activations contain NaN or infinite values.")
     return AttentionStats(
-        **{"context_full": None, **sums, "num_tokens": int(sums["num_tokens"])}  # type: ignore[arg-type]
+        **{"context_full": None, **sums, "num_tokens": int(sums["num_tokens"])},  # type: ignore[arg-type]
+        norms=None
+        if norms is None
+        else QKNorms(norms.over, layer.spec.norm_offset, norm_eps(attention.get_submodule(norms.q))),
     )
 
 
@@ -82,50 +104,108 @@ def context_moments(
     """Measure the context of the trial attention in `layer` against its target, and advance the dense stream.
 
     The target is what the site should add to the pruned stream x: the dense site's output on x itself, or what leads
-    from x to the dense model's stream, (h + dense output on h) - x. The dense bias stays in the projection, so the
-    target is taken without it.
+    from x to the dense model's stream, (h + dense output on h) - x.
     """
     sums = _OutputSums(model, layer.out_projection.in_features)
+    aim = OutputAim(layer, ATTENTION)
     for part in streams.pruned.slices():
         states = streams.pruned.read(part)
         target = None
         if streams.dense is not None:
             dense_states = streams.dense.read(part)
-            output = layer.attention_output(dense, dense_states)
-            target = dense_states + output - states
-            streams.dense.write(part, layer.add_attention(dense_states, output))
+            raw = layer.raw_output(dense, dense_states)
+            output = layer.added(ATTENTION, raw)
+            target = aim.to_stream(dense_states + output - states, raw)
+            streams.dense.write(part, layer.before_ffn(dense_states, output))
         if target is None or repair_against == "own_output":
-            target = layer.attention_output(dense, states)
-        target = without_bias(target, layer.out_projection).flatten(0, 1)
-        context = layer.context(layer.attention, layer.attention_input(states)).flatten(0, 1)
-        sums.update(context, target)
+            target = aim.own(layer.raw_output(dense, states))
+        sums.update(layer.context(layer.attention, layer.attention_input(states)), *target)
     return sums.moments()
 
 
-def ffn_moments(model: StreamedModel, layer: DecoderLayer, streams: Streams, repair_against: str) -> OutputMoments:
+def ffn_moments(
+    model: StreamedModel, layer: DecoderLayer, streams: Streams, dense: PrunedAttention, repair_against: str
+) -> OutputMoments:
     """Advance the pruned stream through attention and the dense stream through the FFN; measure the dense FFN.
+
+    Args:
+        model: the streamed model.
+        layer: its attention is pruned, its FFN is not.
+        streams: as attention left them.
+        dense: the dense attention.
+        repair_against: what the FFN should give.
 
     Raises:
         NumericalError: activations are NaN or infinite.
     """
     sums = _OutputSums(model, layer.down_projection.in_features)
+    aim = OutputAim(layer, FFN)
     to_stream = repair_against == "dense_stream" and streams.dense is not None
     for part in streams.pruned.slices():
         states = layer.attention_step(streams.pruned.read(part))
         streams.pruned.write(part, states)
-        act = layer.act(layer.ffn_input(states)).flatten(0, 1)
-        target = None
+        act = layer.act(layer.ffn_input(states))
+        target = (None, None)
         if streams.dense is not None:
             dense_states = streams.dense.read(part)
-            output = layer.ffn_output(dense_states)
+            raw = layer.raw_ffn_output(dense_states)
+            residual, output = layer.ffn_residual(dense_states, dense), layer.added(FFN, raw)
             if to_stream:
-                target = without_bias(dense_states + output - states, layer.down_projection).flatten(0, 1)
-            streams.dense.write(part, layer.add_ffn(dense_states, output))
-        sums.update(act, target)
+                target = aim.to_stream(residual + output - layer.ffn_residual(states), raw)
+            streams.dense.write(part, layer.add_ffn(residual, output))
+        sums.update(act, *target)
     moments = sums.moments()
     if not torch.isfinite(moments.gram).all():
         raise NumericalError("the FFN activations contain NaN or infinite values.")
-    return moments if to_stream else own_output(moments, read_ffn(layer, layer.shape).down)
+    down = read_ffn(layer, layer.shape).down
+    return moments if to_stream else own_output(moments, with_gain(down, layer.output_gain(FFN)))
+
+
+def with_gain(weight_DP: Tensor, gain_D: Tensor | None) -> Tensor:
+    """Return an output projection with the factors that come after it, [D, P]."""
+    return weight_DP if gain_D is None else (weight_DP.double() * gain_D[:, None]).to(weight_DP.dtype)
+
+
+class OutputAim:
+    """What the output projection of a site should give, with the factors that come after it.
+
+    An output norm divides by the root mean square s of the raw output. It is frozen at what the dense site has there:
+    then the site adds g (W z) / s to the stream, so that g W z should be s times what is missing there, and each token
+    counts 1 / s^2. Targets are taken without the bias of the projection.
+
+    Args:
+        layer: the layer.
+        site: name of the site.
+    """
+
+    def __init__(self, layer: DecoderLayer, site: str) -> None:
+        self._norm = layer.output_norm(site)
+        linear = layer.output_projection(site)
+        gain = layer.output_gain(site)
+        self._gain = None if gain is None else gain.to(linear.weight)
+        self._bias = None
+        if linear.bias is not None:
+            self._bias = linear.bias if self._gain is None else linear.bias * self._gain
+
+    def own(self, raw_BTD: Tensor) -> tuple[Tensor, None]:
+        """Return the dense site's own output as the target; all tokens count the same."""
+        return self._without_bias(raw_BTD if self._gain is None else raw_BTD * self._gain), None
+
+    def to_stream(self, missing_BTD: Tensor, dense_raw_BTD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the target that adds what is missing in the stream, and how much each token counts, [B, T] or None.
+
+        Args:
+            missing_BTD: what the site should add.
+            dense_raw_BTD: raw output of the dense site in the dense model; only an output norm needs it.
+        """
+        if self._norm is None:
+            return self._without_bias(missing_BTD), None
+        assert dense_raw_BTD is not None
+        energy = dense_raw_BTD.float().square().mean(-1) + norm_eps(self._norm)
+        return self._without_bias(missing_BTD * energy.sqrt()[..., None].to(missing_BTD)), 1.0 / energy
+
+    def _without_bias(self, target_BTD: Tensor) -> Tensor:
+        return target_BTD if self._bias is None else target_BTD - self._bias
 
 
 class _OutputSums:
@@ -147,15 +227,29 @@ class _OutputSums:
         self._energy = self._statistics.number("target_energy")
         self._num_tokens = self._statistics.number("num_tokens")
 
-    def update(self, inputs_NP: Tensor, targets_ND: Tensor | None) -> None:
-        """Add a batch; without targets only what the inputs decide."""
-        self._gram.update(inputs_NP)
-        self._input_sum.update(inputs_NP.sum(0, dtype=self._dtype))
-        self._num_tokens.update(inputs_NP.shape[0])
-        if targets_ND is not None:
-            self._cross.update(inputs_NP, targets_ND)
-            self._target_sum.update(targets_ND.sum(0, dtype=self._dtype))
-            self._energy.update(float(targets_ND.float().square().sum(dtype=torch.float64)))
+    def update(self, inputs_BTP: Tensor, targets_BTD: Tensor | None, counts_BT: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            inputs_BTP: inputs of the output projection.
+            targets_BTD: what it should give; without them only what the inputs decide is added.
+            counts_BT: how much each token counts; None is 1.
+        """
+        inputs = inputs_BTP.flatten(0, 1)
+        targets = None if targets_BTD is None else targets_BTD.flatten(0, 1)
+        root = None if counts_BT is None else counts_BT.flatten().sqrt().to(inputs)[:, None]
+        if root is not None:
+            inputs, targets = inputs * root, None if targets is None else targets * root
+        self._gram.update(inputs)
+        # Sums are of inputs times counts, and the inputs have the root of the counts already.
+        summed = inputs if root is None else inputs * root
+        self._input_sum.update(summed.sum(0, dtype=self._dtype))
+        self._num_tokens.update(inputs.shape[0] if counts_BT is None else float(counts_BT.sum(dtype=torch.float64)))
+        if targets is not None:
+            self._cross.update(inputs, targets)
+            summed = targets if root is None else targets * root
+            self._target_sum.update(summed.sum(0, dtype=self._dtype))
+            self._energy.update(float(targets.float().square().sum(dtype=torch.float64)))
 
     def moments(self) -> OutputMoments:
         """Return the sums in float64."""
@@ -166,10 +260,5 @@ class _OutputSums:
             input_sum=sums["input_sum"],
             target_sum=sums["target_sum"],
             target_energy=float(sums["target_energy"]),
-            num_tokens=int(sums["num_tokens"]),
+            num_tokens=float(sums["num_tokens"]),
         )
-
-
-def without_bias(output_BTD: Tensor, linear: torch.nn.Linear) -> Tensor:
-    """Return an output as it would be without the bias of its projection."""
-    return output_BTD if linear.bias is None else output_BTD - linear.bias

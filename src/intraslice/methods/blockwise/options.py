@@ -65,6 +65,8 @@ class AttentionOptions:
         score: what a head is worth, a row of SCORES.
         obs_damping: lambda of the optimal-brain-surgeon score, relative to the mean diagonal of the second moment.
         basis: what narrower heads keep, a row of BASES.
+        qk_width: "narrow" (query and key become as narrow as the value), or "dense" (they keep their width; only value
+            and output become narrower).
         min_head_fraction: heads keep at least this fraction of head_dim (paper: 96 of 128); 0 switches it off.
         head_multiple: kept head dimensions are a multiple of this (even, because of RoPE pairs).
         context_multiple: query heads times their width are a multiple of this, where shapes are not free.
@@ -84,6 +86,7 @@ class AttentionOptions:
     score: Annotated[str, OneOf(strategies.SCORES, lambda row: bool(row.heads))] = "energy"
     obs_damping: Annotated[float, Gt(0)] = 0.05
     basis: Annotated[str, OneOf(strategies.BASES)] = "pca"
+    qk_width: Literal["narrow", "dense"] = "narrow"
     min_head_fraction: Annotated[float, Ge(0), Le(1)] = 0.75
     head_multiple: Annotated[int, Ge(2), MultipleOf(2)] = 4
     context_multiple: Annotated[int, Ge(1)] = 1

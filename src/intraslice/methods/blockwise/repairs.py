@@ -25,7 +25,8 @@ RepairOptions = AttentionOptions | FFNOptions
 class OutputMoments:
     """What is known of an output projection with inputs Z that should make Y: sums over tokens, float64.
 
-    Y is taken without the bias of the projection.
+    Y is taken without the bias of the projection, and with the factors that come after it. Tokens may count
+    differently; then all sums are of products with the counts.
 
     Attributes:
         gram: Z^T Z, [P, P].
@@ -33,7 +34,7 @@ class OutputMoments:
         input_sum: sum of Z, [P].
         target_sum: sum of Y, [D].
         target_energy: ||Y||^2.
-        num_tokens: N.
+        num_tokens: N, or the sum of the counts.
     """
 
     gram: Tensor
@@ -41,7 +42,7 @@ class OutputMoments:
     input_sum: Tensor
     target_sum: Tensor
     target_energy: float
-    num_tokens: int
+    num_tokens: float
 
     def of_channels(self, channels: Tensor) -> OutputMoments:
         """Return the moments of some of the inputs."""

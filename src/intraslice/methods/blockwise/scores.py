@@ -36,7 +36,7 @@ class ScoreInput:
     energy: Tensor
     total: Tensor
     moment: Tensor | None
-    num_tokens: int
+    num_tokens: float
     weight: Tensor
     units: int
     removed: int
@@ -128,7 +128,7 @@ def magnitude_scores(energy_C: Tensor) -> Tensor:
     return energy_C.sqrt()
 
 
-def fluctuation_scores(energy_C: Tensor, sum_C: Tensor, num_tokens: int, weight_DC: Tensor) -> Tensor:
+def fluctuation_scores(energy_C: Tensor, sum_C: Tensor, num_tokens: float, weight_DC: Tensor) -> Tensor:
     """Return Var(X_:,i) ||W_:,i||^2, [C]: FLAP, whose repair by a bias makes up for the mean of a channel.
 
     Args:
@@ -141,7 +141,7 @@ def fluctuation_scores(energy_C: Tensor, sum_C: Tensor, num_tokens: int, weight_
     return variance.clamp_min(0.0) * weight_energy(weight_DC)
 
 
-def feature_scores(moment_CC: Tensor, sum_C: Tensor, num_tokens: int, weight_DC: Tensor) -> Tensor:
+def feature_scores(moment_CC: Tensor, sum_C: Tensor, num_tokens: float, weight_DC: Tensor) -> Tensor:
     """Return ||X_:,i|| ||Lambda Q^T W_:,i||, [C]: SlimLLM's score of FFN channels.
 
     Q and Lambda are eigenvectors and eigenvalues of the covariance of the outputs X W^T: a channel counts by what it
@@ -177,7 +177,7 @@ class HeadCorrelation:
         num_heads: H.
     """
 
-    def __init__(self, moment_CC: Tensor, sum_C: Tensor, num_tokens: int, weight_DC: Tensor, num_heads: int) -> None:
+    def __init__(self, moment_CC: Tensor, sum_C: Tensor, num_tokens: float, weight_DC: Tensor, num_heads: int) -> None:
         count = num_tokens * weight_DC.shape[0]
         means = (sum_C * weight_DC.double().sum(0)).view(num_heads, -1).sum(1) / count
         self._covariance = head_products(moment_CC, weight_DC, num_heads) / count - torch.outer(means, means)

@@ -134,6 +134,7 @@ HEAD_RULES: dict[str, Row] = {
             "attention.head_multiple",
             "attention.gqa_groups",
             "attention.basis",
+            "attention.qk_width",
         ),
         paper="IntraSlice, Algorithm 2",
     ),
@@ -144,7 +145,7 @@ HEAD_RULES: dict[str, Row] = {
     ),
     "all": Row(
         summary="no head goes, all become narrower",
-        reads=("attention.head_multiple", "attention.basis"),
+        reads=("attention.head_multiple", "attention.basis", "attention.qk_width"),
         paper="TransAct",
     ),
 }
@@ -211,7 +212,7 @@ ALLOCATION_RULES: dict[str, AllocationRule] = {
 }
 """`allocation.rule`."""
 
-_SHAPED = ("attention.gqa_groups", "allocation.budget_unit")
+_SHAPED = ("attention.gqa_groups", "attention.qk_width", "allocation.budget_unit")
 SHAPE_FREEDOMS: dict[str, Row] = {
     "free": Row(summary="every layer its own, groups may be ragged", paper="IntraSlice"),
     "layer": Row(summary="one group size per layer", reads=("attention.context_multiple",), excludes=_SHAPED),

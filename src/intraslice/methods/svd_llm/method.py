@@ -104,10 +104,14 @@ def _factor_layer(
             hidden,
             lambda states: dense.attention_output(dense.attention, states),
             lambda states: layer.attention_output(layer.attention, states),
-            layer.add_attention,
+            layer.before_ffn,
         )
         _factor_weights(placement, layer, layer.spec.ffn_paths, ranks, hidden, act)
-        ffn_error = _advance(hidden, dense.ffn_output, layer.ffn_output, layer.add_ffn)
+
+        def add_ffn(states: Tensor, output: Tensor) -> Tensor:
+            return layer.add_ffn(layer.ffn_residual(states), output)
+
+        ffn_error = _advance(hidden, dense.ffn_output, layer.ffn_output, add_ffn)
     except NumericalError as error:
         raise NumericalError(f"layer {index}: {error}") from error
     return {ATTENTION: attention_error, FFN: ffn_error}
