@@ -21,7 +21,6 @@ from intraslice.runtime.configuration_intraslice import dense_config, dense_shap
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec, LayerShape
 from intraslice.runtime.modeling_intraslice import pair_channels
 
-
 _NO_EFFECT = {"weight": 1.0, "bias": 0.0}
 """What stands for a norm that is not there."""
 

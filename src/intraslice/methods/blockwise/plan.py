@@ -56,8 +56,8 @@ def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
     model, rules = context.model, options.allocation
     if rules.drop_blocks and blocks_are_parallel(model.spec, model.config):
         raise RecipeError(
-            f"allocation.drop_blocks was asked for, but attention and FFN of a {model.spec.name} layer run side by side, "
-            "so that neither can make up for the other; leave every layer its blocks."
+            f"allocation.drop_blocks was asked for, but attention and FFN of a {model.spec.name} layer run side by "
+            "side, so that neither can make up for the other; leave every layer its blocks."
         )
     units = count_units(model.sites, context.sparsity, rules)
     grid = _shape_grid(model, options)
