@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from intraslice.checkpoint.composite import is_composite, text_config
 from intraslice.checkpoint.folder import composite_reason
 from intraslice.errors import UnsupportedModelError
-from intraslice.loading import count_parameters, load_config
+from intraslice.loading import count_parameters, load_whole_config
 from intraslice.options import RunOptions
 from intraslice.placement import choose_device, dtype_from_name, peak_resident_bytes
 from intraslice.results.result import RESULT_FILE, PruneResult
@@ -46,7 +47,9 @@ class ModelInfo:
 
     Attributes:
         model: as it was named.
-        family: name of the layout, for example "llama".
+        family: name of the layout, for example "llama"; of a composite model that of its text tower, which all sizes
+            but num_parameters and weight_bytes are about.
+        composite: architecture of the whole where this is a composite model, for example "mistral3"; else None.
         method: how it was pruned; None for a dense model.
         sparsity: removed fraction of the decoder layers' linear weights.
         hidden_size: width of the residual stream.
@@ -71,6 +74,7 @@ class ModelInfo:
     layer_parameters: int
     weight_bytes: int
     layers: tuple[LayerInfo, ...]
+    composite: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -89,8 +93,9 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
         CheckpointError: there is no such model.
         UnsupportedModelError: its architecture is not one of ours.
     """
-    config, files = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    spec = family_of(config)
+    whole_config, files = load_whole_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    spec = family_of(whole_config)
+    config = text_config(whole_config)
     pruned = config.model_type.startswith(_PRUNED_PREFIX)
     whole = dense_shapes(config, spec)
     hidden_size = config.hidden_size
@@ -99,8 +104,10 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
     dense_sizes = [spec.num_parameters(shape, dense_hidden_size) for shape in whole]
     sizes = [spec.num_parameters(shape, hidden_size) for shape in shapes]
     errors = _errors(Path(name).expanduser())
+    composite = is_composite(whole_config)
+    auto: Any = AutoModelForImageTextToText if composite else AutoModelForCausalLM
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        skeleton = auto.from_config(whole_config, trust_remote_code=trust_remote_code)
     layers = tuple(
         LayerInfo(
             layer=layer,
@@ -114,6 +121,7 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
     return ModelInfo(
         model=name,
         family=spec.name,
+        composite=whole_config.model_type.removeprefix(_PRUNED_PREFIX) if composite else None,
         method=config.intraslice["method"] if pruned else None,
         sparsity=1 - sum(sizes) / sum(dense_sizes),
         hidden_size=hidden_size,
@@ -134,9 +142,13 @@ def family_of(config: Any) -> FamilySpec:
         UnsupportedModelError: the architecture is not one of ours.
     """
     name = config.model_type.removeprefix(_PRUNED_PREFIX)
-    composite = composite_reason(name, getattr(getattr(config, "text_config", None), "model_type", None))
-    if composite is not None:
-        raise UnsupportedModelError(f"this model {composite}")
+    tower = getattr(config, "text_config", None)
+    if tower is not None:
+        text_type = tower.model_type.removeprefix(_PRUNED_PREFIX)
+        reason = composite_reason(name, text_type)
+        if reason is not None:
+            raise UnsupportedModelError(f"this model {reason}")
+        name = text_type
     if name not in FAMILIES:
         raise UnsupportedModelError(
             f"architecture {name!r} is not supported; supported are {', '.join(sorted(FAMILIES))}."

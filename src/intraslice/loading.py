@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from intraslice.checkpoint.composite import text_arguments, text_config
 from intraslice.checkpoint.folder import config_reason, read_headers, weight_files
 from intraslice.checkpoint.source import find_built_in, resolve_model
 from intraslice.errors import CheckpointError
@@ -23,6 +25,7 @@ from intraslice.placement import choose_device, dtype_from_name
 from intraslice.progress import Progress
 from intraslice.quiet import quiet
 from intraslice.runtime import register
+from intraslice.runtime.families_intraslice import FAMILIES
 
 # What transformers raises for a config, tokenizer or weights that are missing, corrupt or not understood.
 _LOADING_ERRORS = (
@@ -39,7 +42,18 @@ _LOADING_ERRORS = (
 )
 
 
-def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[Any, list[Path]]:
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Read the config of a dense or pruned model, of a composite model that of its text tower.
+
+    Raises:
+        CheckpointError: there is no such model, its config cannot be read, or its folder holds no weights.
+    """
+    return text_config(load_whole_config(name, revision=revision, trust_remote_code=trust_remote_code)[0])
+
+
+def load_whole_config(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, list[Path]]:
     """Read the config of a dense or pruned model; no weights are loaded, downloaded or converted.
 
     Returns:
@@ -77,7 +91,7 @@ def load_model(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> tuple[PreTrainedModel, Any]:
-    """Load a dense or pruned model and its tokenizer, in evaluation mode.
+    """Load a dense or pruned model and its tokenizer, in evaluation mode; of a composite model the text tower alone.
 
     Args:
         name: hub id, local folder, .gguf file or built-in name.
@@ -105,8 +119,10 @@ def load_model(
                 folder,
                 dtype=chosen_dtype,
                 use_safetensors=True,
+                **_names_arguments(folder, trust_remote_code),
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
+                **text_arguments(folder, trust_remote_code=trust_remote_code),
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except _LOADING_ERRORS as error:
@@ -116,6 +132,13 @@ def load_model(
         # transformers fills these with random numbers and goes on; a perplexity of that means nothing.
         raise CheckpointError(f"{name!r} lacks {len(missing)} weights, the first is {missing[0]!r}")
     return model.to(chosen_device).eval(), tokenizer
+
+
+def _names_arguments(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to find tensors that the family stores under other names; else nothing."""
+    model_type = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).model_type
+    renames = FAMILIES[model_type].renames if model_type in FAMILIES else ()
+    return {"key_mapping": {f"^{re.escape(stored)}": known for stored, known in renames}} if renames else {}
 
 
 def _reason(name: str, error: Exception) -> str:

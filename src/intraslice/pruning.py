@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from intraslice.checkpoint.composite import text_arguments
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.writer import check_output
@@ -36,13 +38,14 @@ def prune_recipe(
     overwrite: bool = False,
     resume: bool = False,
     command: str = "",
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
-    """Run a recipe; the arguments are those of `prune`."""
+    """Run a recipe; the arguments are those of `prune`, and a folder to write in the place of the recipe's output."""
     progress = progress or SilentProgress()
     if recipe.output is None:
         raise RecipeError("no output is given; name the folder to write with -o.")
-    output = Path(recipe.output).expanduser()
+    output = folder or Path(recipe.output).expanduser()
     _check_output_apart(recipe.model, output)
     check_output(output, overwrite)
     # Before the model is opened, which may mean a long download: a wrong name must answer at once.
@@ -54,6 +57,7 @@ def prune_recipe(
         progress=progress,
     )
     recipe = fitted_recipe(recipe, checkpoint.config, checkpoint.spec)
+    _check_composite(recipe, checkpoint.composite.model_type if checkpoint.composite else None)
     for note in recipe.notes:
         progress.note(note)
     check_seqlen(checkpoint.config, recipe.calibration.seqlen)
@@ -189,6 +193,7 @@ def calibrate(
         seed=wanted.seed,
         vocab_size=checkpoint.config.vocab_size,
         model_folder=checkpoint.folder,
+        model_arguments=text_arguments(checkpoint.folder) if checkpoint.composite else None,
         progress=progress,
         text_field=wanted.text_field,
         device=device,
@@ -208,9 +213,18 @@ def check_seqlen(config: Any, seqlen: int) -> None:
         )
 
 
+def _check_composite(recipe: Recipe, model_type: str | None) -> None:
+    if model_type is not None and recipe.entry.form.rotates_stream:
+        raise RecipeError(
+            f"method {recipe.method} narrows the residual stream of the text tower, into which the other towers of "
+            f"this {model_type} model write; choose another method, for example intraslice."
+        )
+
+
 def _check_output_apart(model: str, output: Path) -> None:
     source = Path(model).expanduser()
-    if source.exists() and source.resolve().is_relative_to(output.resolve()):
+    # realpath, because resolve stops at links that go round in circles.
+    if source.exists() and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(output)):
         raise OutputError(f"the output {str(output)!r} would replace the input model; choose another folder.")
 
 
@@ -242,9 +256,10 @@ def dry_run(recipe: Recipe, *, progress: Progress | None = None) -> DryRun:
     """Say what a recipe would do; writes nothing and loads no weights."""
     opened = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code}
     info = inspect_model(recipe.model, **opened)
-    config, _ = load_config(recipe.model, **opened)
+    config = load_config(recipe.model, **opened)
     progress = progress or SilentProgress()
     recipe = fitted_recipe(recipe, config, family_of(config))
+    _check_composite(recipe, info.composite)
     for note in recipe.notes:
         progress.note(note)
     recipe = _with_sparsity(recipe, config, config.dtype or torch.float32, info.num_parameters, None, progress)

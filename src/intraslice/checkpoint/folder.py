@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
+from intraslice.checkpoint.missing import missing_features
+from intraslice.checkpoint.tensorfile import StoredTensor
 from intraslice.checkpoint.writer import INDEX_FILE, WEIGHTS_FILE
 from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
 from intraslice.runtime.families_intraslice import FAMILIES
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor lies.
-
-    Attributes:
-        path: safetensors file.
-        name: its name in that file.
-        dtype: safetensors code, for example "BF16".
-        shape: its shape.
-    """
-
-    path: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_elements(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-
 def read_config(folder: Path, name: str) -> Any:
-    """Read config.json as the stock config class of a supported family; never runs code of the model.
+    """Read config.json as the stock config class of a supported family or composite; never runs code of the model.
 
     Raises:
         UnsupportedModelError: the architecture is not supported, is quantised, or is pruned already.
@@ -62,29 +40,31 @@ def read_config(folder: Path, name: str) -> Any:
         raise UnsupportedModelError(
             f"{name!r} is already pruned by intraslice; prune the dense model to the sparsity you want"
         )
-    text = data.get("text_config")
-    composite = composite_reason(model_type, text.get("model_type") if isinstance(text, dict) else None)
-    if composite is not None:
-        raise UnsupportedModelError(f"{name!r} {composite}")
-    if model_type not in FAMILIES:
+    composite = "text_config" in data or model_type in COMPOSITES
+    text = _checked_text(data, model_type, name) if composite else data
+    family = str(text.get("model_type", "")) if composite else model_type
+    if not composite and family not in FAMILIES:
         code = " and it needs code of its own" if "auto_map" in data else ""
+        missing = missing_features(data)
+        what = f"; what is missing for it: {', '.join(missing)}" if missing else ""
         raise UnsupportedModelError(
-            f"{name!r} has the architecture {model_type or 'unknown'!r}{code}; supported: {', '.join(FAMILIES)}"
+            f"{name!r} has the architecture {model_type or 'unknown'!r}{code}{what}; supported: {', '.join(FAMILIES)}"
         )
-    if data.get("quantization_config"):
-        settings = data["quantization_config"]
+    settings = data.get("quantization_config") or text.get("quantization_config")
+    if settings:
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
         raise UnsupportedModelError(f"{name!r} is quantised ({method}); give the model in float32, bfloat16 or float16")
-    spec = FAMILIES[model_type]
-    if model_type not in CONFIG_MAPPING:
-        raise UnsupportedModelError(
-            f"{name!r} is a {model_type} model, which needs transformers {spec.since} or later, and "
-            f"{transformers_version} is installed; upgrade it"
-        )
-    for field in spec.refuse:
-        if data.get(field):
+    spec = FAMILIES[family]
+    for needed in dict.fromkeys((model_type, family)):
+        if needed not in CONFIG_MAPPING:
             raise UnsupportedModelError(
-                f"{name!r} has {field} = {data[field]!r} in its config.json, and {model_type} models with {field} "
+                f"{name!r} is a {needed} model, which needs transformers {spec.since} or later, and "
+                f"{transformers_version} is installed; upgrade it"
+            )
+    for field in spec.refuse:
+        if text.get(field):
+            raise UnsupportedModelError(
+                f"{name!r} has {field} = {text[field]!r} in its config.json, and {family} models with {field} "
                 "cannot be pruned; give one without it"
             )
     try:
@@ -93,21 +73,53 @@ def read_config(folder: Path, name: str) -> Any:
         raise CheckpointError(f"config.json of {name!r} is not valid: {config_reason(error)}") from error
 
 
+COMPOSITES: dict[str, tuple[str, ...]] = {
+    composite: tuple(spec.name for spec in FAMILIES.values() if composite in spec.text_of)
+    for composite in dict.fromkeys(composite for spec in FAMILIES.values() for composite in spec.text_of)
+}
+"""Composite model type -> the families that its text tower may be of."""
+
+
+def _checked_text(data: dict[str, Any], model_type: str, name: str) -> dict[str, Any]:
+    """Return the text tower's part of the config of a composite, its family filled in where it may be of one only.
+
+    Raises:
+        UnsupportedModelError: there is none, or it is of a family that cannot be pruned.
+    """
+    text = data.get("text_config")
+    reason = composite_reason(model_type, text.get("model_type") if isinstance(text, dict) else None)
+    if reason is not None:
+        missing = missing_features(text) if isinstance(text, dict) else []
+        what = f"; what is missing for its text tower: {', '.join(missing)}" if missing else ""
+        raise UnsupportedModelError(f"{name!r} {reason}{what}")
+    if not isinstance(text, dict):
+        raise UnsupportedModelError(
+            f"{name!r} is a composite checkpoint ({model_type}) whose config.json has no text_config, so that there is "
+            "no text tower to prune; give the config.json that belongs to the model"
+        )
+    return {"model_type": COMPOSITES[model_type][0], **text}
+
+
 def composite_reason(model_type: str, text_type: str | None) -> str | None:
-    """Return why a composite checkpoint is refused, to stand after its name; None when the table has no such composite.
+    """Return why a composite checkpoint is refused, to stand after its name; None when its text tower can be pruned.
 
     Args:
         model_type: that of the checkpoint.
         text_type: that of its text tower, where its config says so.
     """
-    families = [spec.name for spec in FAMILIES.values() if model_type in spec.text_of]
-    if not families or text_type not in (None, *families):
-        return None
-    family = text_type or families[0]
-    return (
-        f"is a composite checkpoint ({model_type}); its text tower, a {family} model, cannot be pruned yet; give a "
-        f"checkpoint of the architecture {family!r} itself"
-    )
+    if model_type not in COMPOSITES:
+        tower = f", whose text tower is a {text_type} model" if text_type else ""
+        return (
+            f"is a composite checkpoint of the architecture {model_type or 'unknown'!r}{tower}; composites whose text "
+            f"tower can be pruned: {', '.join(COMPOSITES)}"
+        )
+    families = COMPOSITES[model_type]
+    if text_type not in (None, *families):
+        return (
+            f"is a composite checkpoint ({model_type}) whose text tower, a {text_type} model, cannot be pruned; "
+            f"supported text towers of {model_type}: {', '.join(families)}"
+        )
+    return None
 
 
 def config_reason(error: Exception) -> str:

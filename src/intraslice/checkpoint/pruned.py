@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor
 
+from intraslice.checkpoint.composite import is_composite, text_config, text_tensors
 from intraslice.checkpoint.folder import StoredTensor, config_reason, read_headers
 from intraslice.checkpoint.tensorfile import DTYPES
 from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
@@ -37,9 +38,13 @@ class PrunedCheckpoint:
         shapes: of each layer.
         rotated: whether each layer rotates query and key.
         dense_shape: of each layer of the dense model; they are alike, other runtimes know only one.
+        composite: whether the folder holds more than this model, which is its text tower then.
     """
 
-    def __init__(self, folder: Path, name: str, config: Any, tensors: dict[str, StoredTensor]) -> None:
+    def __init__(
+        self, folder: Path, name: str, config: Any, tensors: dict[str, StoredTensor], *, composite: bool = False
+    ) -> None:
+        self.composite = composite
         self.folder = folder
         self.name = name
         self.config = config
@@ -147,7 +152,7 @@ class PrunedCheckpoint:
 
 
 def open_pruned(model: str) -> PrunedCheckpoint:
-    """Open a checkpoint that `prune` has written.
+    """Open a checkpoint that `prune` has written; of a composite model its text tower.
 
     Raises:
         CheckpointError: it is not there, not ours, or damaged.
@@ -161,15 +166,18 @@ def open_pruned(model: str) -> PrunedCheckpoint:
     if not path.is_file():
         raise CheckpointError(f"{model!r} is not a checkpoint folder; give the output folder of 'intraslice prune'.")
     try:
-        ours = "intraslice" in json.loads(path.read_text(encoding="utf-8"))
-        config = AutoConfig.from_pretrained(folder) if ours else None
+        data = json.loads(path.read_text(encoding="utf-8"))
+        ours = any("intraslice" in part for part in (data, data.get("text_config") or {}))
+        whole = AutoConfig.from_pretrained(folder) if ours else None
     except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
         raise CheckpointError(f"config.json of {model!r} cannot be read: {config_reason(error)}") from error
-    if config is None:
+    if whole is None:
         raise CheckpointError(
             f"{model!r} was not pruned by intraslice, so there is nothing to export; give the output folder of "
             "'intraslice prune'."
         )
+    composite = is_composite(whole)
+    config = text_config(whole)
     if any(shape.ranks or shape.shortcuts for shape in config.layer_shapes):
         raise UnsupportedModelError(
             f"{model!r} was pruned by {config.intraslice['method']}, whose layers no other runtime knows; it runs in "
@@ -180,7 +188,10 @@ def open_pruned(model: str) -> PrunedCheckpoint:
             f"{model!r} was pruned from a model whose layers have different sizes, for which no other format has a "
             "place here; load it with transformers as it is."
         )
-    return PrunedCheckpoint(folder, model, config, read_headers(folder, model))
+    tensors = read_headers(folder, model)
+    if composite:
+        tensors = text_tensors(model, whole.model_type, tensors)
+    return PrunedCheckpoint(folder, model, config, tensors, composite=composite)
 
 
 def _read(stored: StoredTensor) -> Tensor:

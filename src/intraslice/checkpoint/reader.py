@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from intraslice.checkpoint.folder import StoredTensor, data_offsets, read_config, read_headers
-from intraslice.checkpoint.tensorfile import DTYPES
+from intraslice.checkpoint.composite import Composite, take_apart
+from intraslice.checkpoint.folder import COMPOSITES, data_offsets, read_config, read_headers
+from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor
 from intraslice.errors import CheckpointError, NumericalError, UnsupportedModelError, one_line
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
 
@@ -40,6 +41,7 @@ class Checkpoint:
         dtype: dtype of the stored decoder-layer matrices.
         tied: whether the output head is the embedding matrix.
         trust_remote_code: whether the user allowed code of the model (only a tokenizer can have any).
+        composite: what surrounds the model, when it is the text tower of a composite checkpoint; else None.
     """
 
     def __init__(
@@ -51,12 +53,14 @@ class Checkpoint:
         tensors: dict[str, StoredTensor],
         *,
         trust_remote_code: bool = False,
+        composite: Composite | None = None,
     ) -> None:
         self.name = name
         self.folder = folder
         self.config = config
         self.spec = spec
         self.trust_remote_code = trust_remote_code
+        self.composite = composite
         self.tied = bool(config.tie_word_embeddings)
         self._tensors = tensors
         self._check_against_config()
@@ -103,9 +107,18 @@ class Checkpoint:
         prefix = f"{self.spec.layers}."
         return {name: self._load(name) for name in self._tensors if not name.startswith(prefix)}
 
+    @property
+    def carried(self) -> dict[str, StoredTensor]:
+        """What surrounds the text tower of a composite, by the names to store it under; nothing for other models."""
+        return {} if self.composite is None else self.composite.tensors
+
+    def saved_name(self, name: str) -> str:
+        """Return the name under which a pruned checkpoint stores a tensor, or the tensors of a layer prefix."""
+        return name if self.composite is None else self.composite.saved_name(name)
+
     def num_parameters(self) -> int:
-        """Return the number of stored parameters, tied tensors once."""
-        return sum(tensor.num_elements for tensor in self._tensors.values())
+        """Return the number of stored parameters, tied tensors once, what surrounds a text tower included."""
+        return sum(tensor.num_elements for part in (self._tensors, self.carried) for tensor in part.values())
 
     def skeleton(self, dtype: torch.dtype | None = None) -> Any:
         """Return the stock causal language model without weights (meta device)."""
@@ -132,23 +145,25 @@ class Checkpoint:
         Cheap on a checkpoint of any size; independent of the folder's name and of how tensors are sharded.
         """
         digest = hashlib.sha256()
-        digest.update(json.dumps(_plain_config(self.config), sort_keys=True).encode())
+        config = self.config if self.composite is None else self.composite.config
+        digest.update(json.dumps(_plain_config(config), sort_keys=True).encode())
+        tensors = {**self._tensors, **self.carried}
         by_file: dict[Path, list[str]] = {}
-        for name in sorted(self._tensors):
-            by_file.setdefault(self._tensors[name].path, []).append(name)
+        for name in sorted(tensors):
+            by_file.setdefault(tensors[name].path, []).append(name)
         samples: dict[str, bytes] = {}
         for path, names in by_file.items():
             offsets = data_offsets(path)
             with open(path, "rb") as file:
                 for name in names:
-                    begin, end = offsets[self._tensors[name].name]
+                    begin, end = offsets[tensors[name].name]
                     step = max((end - begin - _SAMPLE_BYTES) // (_SAMPLES_PER_TENSOR - 1), 1)
                     for k in range(_SAMPLES_PER_TENSOR):
                         position = min(begin + k * step, max(end - _SAMPLE_BYTES, begin))
                         file.seek(position)
                         samples[name] = samples.get(name, b"") + file.read(min(_SAMPLE_BYTES, end - position))
-        for name in sorted(self._tensors):
-            tensor = self._tensors[name]
+        for name in sorted(tensors):
+            tensor = tensors[name]
             digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + samples[name])
         return digest.hexdigest()
 
@@ -244,7 +259,18 @@ def open_folder(folder: Path, *, name: str | None = None, trust_remote_code: boo
     name = name or str(folder)
     config = read_config(folder, name)
     tensors = read_headers(folder, name)
-    return Checkpoint(name, folder, config, FAMILIES[config.model_type], tensors, trust_remote_code=trust_remote_code)
+    composite = None
+    if config.model_type in COMPOSITES:
+        config, tensors, composite = take_apart(name, config, tensors)
+    return Checkpoint(
+        name,
+        folder,
+        config,
+        FAMILIES[config.model_type],
+        tensors,
+        trust_remote_code=trust_remote_code,
+        composite=composite,
+    )
 
 
 def build_skeleton(config: Any, name: str, dtype: torch.dtype) -> Any:

@@ -7,6 +7,7 @@ tensor by tensor: 8 bytes with the length of a JSON header, the header, the raw 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,28 @@ class TensorSlot:
     def nbytes(self) -> int:
         """Bytes of the raw tensor."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies.
+
+    Attributes:
+        path: safetensors file.
+        name: its name in that file.
+        dtype: safetensors code, for example "BF16".
+        shape: its shape.
+    """
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
 
 class TensorFile:

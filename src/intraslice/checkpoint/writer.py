@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot, read_slots
+from intraslice.checkpoint.ownership import check_ours, write_list
+from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor, TensorFile, TensorSlot, read_slots
 from intraslice.errors import OutputError
 from intraslice.files import write_text, writing
 
@@ -24,6 +25,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SIDE_PATTERNS = (
     "tokenizer*.json",
     "tokenizer*.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -36,17 +38,27 @@ SIDE_PATTERNS = (
 )
 
 
+# Of composite models: what turns images and videos into tensors.
+PROCESSOR_PATTERNS = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
 def assemble(
     folder: Path,
     layer_files: Sequence[Path],
     layer_prefixes: Sequence[str],
     rest: Mapping[str, torch.Tensor],
     max_shard_bytes: int,
+    carried: Mapping[str, StoredTensor] | None = None,
 ) -> int:
     """Pack finished layers and all other tensors into the weight files of a checkpoint.
 
-    One tensor of the layer files is in memory at a time. One shard is called model.safetensors; more get the
-    usual numbered names and an index.
+    One tensor of the layer files, and of what is carried over, is in memory at a time. One shard is called
+    model.safetensors; more get the usual numbered names and an index.
 
     Args:
         folder: checkpoint folder.
@@ -54,6 +66,7 @@ def assemble(
         layer_prefixes: what to put before those names, for example "model.layers.3.".
         rest: all other tensors by full name; tied tensors only once.
         max_shard_bytes: a shard grows up to this size; one larger tensor gets a shard of its own.
+        carried: tensors that are copied from file to file as they are, by the names to store them under.
 
     Returns:
         Bytes of the weight files.
@@ -67,6 +80,9 @@ def assemble(
         for name, slot in read_slots(path).items():
             slots[prefix + name] = slot
             origin[prefix + name] = (path, name)
+    for name, tensor in (carried or {}).items():
+        slots[name] = TensorSlot(DTYPES[tensor.dtype], tensor.shape)
+        origin[name] = (tensor.path, tensor.name)
 
     shards = plan_shards(slots, max_shard_bytes)
     file_names = shard_names(len(shards))
@@ -135,7 +151,8 @@ def save_side_files(folder: Path, config: Any, tokenizer_source: Path, *, runtim
             shutil.copyfile(generation, folder / generation.name)
         else:
             GenerationConfig.from_model_config(config).save_pretrained(folder)
-        for pattern in SIDE_PATTERNS:
+        composite = getattr(config, "text_config", None) is not None
+        for pattern in SIDE_PATTERNS + (PROCESSOR_PATTERNS if composite else ()):
             for path in sorted(tokenizer_source.glob(pattern)):
                 if path.is_file():
                     shutil.copyfile(path, folder / path.name)
@@ -155,15 +172,19 @@ def check_output(out: Path, overwrite: bool, *, source: Path | None = None) -> N
         source: folder of the model that is read; it is never replaced.
 
     Raises:
-        OutputError: the folder exists, is not a checkpoint, is the model itself, or cannot be made.
+        OutputError: the folder exists, holds a file that is not ours, is the model itself, or cannot be made.
     """
+    if out.is_symlink() and not out.exists():
+        raise OutputError(f"output {str(out)!r} is a link that leads nowhere; choose another folder")
     if out.exists():
         if not overwrite:
             raise OutputError(f"output {str(out)!r} already exists; choose another folder or pass --overwrite")
         if source is not None and out.resolve() == source.resolve():
             raise OutputError(f"output {str(out)!r} is the folder of the model itself; choose another folder")
-        if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+        if not out.is_dir():
             raise OutputError(f"output {str(out)!r} is not a checkpoint folder, so --overwrite does not replace it")
+        with writing(out):
+            check_ours(out)
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -183,6 +204,8 @@ def publish(temp: Path, out: Path, overwrite: bool) -> None:
         OutputError: `out` exists and may not be replaced, or the rename fails; `temp` is left as it is.
     """
     check_output(out, overwrite)
+    if temp.is_dir():
+        write_list(temp)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         if not out.exists():

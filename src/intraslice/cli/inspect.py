@@ -40,7 +40,8 @@ def _print(info: ModelInfo) -> None:
         for layer in info.layers
     ]
     how = f"pruned by {info.method}, sparsity {info.sparsity:.4f}" if info.method else "dense"
-    print_table(f"{info.model} ({info.family}, {how})", layer_columns(sites), rows)
+    family = f"{info.composite} with a text tower of {info.family}" if info.composite else info.family
+    print_table(f"{info.model} ({family}, {how})", layer_columns(sites), rows)
     kept = info.layer_parameters / info.dense_layer_parameters
     print_line(f"parameters          {count(info.num_parameters)}")
     print_line(f"in decoder layers   {count(info.layer_parameters)} ({percent(kept)} of the dense model's)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def load_calibration(
     seed: int,
     vocab_size: int,
     model_folder: Path,
+    model_arguments: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     text_field: str | None = None,
     device: str = "auto",
@@ -66,6 +68,7 @@ def load_calibration(
         seed: of the choice, or of the sampling.
         vocab_size: token ids of the model are below this.
         model_folder: folder of the dense model; "self" loads it.
+        model_arguments: what `from_pretrained` needs besides, where the model is the text tower of a composite one.
         progress: shows the sampling.
         text_field: column of a .jsonl or .parquet file.
         device: where "self" samples: "auto", "cpu" or a torch device.
@@ -82,7 +85,7 @@ def load_calibration(
     progress = progress or SilentProgress()
     check_source(source)
     if source == SELF:
-        tokens = _sample(model_folder, tokenizer, num_samples, seqlen, seed, device, progress)
+        tokens = _sample(model_folder, model_arguments or {}, tokenizer, num_samples, seqlen, seed, device, progress)
     else:
         # The one place that decides how much built-in text is needed, so that it depends on nothing else.
         enough = BUILT_IN_CHARS_PER_TOKEN * num_samples * seqlen
@@ -121,6 +124,7 @@ def _choose_blocks(stream: torch.Tensor, source: str, num_samples: int, seqlen: 
 
 def _sample(
     model_folder: Path,
+    arguments: Mapping[str, Any],
     tokenizer: Any,
     num_samples: int,
     seqlen: int,
@@ -137,10 +141,16 @@ def _sample(
 
     place = choose_device(device)
     # Its bar would run into ours.
-    with quiet():
+    with quiet(*(("transformers",) if arguments else ())):
         # The stubs know nothing of output_loading_info, with which a pair is returned.
         auto: Any = AutoModelForCausalLM
-        model, info = auto.from_pretrained(model_folder, dtype="auto", use_safetensors=True, output_loading_info=True)
+        model, info = auto.from_pretrained(
+            model_folder,
+            dtype="auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            **arguments,
+        )
     if info["missing_keys"]:
         # Names that only our reader knows; transformers fills in random numbers, whose text means nothing.
         raise CalibrationError(

@@ -19,7 +19,7 @@ from intraslice.methods.base import Context, Outside
 from intraslice.placement import dtype_name, matmul_precision
 from intraslice.results.model_card import render
 from intraslice.results.result import RESULT_FILE, LayerRecord, PruneResult
-from intraslice.runtime.configuration_intraslice import pruned_config
+from intraslice.runtime.configuration_intraslice import composite_config, pruned_config
 
 if TYPE_CHECKING:
     from intraslice.engine.run import Clock, Job
@@ -54,7 +54,7 @@ class Run:
         seconds = {**self.clock.stages, "total": round(self.clock.total(), 3)}
         result = self.result.with_seconds(seconds)
         write_text(self.work.staging / RESULT_FILE, result.to_json())
-        write_text(self.work.staging / "README.md", render(result))
+        write_text(self.work.staging / "README.md", render(result, composite=self.job.checkpoint.composite is not None))
         return result
 
 
@@ -179,13 +179,17 @@ class WriteStage(_Stage):
             changes=dict(outside.config),
         )
         config.dtype = save
+        if checkpoint.composite is not None:
+            config = composite_config(checkpoint.composite.config, config)
+            config.dtype = save
         layers = range(checkpoint.num_layers)
         written = assemble(
             work.staging,
             [work.layer_path(index) for index in layers],
-            [checkpoint.layer_prefix(index) for index in layers],
-            outside.tensors,
+            [checkpoint.saved_name(checkpoint.layer_prefix(index)) for index in layers],
+            {checkpoint.saved_name(name): tensor for name, tensor in outside.tensors.items()},
             job.run.max_shard_bytes,
+            checkpoint.carried,
         )
         run.outside = None
         save_side_files(work.staging, config, checkpoint.folder)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from intraslice.checkpoint.composite import text_arguments
 from intraslice.checkpoint.pruned import PrunedCheckpoint
 from intraslice.errors import CheckpointError
 from intraslice.quiet import quiet
@@ -104,5 +105,7 @@ def reference_logits(checkpoint: PrunedCheckpoint, tokens_1T: Tensor) -> Tensor:
     """Return the logits of the checkpoint itself in float32, [1, T, vocabulary]."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=torch.float32, **text_arguments(checkpoint.folder)
+    ).eval()
     return model(tokens_1T).logits

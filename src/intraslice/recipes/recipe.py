@@ -22,7 +22,7 @@ from intraslice.numbers import parse_count, parse_size
 from intraslice.options import MAX_SPARSITY, CalibrationOptions, RunOptions
 from intraslice.recipes import words
 from intraslice.recipes.merge import flatten, merge, nest, parse_sets, read_file
-from intraslice.recipes.old_names import translate
+from intraslice.recipes.old_names import named_method, translate
 from intraslice.runtime.families_intraslice import FamilySpec
 
 ALIGNMENTS = {"ffn": "ffn.ffn_multiple", "head": "attention.head_multiple", "context": "attention.context_multiple"}
@@ -114,12 +114,22 @@ def load_recipe(
     Raises:
         RecipeError: a name is unknown, has no effect with this method, or a value is wrong or out of range.
     """
-    file_values, old_in_file = translate(flatten(read_file(path, words.SECTIONS)) if path is not None else {})
-    flag_values, old_flags = translate({name: value for name, value in (flags or {}).items() if value is not None})
-    set_values, old_sets = translate(parse_sets(sets, words.option_names(None)))
-    shared_values, old_shared = translate(parse_sets(shared, words.option_names(None)))
+    names = words.option_names(None)
+    sources = (
+        flatten(read_file(path, words.SECTIONS)) if path is not None else {},
+        {name: value for name, value in (flags or {}).items() if value is not None},
+        parse_sets(shared, names),
+        parse_sets(sets, names),
+    )
+    named: dict[str, Any] = {}
+    for values in sources:
+        named = named_method(values, named)
+    method = _preset(named, "method", METHODS)
+    (file_values, old_in_file), (flag_values, old_flags), (shared_values, old_shared), (set_values, old_sets) = (
+        _translated(sources, METHODS[method])
+    )
     given = {**file_values, **flag_values, **shared_values, **set_values}
-    method, target = (_preset(given, name, known) for name, known in (("method", METHODS), ("target", TARGETS)))
+    target = _preset(given, "target", TARGETS)
     entry = METHODS[method]
     _check_missing(given, method)
     own = {name: value for name, value in given.items() if name.partition(".")[0] in _OWN_FIELDS}
@@ -143,6 +153,17 @@ def load_recipe(
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     """Return the recipe that `Recipe.to_dict` gave."""
     return load_recipe(None, flatten(values))
+
+
+def _translated(sources: Sequence[Mapping[str, Any]], entry: MethodEntry) -> list[tuple[dict[str, Any], list[str]]]:
+    """Return the options of each source under today's names, and its old names; a later source knows the earlier."""
+    heads = entry.preset.get("attention", {}).get("heads", "adaptive")
+    translated = []
+    for values in sources:
+        new, old = translate(values, heads)
+        heads = new.get("attention.heads", heads)
+        translated.append((new, old))
+    return translated
 
 
 def _method_options(
@@ -192,10 +213,9 @@ def _of_known(preset: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]
 def _notes(old: Sequence[str], left_out: Sequence[str], method: str) -> list[str]:
     notes = []
     if old:
-        new = {name: words.new_name(name) for name in old}
         notes.append(
             "names of an earlier release were read: "
-            + ", ".join(f"{name} is now {new[name]}" if new[name] else f"{name} is gone" for name in old)
+            + ", ".join(f"{name} is now {words.new_name(name)}" for name in old)
             + "; the next release will not know them."
         )
     if left_out:
@@ -292,7 +312,7 @@ def fit_to_model(recipe: Recipe, spec: FamilySpec, *, hidden_size: int, norms_fi
         recipe: as it was given.
         spec: family of the model.
         hidden_size: width of its residual stream.
-        norms_first: whether norms come before the blocks.
+        norms_first: whether norms come before the sites.
 
     Raises:
         RecipeError: the target cannot run the family in another shape, or the method does not fit it.

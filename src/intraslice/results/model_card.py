@@ -14,12 +14,17 @@ from intraslice.results.sites import list_sites, site_title
 _HEAD = ["library_name", "pipeline_tag", "tags", "base_model"]
 
 
-def render(result: PruneResult) -> str:
-    """Return the model card of a finished run, as Markdown with a YAML head."""
+def render(result: PruneResult, *, composite: bool = False) -> str:
+    """Return the model card of a finished run, as Markdown with a YAML head.
+
+    Args:
+        result: of the run.
+        composite: whether the model has other towers beside the text tower, which was pruned.
+    """
     base = _hub_id(result.model)
     head = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if composite else "text-generation",
         tags=["intraslice", "pruned", result.family],
         base_model=base,
     )
@@ -28,11 +33,12 @@ def render(result: PruneResult) -> str:
         f"# {Path(result.output).name}",
         f"`{_shown_model(result)}` with {100 * result.sparsity:.1f} % of its decoder weights removed by "
         f"intraslice (method `{result.method}`). The weights are really smaller: {_what_is_gone(result)}, nothing is "
-        "masked or padded.",
+        "masked or padded." + (" Everything outside of the text tower is unchanged." if composite else ""),
         _numbers(result),
-        _loading(result),
+        _loading(result, composite),
         _layers(result),
         _made(result),
+        *_healed(result),
     )
     return "\n\n".join(sections) + "\n"
 
@@ -69,15 +75,20 @@ def _numbers(result: PruneResult) -> str:
     return "\n".join(["| | dense | pruned |", "| --- | ---: | ---: |", *lines])
 
 
-def _loading(result: PruneResult) -> str:
+def _loading(result: PruneResult, composite: bool) -> str:
+    model, reader, name = (
+        ("AutoModelForImageTextToText", "AutoProcessor", "processor")
+        if composite
+        else ("AutoModelForCausalLM", "AutoTokenizer", "tokenizer")
+    )
     return f"""## Loading
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {", ".join(sorted((model, reader)))}
 
 folder = "{Path(result.output).name}"
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+{name} = {reader}.from_pretrained(folder, trust_remote_code=True)
+model = {model}.from_pretrained(folder, trust_remote_code=True)
 ```
 
 The code that `trust_remote_code=True` runs lies in this folder. With the package installed,
@@ -105,6 +116,23 @@ def _layers(result: PruneResult) -> str:
             *lines,
         ]
     )
+
+
+def _healed(result: PruneResult) -> list[str]:
+    if result.healing is None:
+        return []
+    record = result.healing
+    trained = {"full": "All weights but the embeddings", "lora": "Low-rank additions, merged into the weights,"}
+    if record.options.get("train_embeddings"):
+        trained["full"] = "All weights"
+    return [
+        "## Healing\n\n"
+        f"{trained[record.options['weights']]} were then trained to give the predictions of "
+        f"`{_hub_id(record.teacher) or Path(record.teacher).name}` on {record.best.tokens:,} tokens of "
+        f"{Path(str(record.calibration['name'])).name} ({record.best_step} steps, learning rate "
+        f"{record.learning_rate:g}). On held-out text the KL divergence to it fell from {record.kl_before:.3f} to "
+        f"{record.best.kl:.3f} nats per token. The errors in the table above are those before it."
+    ]
 
 
 def _made(result: PruneResult) -> str:

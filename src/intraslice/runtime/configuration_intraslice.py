@@ -6,6 +6,7 @@ library, torch, transformers, huggingface_hub and its neighbours.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -220,6 +221,7 @@ class _PrunedConfig(_ConfigBase):
 
 
 PREFIX = "IntraSlice"
+MODEL_TYPE_PREFIX = "intraslice_"
 
 
 def known_families() -> tuple[str, ...]:
@@ -248,23 +250,66 @@ def config_class(family: str) -> type[Any]:
         "__doc__": f"{stem} whose layers have their own shapes.",
         "__annotations__": {"intraslice": dict | None},
         "intraslice": None,
-        "model_type": f"intraslice_{family}",
+        "model_type": f"{MODEL_TYPE_PREFIX}{family}",
         "family": family,
     }
     return strict(type(name, (_PrunedConfig, stock_config_class(family)), fields))
 
 
+def known_composites() -> tuple[str, ...]:
+    """Return the composite model types of the table that the installed transformers has, each once."""
+    types = dict.fromkeys(composite for family in known_families() for composite in FAMILIES[family].text_of)
+    return tuple(composite for composite in types if composite in CONFIG_MAPPING_NAMES)
+
+
+class _CompositeConfig(_ConfigBase):
+    """What the configs of all composite models add to the stock class: the text tower is a pruned model."""
+
+    text_config: Any
+    _auto_class = "AutoConfig"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # The stock class would look the text tower up among the registered configs, where it need not be.
+        if isinstance(self.text_config, dict):
+            family = self.text_config["model_type"].removeprefix(MODEL_TYPE_PREFIX)
+            self.text_config = config_class(family)(**self.text_config)
+        super().__post_init__(**kwargs)
+
+
+@cache
+def composite_config_class(composite: str) -> type[Any]:
+    """Return the config class of a composite whose text tower is pruned, for example `IntraSliceMistral3Config`."""
+    stem = class_stem(composite)
+    name = f"{PREFIX}{stem}Config"
+    fields = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"{stem} whose text tower has layers with their own shapes.",
+        "model_type": f"{MODEL_TYPE_PREFIX}{composite}",
+        "composite": composite,
+    }
+    return strict(type(name, (_CompositeConfig, stock_config_class(composite)), fields))
+
+
+_KINDS = ("Config", "Model", "Decoder", "ForCausalLM")
+_COMPOSITE_KINDS = ("Config", "Model", "ForConditionalGeneration")
+
+
 def family_of_class(name: str) -> tuple[str, str]:
-    """Take the name of one of our classes apart: family, and what stands behind the stem, for example "ForCausalLM".
+    """Take the name of one of our classes apart.
+
+    Returns:
+        The family or the composite model type, and what stands behind the stem, for example "ForCausalLM".
 
     Raises:
         AttributeError: no class has that name here; checkpoints name their classes, so it says what is missing.
     """
-    for family in known_families():
-        stem = PREFIX + class_stem(family)
-        rest = name.removeprefix(stem)
-        if rest in ("Config", "Model", "Decoder", "ForCausalLM") and name == stem + rest:
-            return family, rest
+    for names, kinds in ((known_families(), _KINDS), (known_composites(), _COMPOSITE_KINDS)):
+        for model_type in names:
+            stem = PREFIX + class_stem(model_type)
+            rest = name.removeprefix(stem)
+            if rest in kinds and name == stem + rest:
+                return model_type, rest
     unknown = {family: FAMILIES[family].since for family in FAMILIES if family not in CONFIG_MAPPING_NAMES}
     needed = "".join(f"; {family} needs transformers {since} or later" for family, since in unknown.items())
     raise AttributeError(f"{__name__} has no class {name!r} with transformers {transformers.__version__}{needed}")
@@ -272,10 +317,10 @@ def family_of_class(name: str) -> tuple[str, str]:
 
 def __getattr__(name: str) -> Any:
     # Checkpoints and pickles name the classes; one is made when it is asked for.
-    family, rest = family_of_class(name)
+    model_type, rest = family_of_class(name)
     if rest != "Config":
         raise AttributeError(f"{__name__} has no class {name!r}")
-    return config_class(family)
+    return config_class(model_type) if model_type in FAMILIES else composite_config_class(model_type)
 
 
 # What belongs to one class or one file, not to the model.
@@ -299,10 +344,28 @@ def _carried_over(config: PretrainedConfig) -> dict[str, Any]:
 
 def dense_config(config: PretrainedConfig) -> PretrainedConfig:
     """Return a copy of a pruned config as the stock class, with the dense sizes."""
-    family = config.model_type.removeprefix("intraslice_")
+    family = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
     stock = stock_config_class(family)
     values = {**_carried_over(config), **((vars(config)["intraslice"] or {}).get("dense", {}))}
     return stock(**values, architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]])
+
+
+def class_names(pruned: type[Any]) -> dict[str, Any]:
+    """Return the fields of config.json that name the classes of a model whose config is of this class of ours."""
+    name = pruned.__name__.removesuffix("Config")
+    auto, head = (
+        ("AutoModelForImageTextToText", "ForConditionalGeneration")
+        if issubclass(pruned, _CompositeConfig)
+        else ("AutoModelForCausalLM", "ForCausalLM")
+    )
+    return {
+        "architectures": [f"{name}{head}"],
+        "auto_map": {
+            "AutoConfig": f"configuration_intraslice.{name}Config",
+            "AutoModel": f"modeling_intraslice.{name}Model",
+            auto: f"modeling_intraslice.{name}{head}",
+        },
+    }
 
 
 def pruned_config(
@@ -328,7 +391,6 @@ def pruned_config(
         The IntraSlice config of the family, complete for config.json.
     """
     pruned = config_class(spec.name)
-    name = pruned.__name__.removesuffix("Config")
     per_layer = {
         layer_idx: {
             # Where there is no attention a cache may hold one channel that counts the tokens.
@@ -347,13 +409,7 @@ def pruned_config(
     if own is not None:
         restored["per_layer_config"] = own
     return pruned(
-        **{**values, **changes},
-        architectures=[f"{name}ForCausalLM"],
-        auto_map={
-            "AutoConfig": f"configuration_intraslice.{pruned.__name__}",
-            "AutoModel": f"modeling_intraslice.{name}Model",
-            "AutoModelForCausalLM": f"modeling_intraslice.{name}ForCausalLM",
-        },
+        **{**values, **changes, **class_names(pruned)},
         per_layer_config=per_layer,
         intraslice={
             "format_version": FORMAT_VERSION,
@@ -365,3 +421,21 @@ def pruned_config(
             **({"dense": restored} if restored else {}),
         },
     )
+
+
+def composite_config(composite: PretrainedConfig, text: PretrainedConfig) -> PretrainedConfig:
+    """Return the config of a composite whose text tower is pruned.
+
+    Args:
+        composite: stock config of the dense composite.
+        text: `pruned_config` of its text tower.
+
+    Returns:
+        The IntraSlice config of the composite, complete for config.json.
+    """
+    pruned = composite_config_class(composite.model_type)
+    # The classes are named once, on the outside.
+    text = copy.deepcopy(text)
+    text.architectures = None
+    delattr(text, "auto_map")
+    return pruned(**{**_carried_over(composite), "text_config": text, **class_names(pruned)})

@@ -90,10 +90,10 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one matrix lives inside a block: a Linear, or one part of a fused Linear.
+    """Where one matrix lives inside a site: a Linear, or one part of a fused Linear.
 
     Attributes:
-        path: name of the Linear relative to the block.
+        path: name of the Linear relative to the module of the site.
         part: which part of a fused Linear, in the order of its rows.
         parts: names of all parts when fused, for example ("q", "k", "v"); empty when not fused.
     """
@@ -132,16 +132,16 @@ class FamilySpec:
         up, gate, down: FFN projections relative to the FFN module; gate is None when the FFN is not gated.
         activation: config attribute that names the activation function.
         act_fn: the activation function as a module relative to the FFN module.
-        attention_norm, ffn_norm: norms of the inputs of the blocks, relative to the layer; None when a block reads the
+        attention_norm, ffn_norm: norms of the inputs of the sites, relative to the layer; None when a site reads the
             residual stream as it is.
-        attention_out_norm, ffn_out_norm: norms of the outputs of the blocks, before they are added to the residual
+        attention_out_norm, ffn_out_norm: norms of the outputs of the sites, before they are added to the residual
             stream; None when there are none.
-        residual_scale: config attribute that the output of each block is multiplied by before it is added.
+        residual_scale: config attribute that the output of each site is multiplied by before it is added.
         parallel: whether the FFN reads the input of the layer, as attention does: a constant, or a config attribute.
         qk_norm: norms of query and key; None when the family has none.
         norm: what the norms compute: "rms" (x / rms(x) * weight), "rms_plus_one" (the same, * (1 + weight)), "layer"
             (LayerNorm with weight and bias), "layer_plus_one", or "layer_plain" (LayerNorm without weights).
-        norm_first: config attribute that says whether norms come before the block; None means always before.
+        norm_first: config attribute that says whether norms come before the site; None means always before.
         rope: whether query and key are rotated: a constant, the config list that says it of each layer (0: not), or
             "sliding_window" where layers with a window are rotated, and all layers if the model has no windows.
         rope_layout: where the two channels of a rotary pair are: "half" (one in each half of the rotated channels), or
@@ -221,7 +221,7 @@ class FamilySpec:
     @property
     def rotatable(self) -> bool:
         """Whether the residual stream may be rotated: a rotation passes unchanged only through an RMSNorm whose
-        weight can be moved into the Linears that follow, and only where the norms come before the blocks.
+        weight can be moved into the Linears that follow, and only where the norms come before the sites.
         """
         reads_norms = self.attention_norm is not None and self.ffn_norm is not None
         plain_sum = self.norm_first is None and self.parallel is False and self.residual_scale is None
@@ -266,7 +266,7 @@ class FamilySpec:
 
     @property
     def attention_paths(self) -> tuple[tuple[str, ...], str]:
-        """Linears that read the input of the attention block, and the one that writes its output, within the layer."""
+        """Linears that read the input of attention, and the one that writes its output, within the layer."""
         reading = dict.fromkeys(f"{self.attention}.{slot.path}" for slot in (self.q, self.k, self.v))
         return tuple(reading), f"{self.attention}.{self.o.path}"
 
@@ -404,6 +404,7 @@ FAMILIES: dict[str, FamilySpec] = {
             bias_fields=("attention_bias", "mlp_bias"),
             heads_divide_hidden=True,
             stand_in="mistral",
+            since="5.23",
         ),
         FamilySpec(
             name="jais2",

@@ -18,14 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+)
 
 from .configuration_intraslice import (
     PREFIX,
     class_stem,
+    composite_config_class,
     config_class,
     dense_config,
     dense_head_dim,
@@ -270,7 +275,7 @@ class PrunedAttention(nn.Module):
         """Return query, key (after RoPE) and value, as they go into the cache.
 
         Args:
-            hidden_BTD: input of the attention block, [B, T, D].
+            hidden_BTD: input of attention, [B, T, D].
             position_embeddings: cos and sin, each [B or 1, T, rotary channels]; None without RoPE.
 
         Returns:
@@ -422,7 +427,7 @@ class PrunedAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the output of the attention block [B, T, D], and the weights if the kernel has them.
+        """Return the output of attention [B, T, D], and the weights if the kernel has them.
 
         Args:
             hidden_states: [B, T, D].
@@ -733,6 +738,40 @@ def _model_class(family: str, kind: str) -> type[Any]:
     return type(name, (_HoldsLayers, stock), fields)
 
 
+class _HoldsText(_ModelBase):
+    """A composite class: the stock one, which asks `AutoModel` for the text tower."""
+
+    def __init__(self, config: Any):
+        text = type(config.text_config)
+        AutoModel.register(text, _model_class(text.family, "Model"), exist_ok=True)
+        super().__init__(config)
+
+
+@cache
+def _composite_class(composite: str, kind: str) -> type[Any]:
+    """Return one of our classes of a composite model type; `kind` is "Model" or "ForConditionalGeneration".
+
+    Only the module of transformers that has this model type is imported.
+    """
+    stock_config = stock_config_class(composite)
+    mapping: Any = MODEL_MAPPING if kind == "Model" else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    name = f"{PREFIX}{class_stem(composite)}{kind}"
+    fields = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"{class_stem(composite)}{kind} whose text tower has layers with their own shapes.",
+        "config_class": composite_config_class(composite),
+        "_auto_class": "AutoModel" if kind == "Model" else "AutoModelForImageTextToText",
+    }
+    return type(name, (_HoldsText, mapping[stock_config]), fields)
+
+
+def composite_classes(composite: str) -> tuple[type[Any], type[Any], type[Any]]:
+    """Return the config, the model, and the model with a language head of a composite model type."""
+    model, head = (_composite_class(composite, kind) for kind in ("Model", "ForConditionalGeneration"))
+    return composite_config_class(composite), model, head
+
+
 def model_classes(family: str) -> tuple[type[Any], type[Any], type[Any]]:
     """Return the config, the model, and the model with a language head of a family."""
     return config_class(family), _model_class(family, "Model"), _model_class(family, "ForCausalLM")
@@ -743,6 +782,8 @@ def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
     family, kind = family_of_class(name)
+    if family not in FAMILIES:
+        return composite_config_class(family) if kind == "Config" else _composite_class(family, kind)
     if kind == "Config":
         return config_class(family)
     if kind == "Decoder" and len(FAMILIES[family].class_fields) == 1:

@@ -99,7 +99,7 @@ def prune_layer(
         for site in model.sites.layers[index]:
             planned = budget.planned(index, site)
             if site.name in plan.dropped:
-                _drop_site(model, layer, index, site, streams)
+                _drop_site(model, layer, index, site, streams, dense)
                 # Nothing of what the site was to add is there any more; what follows is repaired for it.
                 errors[site.name] = 1.0
                 if site.kind != ATTENTION:
@@ -125,7 +125,9 @@ def prune_layer(
     return PrunedLayer(layer.shape, heads, errors)
 
 
-def _drop_site(model: StreamedModel, layer: DecoderLayer, index: int, site: Site, streams: Streams) -> None:
+def _drop_site(
+    model: StreamedModel, layer: DecoderLayer, index: int, site: Site, streams: Streams, attention: PrunedAttention
+) -> None:
     """Take a whole site out of the layer, and advance the streams as far as measuring it would have done."""
     dense, pruned = streams.dense, streams.pruned
     for part in pruned.slices():
@@ -135,7 +137,8 @@ def _drop_site(model: StreamedModel, layer: DecoderLayer, index: int, site: Site
             continue
         pruned.write(part, layer.attention_step(pruned.read(part)))
         if dense is not None:
-            dense.write(part, layer.ffn_step(dense.read(part)))
+            states = dense.read(part)
+            dense.write(part, layer.add_ffn(layer.ffn_residual(states, attention), layer.ffn_output(states)))
     drop_block(layer, model.config, index, site.kind)
 
 
