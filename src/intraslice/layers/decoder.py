@@ -117,11 +117,8 @@ class DecoderLayer:
         """
         norm = self.output_norm(site)
         if norm is None:
-            return (
-                None
-                if self.scale == 1.0
-                else torch.full((self.output_projection(site).out_features,), self.scale).double()
-            )
+            size = self.output_projection(site).out_features
+            return None if self.scale == 1.0 else torch.full((size,), self.scale).double()
         weight = norm.get_parameter("weight").detach().to("cpu", torch.float64)
         return (weight + self.spec.norm_offset) * self.scale
 
