@@ -103,9 +103,9 @@ def test_resume_run(
     assert whole.read_bytes() == stopped.read_bytes()
 
 
-def test_analyse_spectra(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_analyze_spectra(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "found.json"
-    load_script("analyse_spectra").main(["--model", model, "--json", str(out), *CALIBRATION])
+    load_script("analyze_spectra").main(["--model", model, "--json", str(out), *CALIBRATION])
     ranks = json.loads(out.read_text())["effective_rank"]["residual"]
     rows = capsys.readouterr().out.splitlines()[1:]
     assert [float(row.split()[-1]) for row in rows] == pytest.approx(ranks, abs=0.05)

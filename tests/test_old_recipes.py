@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def test_an_old_record_is_todays_preset(method: str, tmp_path: Path):
     renamed, left_out = old.notes
     for name, today_name in RENAMED.items():
         assert f"{name} is now {today_name}" in renamed
-    assert "attention.adaptive_heads is now attention.heads" in renamed and "architecture is gone" in renamed
+    assert "attention.adaptive_heads is now attention.heads" in renamed and "architecture is now method" in renamed
     assert f"method {method} does not read them" in left_out
     # Exactly what the method does not read is left out.
     read = new.options.read()
@@ -223,6 +224,70 @@ def test_old_names_work_with_a_note(text: str, name: str, value: Any):
     given = text.partition("=")[2]
     flag = {old: {"true": True, "false": False}.get(given, given)}
     assert load_recipe(None, {**BASE, **flag}).options == recipe.options
+
+
+@pytest.mark.parametrize(
+    ("method", "sets", "heads"),
+    [
+        # Two options of earlier releases were set one by one; keep_heads won.
+        ("transact", ["keep_heads=false"], "adaptive"),
+        ("transact", ["keep_heads=false", "adaptive_heads=false"], "whole"),
+        ("transact", ["adaptive_heads=false"], "all"),
+        ("wanda-sp", ["keep_heads=false"], "whole"),
+        ("wanda-sp", ["adaptive_heads=true"], "adaptive"),
+        ("intraslice", ["keep_heads=false"], "adaptive"),
+        ("intraslice", ["keep_heads=true", "adaptive_heads=false"], "all"),
+    ],
+)
+def test_the_old_options_of_heads_mean_what_they_meant(method: str, sets: list[str], heads: str, tmp_path: Path):
+    given = [f"attention.{text}" for text in sets]
+    recipe = load_recipe(None, {**BASE, "method": method}, given)
+    assert recipe.options.attention.heads == heads
+    # The same from a file, and one over a file.
+    content = {text.partition("=")[0]: text.endswith("true") for text in sets}
+    path = write(tmp_path / "recipe.yaml", {**BASE, "method": method, "attention": content})
+    assert load_recipe(path).options.attention.heads == heads
+    new = write(tmp_path / "new.yaml", {**BASE, "method": "intraslice", "attention": {"heads": "all"}})
+    assert load_recipe(new, None, ["attention.keep_heads=false"]).options.attention.heads == "adaptive"
+
+
+@pytest.mark.parametrize(("architecture", "method"), [("factors", "svd-llm"), ("residual", "slicegpt")])
+def test_an_architecture_is_a_method(architecture: str, method: str, tmp_path: Path):
+    recipe = load_recipe(write(tmp_path / "recipe.yaml", {**BASE, "architecture": architecture}))
+    assert recipe.method == method
+    assert recipe.notes[0].startswith("names of an earlier release were read: architecture is now method;")
+    assert load_recipe(None, {**BASE, "method": method}, [f"architecture={architecture}"]).method == method
+    # A method that is named later than both wins.
+    both = write(tmp_path / "both.yaml", {**BASE, "method": method, "architecture": architecture})
+    assert load_recipe(both, {"method": "flap"}).method == "flap"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method", "means"),
+    [
+        ("factors", "flap", "method svd-llm"),
+        ("residual", "intraslice", "method slicegpt"),
+        ("factors", "slicegpt", "method svd-llm"),
+        ("block", "svd-llm", "all methods but svd-llm and slicegpt"),
+    ],
+)
+def test_an_architecture_of_another_method_is_refused(architecture: str, method: str, means: str, tmp_path: Path):
+    path = write(tmp_path / "recipe.yaml", {**BASE, "method": method, "architecture": architecture})
+    sentence = f"architecture {architecture} is what earlier releases called {means}, .* is {method}; leave out"
+    for call in (
+        lambda: load_recipe(path),
+        lambda: load_recipe(None, {**BASE, "method": method}, [f"architecture={architecture}"]),
+        lambda: load_recipe(None, {**BASE, "method": method, "architecture": architecture}),
+    ):
+        with pytest.raises(RecipeError, match=sentence):
+            call()
+
+
+@pytest.mark.parametrize("architecture", ["blocks", None, ["factors"]])
+def test_an_unknown_architecture_is_refused(architecture: Any, tmp_path: Path):
+    path = write(tmp_path / "recipe.yaml", {**BASE, "architecture": architecture})
+    with pytest.raises(RecipeError, match="architecture must be one of 'block', 'factors', 'residual', got"):
+        load_recipe(path)
 
 
 def test_every_old_name_has_a_test():
@@ -324,3 +389,20 @@ def test_an_old_result_still_loads(tmp_path: Path):
     assert result.layers[0].errors == {"attention": 0.1, "ffn": 0.2}
     assert result.seconds["allocation"] == 1.0
     assert PruneResult.from_dict(json.loads(result.to_json())) == result
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_nothing_that_we_show_uses_what_only_earlier_releases_had():
+    shown = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown += [path for folder in ("examples", "benchmarks", "recipes") for path in (ROOT / folder).rglob("*.*")]
+    assert len(shown) > 20
+    gone = [rf"\b{re.escape(name)}\b" for name in OLD_NAMES if "." in name]
+    # In YAML the two parts of a name stand in two lines.
+    gone += [rf"^ *{name}:" for name in ("adaptive_heads", "keep_heads", "ffn_bias", "scan_folder", "architecture")]
+    gone += [r"\banalyse\("]
+    found = [
+        (path.name, match.group()) for path in shown for match in re.finditer("|".join(gone), path.read_text(), re.M)
+    ]
+    assert found == []

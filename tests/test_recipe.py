@@ -204,6 +204,10 @@ def test_unknown_name_in_file(tmp_path: Path):
     assert "Did you mean 'calibration.num_samples'?" in message(path=path)
     path.write_text("calibraton:\n  num_samples: 3\n")
     assert "unknown option 'calibraton.num_samples'. Did you mean 'calibration.num_samples'?" == message(path=path)
+    path.write_text("model: m\nsparsity: 0.3\ncalibraton: {}\n")
+    assert message(path=path) == "unknown option 'calibraton'. Did you mean 'calibration'?"
+    path.write_text("model: m\nsparsity: 0.3\ncalibration: {}\n")
+    load_recipe(path)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from intraslice.api import analyze, benchmark, benchmark_layers, evaluate, evaluate_tasks, export, load, prune
+    from intraslice.api import analyze, benchmark, benchmark_layers, evaluate, evaluate_tasks, export, heal, load, prune
 
 __version__ = version("intraslice")
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "heal",
     "load",
     "prune",
 ]

@@ -11,11 +11,15 @@ from transformers import PreTrainedModel
 
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.data.text import check_source, load_text
+from intraslice.errors import RecipeError, nearest
 from intraslice.evaluation.perplexity import Perplexity, measure_perplexity, tokenize
 from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
 from intraslice.evaluation.tasks import TaskResults, check_range, open_tasks, score_tasks
 from intraslice.exporters.export import export_checkpoint
 from intraslice.exporters.options import ExportOptions, ExportReport
+from intraslice.healing.after_prune import heal_options, prune_and_heal
+from intraslice.healing.options import HealOptions
+from intraslice.healing.run import HealResult, heal_checkpoint
 from intraslice.loading import load_model
 from intraslice.options import CalibrationOptions
 from intraslice.progress import Progress
@@ -33,12 +37,15 @@ def prune(
     output: str | Path | None = None,
     sparsity: float | None = None,
     target_speedup: float | None = None,
+    target_parameters: int | str | None = None,
+    target_size: int | str | None = None,
     speedup_of: str | None = None,
     method: str | None = None,
     target: str | None = None,
     calibration: str | None = None,
     options: Mapping[str, Any] | None = None,
     recipe: str | Path | None = None,
+    heal: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
@@ -51,12 +58,15 @@ def prune(
         sparsity: fraction of the decoder layers' linear weights to remove, in [0, 0.95).
         target_speedup: instead of sparsity: how many times as fast as the dense model the result should be; layers
             are measured on this machine to find the sparsity.
+        target_parameters: instead of sparsity: parameters that the result may have, embeddings included, such as "6B".
+        target_size: instead of sparsity: bytes that its weight files may have in the saved dtype, such as "4GB".
         speedup_of: what is to be faster: "decode" (default) or "prefill".
         method: name of a preset; "intraslice" unless given.
         target: runtime that the shapes are chosen for: "transformers" (default), "vllm", "llama.cpp" or "stock".
         calibration: data set name, text file, "self" or "builtin"; "builtin" unless given.
         options: further settings by dotted name, for example {"calibration.num_samples": 64}.
         recipe: YAML file whose values hold where no argument says otherwise.
+        heal: then train the result to agree with the model for this budget: "5M" tokens or "20min"; see `heal`.
         overwrite: whether an existing output folder is replaced.
         resume: go on from the last finished layer of an interrupted run.
         progress: shows how far the work is.
@@ -69,6 +79,8 @@ def prune(
         "output": None if output is None else str(output),
         "sparsity": sparsity,
         "target_speedup": target_speedup,
+        "target_parameters": target_parameters,
+        "target_size": target_size,
         "speedup_of": speedup_of,
         "method": method,
         "target": target,
@@ -76,12 +88,66 @@ def prune(
         **(options or {}),
     }
     merged = load_recipe(recipe, given)
-    arguments = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
-    return prune_recipe(
-        merged,
+    shared: dict[str, Any] = {
+        "overwrite": overwrite,
+        "resume": resume,
+        "command": _call("prune", {**given, "heal": heal}),
+        "progress": progress,
+    }
+    if heal is None:
+        return prune_recipe(merged, **shared)
+    return prune_and_heal(merged, heal_options(merged, heal), **shared)
+
+
+def _call(name: str, arguments: Mapping[str, Any]) -> str:
+    given = ", ".join(f"{argument}={value!r}" for argument, value in arguments.items() if value is not None)
+    return f"intraslice.{name}({given})"
+
+
+def heal(
+    checkpoint: str | Path,
+    *,
+    output: str | Path,
+    budget: str = "1M",
+    teacher: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> HealResult:
+    """Train a pruned checkpoint to agree with its dense model; sizes and shapes stay as they are.
+
+    Args:
+        checkpoint: folder that `prune` has written, or a stock folder exported from one.
+        output: folder to write.
+        budget: tokens ("300k", "5M") or time ("20min").
+        teacher: the dense model; the one that the checkpoint was pruned from unless given.
+        revision: branch, tag or commit of a teacher on the hub.
+        trust_remote_code: whether code that comes with the teacher's tokenizer may be executed.
+        overwrite: whether an existing output folder is replaced.
+        resume: go on with an interrupted healing.
+        progress: shows how far the work is.
+        options: further fields of `healing.options.HealOptions`, for example calibration="wikitext2" or weights="lora".
+
+    Raises:
+        IntraSliceError: see errors.py; nothing is left under `output` then.
+    """
+    unknown = sorted(options.keys() - HealOptions.__dataclass_fields__.keys())
+    if unknown:
+        raise RecipeError(f"heal has no option {unknown[0]!r}.{nearest(unknown[0], HealOptions.__dataclass_fields__)}")
+    named = {"checkpoint": str(checkpoint), "output": str(output), "budget": budget, "teacher": teacher, **options}
+    return heal_checkpoint(
+        str(checkpoint),
+        Path(output).expanduser(),
+        HealOptions(budget=budget, **options),
+        teacher=None if teacher is None else str(teacher),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
         overwrite=overwrite,
         resume=resume,
-        command=f"intraslice.prune({arguments})",
+        command=_call("heal", named),
         progress=progress,
     )
 
@@ -271,7 +337,7 @@ def export(
     to: str,
     output: str | Path,
     dtype: str = "auto",
-    pad_to: str = "dense",
+    pad_to: str | None = None,
     tokenizer_from: str | Path | None = None,
     verify: bool = True,
     overwrite: bool = False,
@@ -284,7 +350,7 @@ def export(
         to: name of an exporter: "stock", "padded", "gguf", "onnx", or another row of `exporters.registry.EXPORTERS`.
         output: folder to write; for gguf, the file.
         dtype: of the written weights: "auto" (as stored), "float32", "bfloat16" or "float16".
-        pad_to: for padded: "dense", or "max" for the largest of each size that occurs.
+        pad_to: for padded: "dense" (default), or "max" for the largest of each size that occurs.
         tokenizer_from: for gguf: a GGUF file of the base model whose tokenizer is copied.
         verify: reload the result in its runtime, where that is installed, and compare the logits of a prompt.
         overwrite: replace an existing output.

@@ -19,8 +19,11 @@ def write_text(path: Path, text: str) -> None:
         text: what it will hold, stored as UTF-8.
 
     Raises:
-        OutputError: the disk is full or the folder cannot be written; nothing is left behind.
+        OutputError: the name is that of a folder, the disk is full or the folder cannot be written; nothing is left
+            behind.
     """
+    if not path.name or path.is_dir():
+        raise OutputError(f"{str(path)!r} is a folder; give the name of a file to write")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with writing(path):

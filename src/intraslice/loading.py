@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from intraslice.placement import choose_device, dtype_from_name
 from intraslice.progress import Progress
 from intraslice.quiet import quiet
 from intraslice.runtime import register
+from intraslice.runtime.families_intraslice import FAMILIES
 
 # What transformers raises for a config, tokenizer or weights that are missing, corrupt or not understood.
 _LOADING_ERRORS = (
@@ -117,6 +119,7 @@ def load_model(
                 folder,
                 dtype=chosen_dtype,
                 use_safetensors=True,
+                **_names_arguments(folder, trust_remote_code),
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
                 **text_arguments(folder, trust_remote_code=trust_remote_code),
@@ -129,6 +132,13 @@ def load_model(
         # transformers fills these with random numbers and goes on; a perplexity of that means nothing.
         raise CheckpointError(f"{name!r} lacks {len(missing)} weights, the first is {missing[0]!r}")
     return model.to(chosen_device).eval(), tokenizer
+
+
+def _names_arguments(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """Return what `from_pretrained` needs to find tensors that the family stores under other names; else nothing."""
+    model_type = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).model_type
+    renames = FAMILIES[model_type].renames if model_type in FAMILIES else ()
+    return {"key_mapping": {f"^{re.escape(stored)}": known for stored, known in renames}} if renames else {}
 
 
 def _reason(name: str, error: Exception) -> str:

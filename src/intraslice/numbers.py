@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 DASH = "\u2013"
+
+_QUANTITY = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
+_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+_SIZES = {
+    **{f"{letter}{end}": factor for letter, factor in _COUNTS.items() if letter != "B" for end in ("", "B")},
+    **{f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", start=1)},
+}
 
 
 def percent(fraction: float | None, digits: int = 1, *, space: str = " ") -> str:
@@ -63,3 +72,22 @@ def duration(seconds: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def parse_count(value: object) -> int | None:
+    """Return 6000000000 for "6B" (K, M, B or G, T); None for what is no such number, or not above 0."""
+    return _parse(value, _COUNTS)
+
+
+def parse_size(value: object) -> int | None:
+    """Return the bytes of "4GB" (kB, MB, GB, TB; KiB to TiB in steps of 1024); None for what is no size above 0."""
+    return _parse(value, _SIZES)
+
+
+def _parse(value: object, units: dict[str, int]) -> int | None:
+    # bool is an int too, and 6e9 comes from YAML as a text.
+    found = None if isinstance(value, bool) else _QUANTITY.fullmatch(str(value).strip())
+    if found is None or found[2].upper() not in units:
+        return None
+    parsed = int(float(found[1].replace(",", "").replace("_", "")) * units[found[2].upper()])
+    return parsed or None

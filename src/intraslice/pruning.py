@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from intraslice.recipes.recipe import Recipe, fit_to_model
 from intraslice.results.result import PruneResult
 from intraslice.runtime.families_intraslice import FamilySpec
 from intraslice.streaming.boundaries import boundary_states_bytes, chunk_size
+from intraslice.target_size import note_when_larger, sparsity_for_size
 
 
 def prune_recipe(
@@ -36,13 +38,14 @@ def prune_recipe(
     overwrite: bool = False,
     resume: bool = False,
     command: str = "",
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
-    """Run a recipe; the arguments are those of `prune`."""
+    """Run a recipe; the arguments are those of `prune`, and a folder to write in the place of the recipe's output."""
     progress = progress or SilentProgress()
     if recipe.output is None:
         raise RecipeError("no output is given; name the folder to write with -o.")
-    output = Path(recipe.output).expanduser()
+    output = folder or Path(recipe.output).expanduser()
     _check_output_apart(recipe.model, output)
     check_output(output, overwrite)
     # Before the model is opened, which may mean a long download: a wrong name must answer at once.
@@ -59,7 +62,9 @@ def prune_recipe(
         progress.note(note)
     check_seqlen(checkpoint.config, recipe.calibration.seqlen)
     begun_with = interrupted_sparsity(output) if resume else None
-    recipe = _with_sparsity(recipe, checkpoint.config, checkpoint.dtype, begun_with, progress)
+    recipe = _with_sparsity(
+        recipe, checkpoint.config, checkpoint.dtype, checkpoint.num_parameters(), begun_with, progress
+    )
     calibration = calibrate(checkpoint, recipe.calibration, device=recipe.run.device, progress=progress)
     job = make_job(
         recipe,
@@ -71,7 +76,9 @@ def prune_recipe(
         command=command,
         progress=progress,
     )
-    return prune_checkpoint(job)
+    result = prune_checkpoint(job)
+    note_when_larger(recipe, result, progress)
+    return result
 
 
 def make_job(
@@ -129,23 +136,33 @@ def fitted_recipe(recipe: Recipe, config: Any, spec: FamilySpec) -> Recipe:
 
 
 def _with_sparsity(
-    recipe: Recipe, config: Any, stored: torch.dtype, begun_with: float | None, progress: Progress
+    recipe: Recipe,
+    config: Any,
+    stored: torch.dtype,
+    num_parameters: int,
+    begun_with: float | None,
+    progress: Progress,
 ) -> Recipe:
-    """Return the recipe with the sparsity that its target_speedup asks for.
+    """Return the recipe with the sparsity that its target asks for.
 
     Args:
-        recipe: with a sparsity, or with a target_speedup.
+        recipe: with a sparsity, or with a target: a speedup, a number of parameters or a size.
         config: stock config of the dense model.
         stored: dtype of its weights.
+        num_parameters: all of its parameters, tied ones once.
         begun_with: sparsity recorded by the interrupted run; a new measurement could give another value.
         progress: shows the measurement.
     """
+    dtype = stored if recipe.run.dtype == "auto" else dtype_from_name(recipe.run.dtype)
+    if recipe.target_parameters is not None or recipe.target_size is not None:
+        sparsity = sparsity_for_size(recipe, config, family_of(config), num_parameters=num_parameters, dtype=dtype)
+        progress.note(f"sparsity {sparsity:g} of the decoder layers' weights; everything else stays")
+        return recipe.model_copy(update={"sparsity": sparsity})
     if recipe.target_speedup is None:
         return recipe
     if begun_with is not None:
         progress.note(f"sparsity {begun_with:g}, as the interrupted run has chosen")
         return recipe.model_copy(update={"sparsity": begun_with})
-    dtype = stored if recipe.run.dtype == "auto" else dtype_from_name(recipe.run.dtype)
     sparsity = load(recipe.entry.form.speed_target)(
         config,
         family_of(config),
@@ -206,7 +223,8 @@ def _check_composite(recipe: Recipe, model_type: str | None) -> None:
 
 def _check_output_apart(model: str, output: Path) -> None:
     source = Path(model).expanduser()
-    if source.exists() and source.resolve().is_relative_to(output.resolve()):
+    # realpath, because resolve stops at links that go round in circles.
+    if source.exists() and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(output)):
         raise OutputError(f"the output {str(output)!r} would replace the input model; choose another folder.")
 
 
@@ -222,7 +240,7 @@ class DryRun:
         gradient_chunks: into how many chunks the gradient pass cuts the calibration text; each one loads all layers
             twice. 0 without a gradient pass.
         one_chunk_bytes: the boundary_bytes with which there would be one chunk.
-        recipe: every setting, with the sparsity that follows from a target_speedup.
+        recipe: every setting, with the sparsity that follows from a target.
     """
 
     dense: ModelInfo
@@ -244,7 +262,7 @@ def dry_run(recipe: Recipe, *, progress: Progress | None = None) -> DryRun:
     _check_composite(recipe, info.composite)
     for note in recipe.notes:
         progress.note(note)
-    recipe = _with_sparsity(recipe, config, config.dtype or torch.float32, None, progress)
+    recipe = _with_sparsity(recipe, config, config.dtype or torch.float32, info.num_parameters, None, progress)
     assert recipe.sparsity is not None
     preview = recipe.entry.build(recipe.options).preview(info, recipe.sparsity)
     kept = round((1 - recipe.sparsity) * info.dense_layer_parameters)

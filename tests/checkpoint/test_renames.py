@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig
 
+from intraslice import api
 from intraslice.checkpoint.reader import open_folder
 from intraslice.cli.app import main
 from intraslice.data.calibration import load_calibration
@@ -82,6 +83,19 @@ def test_renamed_tensors_are_the_same_model(layout: str, tiny_folder: Folder, re
     renamed = open_folder(rename(make_tiny("llama", tmp_path), LAYOUTS[layout]))
     assert renamed.fingerprint() == plain.fingerprint()
     assert renamed.load_rest().keys() == plain.load_rest().keys()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_renamed_tensors_are_evaluated_as_the_same_model(
+    layout: str, tiny_folder: Folder, renames: None, tmp_path: Path
+) -> None:
+    folder = rename(make_tiny("llama", tmp_path), LAYOUTS[layout])
+    (tmp_path / "text.txt").write_text("one line of text\n" * 50)
+    measured = [
+        api.evaluate(model, text=str(tmp_path / "text.txt"), seqlen=16, device="cpu").perplexity
+        for model in (tiny_folder("llama"), folder)
+    ]
+    assert measured[0] == measured[1]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from intraslice.checkpoint.ownership import LIST_FILE, write_list
 from intraslice.checkpoint.reader import open_folder
 from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot, read_slots, write_tensors
 from intraslice.checkpoint.writer import (
@@ -225,6 +226,7 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
 def make_checkpoint(folder: Path, text: str) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(text)
+    write_list(folder)
     return folder
 
 
@@ -239,6 +241,7 @@ def test_publish_replaces_a_checkpoint_only_when_told(tmp_path: Path) -> None:
     temp = make_checkpoint(tmp_path / "temp", "new")
     out = make_checkpoint(tmp_path / "out", "old")
     (out / "old_file").write_text("")
+    write_list(out)
     with pytest.raises(OutputError, match="already exists"):
         publish(temp, out, overwrite=False)
     assert (out / "config.json").read_text() == "old"
@@ -265,13 +268,62 @@ def test_an_existing_output_is_refused(tmp_path: Path) -> None:
 
 def test_only_checkpoints_are_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(OutputError, match="not a checkpoint"):
+    with pytest.raises(OutputError, match=r"holds 'thesis\.tex', which intraslice has not written"):
         check_output(tmp_path, overwrite=True)
     with pytest.raises(OutputError, match="not a checkpoint"):
         check_output(tmp_path / "thesis.tex", overwrite=True)
     empty = tmp_path / "empty"
     empty.mkdir()
     check_output(empty, overwrite=True)
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "data/calibration.txt", "sub/config.json"])
+def test_a_checkpoint_with_another_file_in_it_is_kept(foreign: str, tmp_path: Path) -> None:
+    out = make_checkpoint(tmp_path / "out", "old")
+    (out / foreign).parent.mkdir(exist_ok=True)
+    (out / foreign).write_text("mine")
+    for call in (
+        lambda: check_output(out, overwrite=True),
+        lambda: publish(make_checkpoint(tmp_path / "temp", "new"), out, overwrite=True),
+    ):
+        with pytest.raises(OutputError, match=f"holds '{foreign}', which intraslice has not written"):
+            call()
+    assert (out / foreign).read_text() == "mine" and (out / "config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"written_by": "intraslice", "files": 3}', "[" * 100_000])
+def test_a_list_that_cannot_be_read_lists_nothing(content: str, tmp_path: Path) -> None:
+    out = make_checkpoint(tmp_path / "out", "old")
+    (out / LIST_FILE).write_text(content)
+    with pytest.raises(OutputError, match=r"holds 'config\.json', which intraslice has not written"):
+        check_output(out, overwrite=True)
+
+
+def test_a_link_in_a_checkpoint_is_a_file_of_its_own(tmp_path: Path) -> None:
+    out, data = make_checkpoint(tmp_path / "out", "old"), tmp_path / "data"
+    data.mkdir()
+    (out / "data").symlink_to(data)
+    with pytest.raises(OutputError, match="holds 'data', which intraslice has not written"):
+        check_output(out, overwrite=True)
+
+
+def test_a_checkpoint_of_0_1_without_a_list_is_replaced(tmp_path: Path) -> None:
+    out = make_checkpoint(tmp_path / "out", "{}")
+    (out / LIST_FILE).unlink()
+    for name in ("model-00001-of-00002.safetensors", "modeling_intraslice.py", "tokenizer.json", "README.md"):
+        (out / name).write_text("")
+    (out / "result.json").write_text(json.dumps({"requested_sparsity": 0.3, "layers": []}))
+    check_output(out, overwrite=True)
+    (out / "thesis.tex").write_text("")
+    with pytest.raises(OutputError, match=r"holds 'thesis\.tex'"):
+        check_output(out, overwrite=True)
+
+
+def test_an_output_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(OutputError, match="leads nowhere"):
+        check_output(loop, overwrite=True)
 
 
 def test_the_model_itself_is_never_the_output(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_kept_checkpoints_are_measured_without_another_prune(small: Small, jobs:
 
 
 def test_a_failing_cell_is_recorded_and_the_rest_goes_on(small: Small, jobs: Jobs, tmp_path: Path, capfd):
-    capped = {"label": "capped", "method": "intraslice", "options": {"allocation.max_block_sparsity": 0.3}}
+    capped = {"label": "capped", "method": "intraslice", "options": {"allocation.max_site_sparsity": 0.3}}
     file = small(methods=[capped, "intraslice"], sparsities=[0.2, 0.4])
     assert main(["compare", str(file), "-o", str(tmp_path / "out")]) == 1
     assert "1 of 5 cells failed" in capfd.readouterr().err

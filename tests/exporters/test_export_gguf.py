@@ -111,15 +111,24 @@ class Interpreter:
         for i in range(self.get("block_count")):
             heads, kv_heads = self.get("attention.head_count")[i], self.get("attention.head_count_kv")[i]
             ffn, block = self.get("feed_forward_length")[i], f"blk.{i}"
-            assert heads % kv_heads == 0 and ffn > 0
-            h = self.norm(f"{block}.attn_norm.weight", x)
-            q = self.rope(self.linear(f"{block}.attn_q", h, heads * W, D).view(T, heads, W))
-            k = self.rope(self.linear(f"{block}.attn_k", h, kv_heads * W, D).view(T, kv_heads, W))
-            v = self.linear(f"{block}.attn_v", h, kv_heads * W, D).view(T, kv_heads, W)
-            kv_of_head = torch.arange(heads) // (heads // kv_heads)
-            scores = torch.einsum("thw,shw->hts", q, k[:, kv_of_head]) / W**0.5 + mask
-            context = torch.einsum("hts,shw->thw", scores.softmax(-1), v[:, kv_of_head]).reshape(T, -1)
-            x = x + self.linear(f"{block}.attn_output", context, D, heads * W)
+            # The head width is read only if the first layer has heads.
+            assert (heads > 0) == (kv_heads > 0) and (heads > 0 or i > 0)
+            cur = x
+            if heads > 0:
+                assert heads % kv_heads == 0
+                h = self.norm(f"{block}.attn_norm.weight", x)
+                q = self.rope(self.linear(f"{block}.attn_q", h, heads * W, D).view(T, heads, W))
+                k = self.rope(self.linear(f"{block}.attn_k", h, kv_heads * W, D).view(T, kv_heads, W))
+                v = self.linear(f"{block}.attn_v", h, kv_heads * W, D).view(T, kv_heads, W)
+                kv_of_head = torch.arange(heads) // (heads // kv_heads)
+                scores = torch.einsum("thw,shw->hts", q, k[:, kv_of_head]) / W**0.5 + mask
+                context = torch.einsum("hts,shw->thw", scores.softmax(-1), v[:, kv_of_head]).reshape(T, -1)
+                cur = x + self.linear(f"{block}.attn_output", context, D, heads * W)
+            if ffn == 0:
+                # The next layer goes on with what this one was given; in the last one the choice of tokens is lost.
+                assert i < self.get("block_count") - 1
+                continue
+            x = cur
             h = self.norm(f"{block}.ffn_norm.weight", x)
             gate = torch.nn.functional.silu(self.linear(f"{block}.ffn_gate", h, ffn, D))
             x = x + self.linear(f"{block}.ffn_down", gate * self.linear(f"{block}.ffn_up", h, ffn, D), D, ffn)
@@ -154,6 +163,21 @@ CASES: dict[str, tuple[str, list[LayerShape], dict[str, Any]]] = {
     "shared pairs, wider values": ("llama", [shape((2, 1), 4, 7, 40), SHARED[1]], {"pairs": [1, 3]}),
     "own pairs, ragged": ("llama", RAGGED, {}),
     "no FFN": ("llama", [shape((2, 2), 8, 8, 0), FREE[1]], {}),
+    "no attention": ("llama", [FREE[0], FREE[1].without("attention"), FREE[2]], {}),
+    "no attention in the first layer": ("llama", [FREE[0].without("attention"), FREE[1]], {}),
+    "FFN dropped": ("llama", [FREE[0], FREE[1].without("ffn"), FREE[2]], {}),
+    "nothing left": ("llama", [FREE[0], FREE[1].without("ffn").without("attention"), FREE[2]], {}),
+    "nothing left at both ends": (
+        "llama",
+        [FREE[0].without("ffn").without("attention"), FREE[1], FREE[2].without("attention").without("ffn")],
+        {"attention_bias": True, "mlp_bias": True},
+    ),
+    "dropped, ragged and biased": (
+        "qwen2",
+        [RAGGED[0].without("attention"), replace(RAGGED[0], output_bias=True), RAGGED[2].without("ffn")],
+        {},
+    ),
+    "dropped, shared pairs": ("llama", [SHARED[0], SHARED[1].without("attention"), SHARED[2]], {"pairs": [0, 3]}),
     "llama3": ("llama", FREE, {"rope_parameters": LLAMA3}),
     "llama3, shared pairs": ("llama", SHARED, {"rope_parameters": LLAMA3, "pairs": [1, 3]}),
     "llama3, own pairs": ("llama", RAGGED, {"rope_parameters": LLAMA3}),

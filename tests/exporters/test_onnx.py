@@ -49,8 +49,15 @@ def export(source: Path, output: Path, **options: Any) -> ExportReport:
 class Exported:
     """A pruned model and its two graphs."""
 
-    def __init__(self, root: Path, family: str, export_options: dict[str, Any] | None = None, **overrides: Any) -> None:
-        self.source = save_pruned(root / "pruned", family, shapes_of(family), **overrides)
+    def __init__(
+        self,
+        root: Path,
+        family: str,
+        export_options: dict[str, Any] | None = None,
+        shapes: list[LayerShape] | None = None,
+        **overrides: Any,
+    ) -> None:
+        self.source = save_pruned(root / "pruned", family, shapes or shapes_of(family), **overrides)
         self.folder = root / "onnx"
         self.report = export(self.source, self.folder, **(export_options or {}))
         self.model = AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32).eval()
@@ -117,6 +124,18 @@ def test_other_families(family, tmp_path):
     found = Exported(tmp_path, family)
     found.check(1, 1)
     found.check(3, 11)
+
+
+def test_layers_without_attention_or_ffn(tmp_path):
+    first, second = SHAPES["grouped"]
+    shapes = [first.without("attention"), second, first.without("ffn"), second.without("attention").without("ffn")]
+    exported = Exported(tmp_path, "mistral", shapes=shapes, sliding_window=WINDOW)
+    exported.check(1, 1)
+    exported.check(2, 2 * WINDOW + 1)
+    # What has no attention has no place in the cache.
+    cache = [f"{layer}.{part}" for layer in (1, 2) for part in ("key", "value")]
+    assert [node.name for node in exported.prefill.get_outputs()] == ["logits", *(f"present.{name}" for name in cache)]
+    assert [node.name for node in exported.decode.get_inputs()] == ["input_ids", *(f"past.{name}" for name in cache)]
 
 
 @pytest.mark.slow

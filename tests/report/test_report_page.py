@@ -97,7 +97,7 @@ def test_every_section_and_figure_is_there(page):
     assert page.charts(chart="kept") == 6
     assert page.charts(chart="error") == 2
     assert page.charts(chart="spectrum") == 3
-    assert page.charts(chart="sweep", option="allocation.ffn_bias") == 2
+    assert page.charts(chart="sweep", option="allocation.ffn_share") == 2
     assert page.charts(chart="time") == page.charts(chart="memory") == page.charts(chart="rope") == 1
 
 

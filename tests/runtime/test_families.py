@@ -8,6 +8,8 @@ import pickle
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from intraslice import api
@@ -20,7 +22,7 @@ from intraslice.runtime.configuration_intraslice import dense_shape, family_of_c
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
 from intraslice.runtime.modeling_intraslice import PrunedAttention, apply_layer_shape, model_classes
 from intraslice.streaming.model import StreamedModel
-from support.family_cases import doubles, family_model
+from support.family_cases import KNOWN_FAMILIES, doubles, family_model
 from support.tiny import tiny_tokenizer
 
 # Sums of the same float64 terms in another order.
@@ -53,7 +55,7 @@ def folders(tmp_path_factory):
     return saved
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN_FAMILIES)
 def test_dense_shape_equals_the_stock_class(family):
     model = family_model(family)
     view, spec = copy.deepcopy(model), FAMILIES[family]
@@ -65,7 +67,7 @@ def test_dense_shape_equals_the_stock_class(family):
         torch.testing.assert_close(view(tokens()).logits, model(tokens()).logits, **FLOAT64)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN_FAMILIES)
 def test_a_layer_taken_apart_equals_the_stock_layer(family, folders):
     """Also says that buffers outside of the layers are restored, and that the arguments of a layer are understood."""
     spec = FAMILIES[family]
@@ -87,7 +89,7 @@ def test_a_layer_taken_apart_equals_the_stock_layer(family, folders):
             torch.testing.assert_close(found, outputs[index], **FLOAT64)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN_FAMILIES)
 def test_the_head_makes_the_logits_of_the_model(family):
     model = family_model(family)
     with torch.no_grad():
@@ -97,7 +99,7 @@ def test_the_head_makes_the_logits_of_the_model(family):
         torch.testing.assert_close(part, model(tokens(), use_cache=False).logits[0, 3:7], **FLOAT64)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN_FAMILIES)
 def test_sparsity_zero_is_the_identity(family, folders, tmp_path):
     api.prune(str(folders(family)), output=tmp_path / "out", sparsity=0.0, options=FAST)
     found, dense = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (tmp_path / "out", folders(family)))
@@ -106,7 +108,7 @@ def test_sparsity_zero_is_the_identity(family, folders, tmp_path):
         torch.testing.assert_close(found(tokens()).logits, dense(tokens()).logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN_FAMILIES)
 def test_a_pruned_model_reloads_to_what_was_streamed(family, folders, tmp_path):
     """The layers as the engine leaves them, run in pieces, against the saved checkpoint."""
     api.prune(str(folders(family)), output=tmp_path / "out", sparsity=0.3, options=FAST)
@@ -128,12 +130,19 @@ def test_a_pruned_model_reloads_to_what_was_streamed(family, folders, tmp_path):
         torch.testing.assert_close(logits, loaded(tokens()).logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("family", "field"), [(name, field) for name in FAMILIES for field in FAMILIES[name].refuse])
+@pytest.mark.parametrize(
+    ("family", "field"), [(name, field) for name in KNOWN_FAMILIES for field in FAMILIES[name].refuse]
+)
 def test_what_a_family_cannot_have_is_refused_by_name(family, field, folders, tmp_path):
     data = json.loads((folders(family) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**data, field: 1.0 if field == "clip_qkv" else True}))
     with pytest.raises(UnsupportedModelError, match=f"has {field} = .* cannot be pruned"):
         open_folder(tmp_path)
+
+
+def test_since_says_whether_the_installed_transformers_has_the_family():
+    installed = Version(transformers.__version__)
+    assert set(KNOWN_FAMILIES) == {name for name, spec in FAMILIES.items() if Version(spec.since) <= installed}
 
 
 def test_a_family_that_is_newer_than_transformers_is_named(monkeypatch, tmp_path):
@@ -154,7 +163,7 @@ def test_rope_parameters_of_each_layer_type_are_written_as_they_are():
     assert saved["rope_parameters"] == nested and "rope_theta" not in saved
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN_FAMILIES)
 def test_zero_padding_gives_the_stock_class(family, folders, tmp_path):
     """The exporter compares the logits itself before it publishes."""
     # Norms of query and key that differ from head to head have no place in stock classes.
@@ -164,14 +173,14 @@ def test_zero_padding_gives_the_stock_class(family, folders, tmp_path):
     assert report.max_logit_difference is not None and report.max_logit_difference < 1e-3
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if "stock" not in FAMILIES[name].without_targets])
+@pytest.mark.parametrize("family", [name for name in KNOWN_FAMILIES if "stock" not in FAMILIES[name].without_targets])
 def test_one_shape_for_all_layers_is_a_stock_model(family, folders, tmp_path):
     api.prune(str(folders(family)), output=tmp_path / "out", sparsity=0.25, target="stock", options=FAST)
     report = api.export(tmp_path / "out", to="stock", output=tmp_path / "stock")
     assert report.max_logit_difference is not None and report.max_logit_difference < 1e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KNOWN_FAMILIES)
 def test_classes_are_found_again_by_name(family):
     for kind in model_classes(family):
         assert pickle.loads(pickle.dumps(kind)) is kind and copy.deepcopy(kind) is kind

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from intraslice import api
 from intraslice.checkpoint.pruned import open_pruned
 from intraslice.checkpoint.reader import open_folder
-from intraslice.errors import RecipeError
+from intraslice.errors import RecipeError, UnsupportedModelError
+from intraslice.exporters.registry import EXPORTERS
 from intraslice.methods.blockwise.heads import QKEdit, choose_qk
-from intraslice.methods.blockwise.options import BlockwiseOptions
+from intraslice.methods.blockwise.options import AllocationOptions, BlockwiseOptions
+from intraslice.methods.blockwise.plan import _shape_grid
 from intraslice.methods.blockwise.target_speed import choose_sparsity
 from intraslice.methods.svd_llm.algebra import plan_ranks
 from intraslice.placement import Placement
@@ -129,6 +134,24 @@ def test_ranks_follow_the_sizes_of_each_layer():
 def test_a_speedup_needs_layers_that_are_alike():
     with pytest.raises(RecipeError, match="give --sparsity"):
         choose_sparsity(uneven_config(), LLAMA, BlockwiseOptions(), speedup=1.5, speedup_of="decode", placement=CPU)
+
+
+@pytest.mark.parametrize("freedom", ["layer", "width", "model"])
+def test_one_grid_of_shapes_needs_layers_that_are_alike(freedom):
+    options = BlockwiseOptions(allocation=AllocationOptions(shape_freedom=freedom))
+    # No stock class of today has such layers, so there is no model to open.
+    model: Any = SimpleNamespace(dense_shapes=UNEVEN)
+    with pytest.raises(RecipeError, match=f"shape_freedom = {freedom} was asked .* layers of this .* different sizes"):
+        _shape_grid(model, options)
+
+
+@pytest.mark.parametrize("to", EXPORTERS)
+def test_no_export_has_a_place_for_layers_of_different_sizes(to, tmp_path):
+    pruned_uneven().save_pretrained(tmp_path / "pruned")
+    save_file({"model.norm.weight": torch.ones(32)}, tmp_path / "pruned" / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match="layers have different sizes, .* load it with transformers"):
+        api.export(tmp_path / "pruned", to=to, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

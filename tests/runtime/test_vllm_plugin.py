@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from intraslice import vllm_plugin
-from intraslice.runtime.configuration_intraslice import class_stem, dense_shape, pruned_config
+from intraslice.runtime.configuration_intraslice import class_stem, dense_shape, known_families, pruned_config
 from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 from support.tiny_models import ONE_PER_FAMILY, dense_config_of, pruned_model, randomise, tokens
@@ -92,7 +92,7 @@ def test_every_architecture_is_registered_and_again_is_harmless(vllm):
     vllm_plugin.register()
     first = dict(vllm.ModelRegistry)
     vllm_plugin.register()
-    architectures = [f"IntraSlice{class_stem(family)}ForCausalLM" for family in FAMILIES]
+    architectures = [f"IntraSlice{class_stem(family)}ForCausalLM" for family in known_families()]
     assert vllm.ModelRegistry == first == {name: vllm_plugin.BACKEND for name in architectures}
     assert vllm.checks.keys() == first.keys()
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from intraslice.runtime.configuration_intraslice import known_families
 from intraslice.runtime.families_intraslice import FAMILIES
 
 _COMMON: dict[str, Any] = {
@@ -104,6 +105,8 @@ CASES: dict[str, dict[str, Any]] = {
     "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, **_PARTIAL},
 }
 assert CASES.keys() == FAMILIES.keys(), "every row of the table is tested"
+KNOWN_FAMILIES = known_families()
+"""Those that the installed transformers has; `since` of the others says which release does."""
 
 
 def family_config(family: str) -> Any:
@@ -127,9 +130,11 @@ def family_model(family: str, dtype: torch.dtype = torch.float64) -> Any:
 def doubles():
     """Let code that asks for float32 have float64, so that norms and softmax of stock classes can be compared."""
     single, to_single = torch.float32, torch.Tensor.float
-    torch.float32 = torch.float64
+    # Two names of one dtype; transformers 5.16 uses the short one.
+    torch.float32 = torch.float = torch.float64
     torch.Tensor.float = torch.Tensor.double
     try:
         yield
     finally:
-        torch.float32, torch.Tensor.float = single, to_single
+        torch.float32 = torch.float = single
+        torch.Tensor.float = to_single

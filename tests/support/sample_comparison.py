@@ -166,7 +166,7 @@ def _sweep_cells(
     found = []
     for option, values in (
         ("calibration.num_samples", (8, 16, 32, 64, 128)),
-        ("allocation.ffn_bias", (0.9, 1.0, 1.1, 1.2, 1.3)),
+        ("allocation.ffn_share", (0.9, 1.0, 1.1, 1.2, 1.3)),
     ):
         for value in values:
             cell = _cell(draw, model, "intraslice", 0.3, layers, scale, **parts)

@@ -109,7 +109,7 @@ def _convert(reader: Any, path: Path, name: str, folder: Path, progress: Progres
             with TensorFile(folder / file_name, {key: slots[key] for key in keys}) as shard:
                 for key in keys:
                     weight = _dequantize(file, sources[key], shapes[key], name)
-                    shard.write(key, _restore_rows(weight, sources[key].name, _architecture(reader), config))
+                    shard.write(key, _restored(weight, sources[key].name, _architecture(reader), config))
                     advance(slots[key].nbytes)
     if len(shards) > 1:
         write_index(folder, dict(zip(file_names, shards, strict=True)), slots)
@@ -223,12 +223,14 @@ def _dequantize(file: Any, source: Any, shape: tuple[int, ...], name: str) -> to
     return out
 
 
-def _restore_rows(weight: torch.Tensor, gguf_name: str, architecture: str, config: Any) -> torch.Tensor:
-    """Undo the row order that llama.cpp gives the query and key matrices of some architectures.
+def _restored(weight: torch.Tensor, gguf_name: str, architecture: str, config: Any) -> torch.Tensor:
+    """Undo what llama.cpp changes of the weights of some architectures.
 
     It stores the two channels of a rotary pair side by side; Hugging Face has all first channels of a head,
-    then all second ones.
+    then all second ones. And where a norm adds something to its weight, it stores the sum.
     """
+    if "norm" in gguf_name:
+        return weight - _FAMILY_OF[architecture].norm_offset
     if not _FAMILY_OF[architecture].gguf_interleaved or not any(part in gguf_name for part in (".attn_q.", ".attn_k.")):
         return weight
     heads = config.num_attention_heads if ".attn_q." in gguf_name else config.num_key_value_heads

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor
 
 from intraslice.checkpoint.composite import is_composite, text_config, text_tensors
 from intraslice.checkpoint.folder import StoredTensor, config_reason, read_headers
+from intraslice.checkpoint.tensorfile import DTYPES
 from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
 from intraslice.layers.state_dict import NeutralLayer, split_layer
 from intraslice.runtime import register
@@ -79,6 +82,7 @@ class PrunedCheckpoint:
         tensors = {
             name[len(prefix) :]: _read(stored) for name, stored in self._tensors.items() if name.startswith(prefix)
         }
+        tensors |= self._absent(self.shapes[index])
         promise = f"layer {index} of {self.name!r} does not have the weights that its config.json promises"
         try:
             layer = split_layer(tensors, self.spec, self.shapes[index])
@@ -93,6 +97,34 @@ class PrunedCheckpoint:
                 raise CheckpointError(f"{promise} (shape {list(tensor.shape)} instead of {list(size)})")
         return layer
 
+    def _absent(self, shape: LayerShape) -> dict[str, Tensor]:
+        """Return what stands for the blocks that a layer does not have: no heads or channels, and norms without effect.
+
+        Other formats may have to hold a block there all the same.
+        """
+        spec, found = self.spec, {}
+        sizes = spec.linear_sizes(replace(shape, dropped=()), self.config.hidden_size)
+        blocks = (
+            (shape.has_attention, spec.attention_paths, spec.attention_norm),
+            (shape.has_ffn, spec.ffn_paths, spec.ffn_norm),
+        )
+        for kept, (reading, output), norm in blocks:
+            if kept:
+                continue
+            for path in (*reading, output):
+                for name, size in ((f"{path}.weight", sizes[path]), (f"{path}.bias", sizes[path][:1])):
+                    if (like := self._anywhere(name)) is not None:
+                        found[name] = torch.zeros(size, dtype=DTYPES[like.dtype])
+            for name, fill in ((f"{norm}.weight", 1.0), (f"{norm}.bias", 0.0)):
+                if (like := self._anywhere(name)) is not None:
+                    found[name] = torch.full(like.shape, fill, dtype=DTYPES[like.dtype])
+        return found
+
+    def _anywhere(self, name: str) -> StoredTensor | None:
+        """Return the tensor of this name within its layer that the first layer to have one stores."""
+        stored = (self._tensors.get(f"{self.layer_prefix(index)}{name}") for index in range(self.num_layers))
+        return next((tensor for tensor in stored if tensor is not None), None)
+
     def load_rest(self) -> dict[str, Tensor]:
         """Load all tensors outside the decoder layers, by full name."""
         prefix = f"{self.spec.layers}."
@@ -106,7 +138,7 @@ class PrunedCheckpoint:
         everything = tuple(range(self.dense_shape.qk_head_dim // 2))
         choices: set[tuple[int, ...]] = set()
         for index, shape in enumerate(self.shapes):
-            if not self.rotated[index]:
+            if not self.rotated[index] or not shape.has_attention:
                 continue
             if shape.qk_head_dim == self.dense_shape.qk_head_dim:
                 choices.add(everything)

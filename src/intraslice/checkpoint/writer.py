@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from intraslice.checkpoint.ownership import check_ours, write_list
 from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor, TensorFile, TensorSlot, read_slots
 from intraslice.errors import OutputError
 from intraslice.files import write_text, writing
@@ -171,15 +172,19 @@ def check_output(out: Path, overwrite: bool, *, source: Path | None = None) -> N
         source: folder of the model that is read; it is never replaced.
 
     Raises:
-        OutputError: the folder exists, is not a checkpoint, is the model itself, or cannot be made.
+        OutputError: the folder exists, holds a file that is not ours, is the model itself, or cannot be made.
     """
+    if out.is_symlink() and not out.exists():
+        raise OutputError(f"output {str(out)!r} is a link that leads nowhere; choose another folder")
     if out.exists():
         if not overwrite:
             raise OutputError(f"output {str(out)!r} already exists; choose another folder or pass --overwrite")
         if source is not None and out.resolve() == source.resolve():
             raise OutputError(f"output {str(out)!r} is the folder of the model itself; choose another folder")
-        if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+        if not out.is_dir():
             raise OutputError(f"output {str(out)!r} is not a checkpoint folder, so --overwrite does not replace it")
+        with writing(out):
+            check_ours(out)
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -199,6 +204,8 @@ def publish(temp: Path, out: Path, overwrite: bool) -> None:
         OutputError: `out` exists and may not be replaced, or the rename fails; `temp` is left as it is.
     """
     check_output(out, overwrite)
+    if temp.is_dir():
+        write_list(temp)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         if not out.exists():

@@ -13,7 +13,7 @@ from typing import cast
 
 import typer
 
-from intraslice.cli import bench, compare, evaluate, export, inspect, prune, report
+from intraslice.cli import bench, compare, evaluate, export, heal, inspect, prune, report
 from intraslice.cli.console import INTERRUPTED_STATUS, complain
 from intraslice.errors import IntraSliceError, one_line
 
@@ -31,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("prune")(prune.prune)
+app.command("heal")(heal.heal)
 app.command("export")(export.export)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(bench.bench)

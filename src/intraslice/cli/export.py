@@ -25,11 +25,12 @@ def export(
         str, typer.Option(help="Of the written weights: auto (as stored), float32, bfloat16 or float16.")
     ] = "auto",
     pad_to: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="dense|max", help=f"For {readers('pad_to')}: the dense shapes, or the largest that occur."
+            metavar="dense|max",
+            help=f"For {readers('pad_to')}: the dense shapes (default), or the largest that occur.",
         ),
-    ] = "dense",
+    ] = None,
     tokenizer_from: Annotated[
         str | None,
         typer.Option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from intraslice.cli.console import (
     print_table,
     write_json,
 )
+from intraslice.cli.heal import print_healing
 from intraslice.methods.registry import METHODS
 from intraslice.numbers import count, percent, size
 from intraslice.results.sites import list_sites, site_errors
@@ -45,6 +46,17 @@ def prune(
         typer.Option(
             metavar="FLOAT",
             help="Instead of --sparsity: how many times as fast as the dense model; layers are measured here.",
+        ),
+    ] = None,
+    target_parameters: Annotated[
+        str | None,
+        typer.Option(metavar="COUNT", help="Instead of --sparsity: parameters of the result, at most; such as 6B."),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="Instead of --sparsity: size of the weight files in the saved dtype, at most; such as 4GB.",
         ),
     ] = None,
     speedup_of: Annotated[
@@ -98,6 +110,13 @@ def prune(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let code that comes with the input model run.")
     ] = False,
+    heal: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS|TIME",
+            help="Then heal: train to agree with the model on the same text, for 300k or 5M tokens, or 20min.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print sizes, estimated memory and all settings; write nothing.")
     ] = False,
@@ -109,6 +128,7 @@ def prune(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Prune a model and write a smaller checkpoint that loads like any other."""
+    from intraslice.healing.options import parse_budget
     from intraslice.recipes.recipe import load_recipe, parse_align
 
     flags = {
@@ -116,6 +136,8 @@ def prune(
         "output": output,
         "sparsity": sparsity,
         "target_speedup": target_speedup,
+        "target_parameters": target_parameters,
+        "target_size": target_size,
         "speedup_of": speedup_of,
         "method": method,
         "target": target,
@@ -132,11 +154,13 @@ def prune(
         "trust_remote_code": trust_remote_code or None,
     }
     merged = load_recipe(recipe, flags, sets or [])
+    if heal is not None:
+        parse_budget(heal)
     if dry_run:
         _dry_run(merged, as_json)
         return
     try:
-        result = _run(merged, overwrite, resume, context.obj)
+        result = _run(merged, heal, overwrite, resume, context.obj)
     except KeyboardInterrupt:
         complain(_interrupted(Path(f"{merged.output}.partial").expanduser()))
         raise typer.Exit(INTERRUPTED_STATUS) from None
@@ -152,17 +176,17 @@ def _interrupted(work_folder: Path) -> str:
     return f"interrupted; what is finished is in {work_folder}: repeat the command with --resume to go on."
 
 
-def _run(recipe: Recipe, overwrite: bool, resume: bool, arguments: Sequence[str]) -> PruneResult:
-    from intraslice.pruning import prune_recipe
-
+def _run(recipe: Recipe, heal: str | None, overwrite: bool, resume: bool, arguments: Sequence[str]) -> PruneResult:
+    shared: dict[str, Any] = {"overwrite": overwrite, "resume": resume}
+    shared["command"] = shlex.join(["intraslice", *arguments])
     with ConsoleProgress() as progress:
-        return prune_recipe(
-            recipe,
-            overwrite=overwrite,
-            resume=resume,
-            command=shlex.join(["intraslice", *arguments]),
-            progress=progress,
-        )
+        if heal is None:
+            from intraslice.pruning import prune_recipe
+
+            return prune_recipe(recipe, progress=progress, **shared)
+        from intraslice.healing.after_prune import heal_options, prune_and_heal
+
+        return prune_and_heal(recipe, heal_options(recipe, heal), progress=progress, **shared)
 
 
 def print_result(result: PruneResult) -> None:
@@ -200,10 +224,16 @@ def print_result(result: PruneResult) -> None:
     print_line(f"sparsity      {result.sparsity:.4f} (asked for {_asked(result)})")
     print_line(f"seconds       {result.seconds.get('total', 0):.1f} ({phases})")
     print_line(f"peak memory   {size(result.peak_memory_bytes)}")
+    if result.healing is not None:
+        print_healing(result.healing)
     print_line(f"checkpoint    {result.output}")
 
 
 def _asked(result: PruneResult) -> str:
+    if (parameters := result.recipe.get("target_parameters")) is not None:
+        return f"{result.requested_sparsity:g}, for at most {count(parameters)} parameters"
+    if (num_bytes := result.recipe.get("target_size")) is not None:
+        return f"{result.requested_sparsity:g}, for at most {count(num_bytes)} bytes"
     speedup = result.recipe.get("target_speedup")
     if speedup is None:
         return f"{result.requested_sparsity:g}"

@@ -197,7 +197,8 @@ def plan_work(spec: ComparisonSpec, cell: Cell, facts: Facts, texts: TextFacts, 
 
 def _prune_identity(recipe: Recipe, facts: Facts) -> dict[str, Any]:
     decides = recipe.to_dict()
-    for name in ("model", "revision", "output", "trust_remote_code"):
+    # The budget of a cell is a sparsity: fields for other budgets must not make a finished cell a new one.
+    for name in ("model", "revision", "output", "trust_remote_code", "target_parameters", "target_size"):
         del decides[name]
     decides["run"] = {name: value for name, value in decides["run"].items() if name not in _WITHOUT_EFFECT}
     calibration = facts.calibrations[calibration_name(recipe.calibration)]

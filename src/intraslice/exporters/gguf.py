@@ -156,11 +156,14 @@ def _written_layers(
     writer: Any, checkpoint: PrunedCheckpoint, plan: FilePlan, rest: dict[str, Tensor], output: Path
 ) -> Iterator[int]:
     """Write the whole file; yields the number of each layer that is done. Empties `rest`."""
-    names = tuple(_layer_tensors(checkpoint, plan, 0))
+    # All layers of a file have the same tensors, but for blocks that are not there.
+    names: dict[tuple[str, ...], tuple[str, ...]] = {}
     slots = {name: tuple(tensor.shape) for name, tensor in rest.items()}
     for index, shape in enumerate(plan.shapes):
+        if shape.dropped not in names:
+            names[shape.dropped] = tuple(_layer_tensors(checkpoint, plan, index))
         sizes = _layer_sizes(shape, plan.width, checkpoint.dense.hidden_size)
-        slots |= {f"blk.{index}.{name}": sizes[name] for name in names}
+        slots |= {f"blk.{index}.{name}": sizes[name] for name in names[shape.dropped]}
     for name, size in slots.items():
         _announce(writer, name, size, plan.dtype)
     with writing(output):
@@ -172,9 +175,10 @@ def _written_layers(
         _write(writer, name, rest.pop(name), plan.dtype, output)
     for index in range(checkpoint.num_layers):
         tensors = _layer_tensors(checkpoint, plan, index)
-        if tuple(tensors) != names:
+        wanted = names[plan.shapes[index].dropped]
+        if tensors.keys() != set(wanted):
             raise CheckpointError(f"layer {index} of {checkpoint.name!r} has other biases than layer 0")
-        for name in names:
+        for name in wanted:
             _write(writer, f"blk.{index}.{name}", tensors.pop(name), plan.dtype, output)
         yield index
 
@@ -205,26 +209,33 @@ def _layer_tensors(checkpoint: PrunedCheckpoint, plan: FilePlan, index: int) -> 
             f"layer {index} of {checkpoint.name!r} does not hold what GGUF has a place for: {different}"
         )
     if checkpoint.has_output_biases:
-        # All layers of a file have the same tensors.
         layer = with_output_biases(layer)
     attention, ffn = layer.attention, layer.ffn
     found: dict[str, Tensor | None] = {norms[name]: tensor for name, tensor in layer.rest.items()}
-    found |= {
-        "attn_q.weight": attention.q[:, plan.row_order].flatten(0, 1),
-        "attn_k.weight": attention.k[:, plan.row_order].flatten(0, 1),
-        "attn_v.weight": attention.v.flatten(0, 1),
-        "attn_output.weight": attention.o,
-        "attn_q.bias": None if attention.q_bias is None else attention.q_bias[:, plan.row_order].flatten(),
-        "attn_k.bias": None if attention.k_bias is None else attention.k_bias[:, plan.row_order].flatten(),
-        "attn_v.bias": None if attention.v_bias is None else attention.v_bias.flatten(),
-        "attn_output.bias": attention.o_bias,
-        "ffn_gate.weight": ffn.gate,
-        "ffn_up.weight": ffn.up,
-        "ffn_down.weight": ffn.down,
-        "ffn_gate.bias": ffn.gate_bias,
-        "ffn_up.bias": ffn.up_bias,
-        "ffn_down.bias": ffn.down_bias,
-    }
+    if layer.shape.has_attention:
+        found |= {
+            "attn_q.weight": attention.q[:, plan.row_order].flatten(0, 1),
+            "attn_k.weight": attention.k[:, plan.row_order].flatten(0, 1),
+            "attn_v.weight": attention.v.flatten(0, 1),
+            "attn_output.weight": attention.o,
+            "attn_q.bias": None if attention.q_bias is None else attention.q_bias[:, plan.row_order].flatten(),
+            "attn_k.bias": None if attention.k_bias is None else attention.k_bias[:, plan.row_order].flatten(),
+            "attn_v.bias": None if attention.v_bias is None else attention.v_bias.flatten(),
+            "attn_output.bias": attention.o_bias,
+        }
+    else:
+        del found["attn_norm.weight"]
+    if layer.shape.has_ffn:
+        found |= {
+            "ffn_gate.weight": ffn.gate,
+            "ffn_up.weight": ffn.up,
+            "ffn_down.weight": ffn.down,
+            "ffn_gate.bias": ffn.gate_bias,
+            "ffn_up.bias": ffn.up_bias,
+            "ffn_down.bias": ffn.down_bias,
+        }
+    else:
+        del found["ffn_norm.weight"]
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 

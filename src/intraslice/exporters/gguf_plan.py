@@ -81,7 +81,10 @@ def make_plan(checkpoint: PrunedCheckpoint, options: ExportOptions) -> FilePlan:
     narrow = shared is not None and widest_value <= 2 * len(shared) < dense_width
     pairs = shared if narrow else None
     width = 2 * len(pairs) if pairs is not None else dense_width
-    shapes = tuple(_fitting(shape, width) for shape in checkpoint.shapes)
+    last = checkpoint.num_layers - 1
+    shapes = tuple(
+        _fitting(shape, width, first=index == 0, last=index == last) for index, shape in enumerate(checkpoint.shapes)
+    )
     factors, attention_factor = _rope_factors(checkpoint, pairs, width)
     context, notes = _context_length(checkpoint)
     notes += _padding_notes(checkpoint, shapes) + _quantisation_notes(shapes, width)
@@ -98,15 +101,26 @@ def make_plan(checkpoint: PrunedCheckpoint, options: ExportOptions) -> FilePlan:
     )
 
 
-def _fitting(shape: LayerShape, width: int) -> LayerShape:
-    """Return the smallest shape of the format that holds a layer."""
-    return LayerShape(
-        heads_per_kv=(max(shape.heads_per_kv),) * shape.num_key_value_heads,
+def _fitting(shape: LayerShape, width: int, *, first: bool, last: bool) -> LayerShape:
+    """Return the smallest shape of the format that holds a layer.
+
+    llama.cpp knows layers without attention and without FFN. But it takes the head width from the first layer only if
+    that one has heads; it forgets the attention of a layer that has no FFN; and from a last layer without FFN it takes
+    all tokens, also those whose logits nobody asked for. There, one silent head or a few silent channels stand.
+    """
+    attention = shape.has_attention or first
+    ffn = shape.has_ffn or attention or last
+    fitting = LayerShape(
+        heads_per_kv=(max(shape.heads_per_kv, default=1),) * (shape.num_key_value_heads or 1),
         qk_head_dim=width,
         v_head_dim=width,
         intermediate_size=shape.intermediate_size or _SMALLEST_FFN,
         output_bias=shape.output_bias,
     )
+    gone = [name for name in shape.dropped if not {"attention": attention, "ffn": ffn}[name]]
+    for name in gone:
+        fitting = fitting.without(name)
+    return fitting
 
 
 def _rope_factors(
@@ -155,16 +169,18 @@ def _padding_notes(checkpoint: PrunedCheckpoint, shapes: tuple[LayerShape, ...])
         return []
     width = shapes[0].qk_head_dim
     reasons = []
-    if any(shape.qk_head_dim != width or shape.v_head_dim != width for shape in padded):
+    if any(shape.has_attention and {shape.qk_head_dim, shape.v_head_dim} != {width} for shape in padded):
         reasons.append("head widths or rotary pairs that differ")
     if any(len(set(shape.heads_per_kv)) > 1 for shape in padded):
         reasons.append("kv heads with different numbers of query heads")
+    avoidable = ", which pruning with --target llama.cpp avoids" if reasons else ""
+    if padded[0] is checkpoint.shapes[0] and not padded[0].has_attention:
+        reasons.append("a first layer without attention")
     if any(shape.intermediate_size == 0 for shape in padded):
         reasons.append("layers without an FFN")
     return [
         f"{len(padded)} of {len(shapes)} layers are zero-padded, because llama.cpp has no place for "
-        f"{' and '.join(reasons)}: the decoder weights grow by {padding_cost(checkpoint, shapes):.1%}, which pruning "
-        "with --target llama.cpp avoids."
+        f"{' and '.join(reasons)}: the decoder weights grow by {padding_cost(checkpoint, shapes):.1%}{avoidable}."
     ]
 
 

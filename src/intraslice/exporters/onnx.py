@@ -1,8 +1,8 @@
 """ONNX: one graph that reads a prompt, one that adds a token, and one file with the weights of both.
 
-Inputs and outputs: input_ids [batch, T] -> logits [batch, T, vocabulary] and, for each layer i, `present.{i}.key`
-[batch, K_i, T, qk_head_dim_i] and `present.{i}.value` [batch, K_i, T, v_head_dim_i]. The decode graph takes one token
-and the presents of the step before, as `past.{i}.key` and `past.{i}.value`.
+Inputs and outputs: input_ids [batch, T] -> logits [batch, T, vocabulary] and, for each layer i with attention,
+`present.{i}.key` [batch, K_i, T, qk_head_dim_i] and `present.{i}.value` [batch, K_i, T, v_head_dim_i]. The decode graph
+takes one token and the presents of the step before, as `past.{i}.key` and `past.{i}.value`.
 """
 
 from __future__ import annotations
@@ -143,22 +143,35 @@ def _can_verify() -> bool:
 class _Step(nn.Module):
     """The model with its cache taken apart into plain tensors."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, layers: Sequence[int]) -> None:
         super().__init__()
         self.model = model
+        self.layers = layers
 
     def forward(self, input_ids: Tensor, past: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
         # Without the config no layer forgets what is outside its sliding window: the mask hides it anyway, and each
         # layer has the same length.
         cache: Any = DynamicCache()
-        for layer, (key, value) in enumerate(zip(past[::2], past[1::2], strict=True)):
+        if past and 0 not in self.layers:
+            # Tokens are counted in the first layer, also where it has no attention.
+            B, _, S, _ = past[0].shape
+            token_B1S1 = past[0].new_zeros(B, 1, S, 1)
+            cache.update(token_B1S1, token_B1S1, 0)
+        # Nothing is past in the prefill graph.
+        for layer, key, value in zip(self.layers, past[::2], past[1::2], strict=False):
             cache.update(key, value, layer)
         logits = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
-        return (logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+        kept = [cache.layers[layer] for layer in self.layers]
+        return (logits, *(tensor for layer in kept for tensor in (layer.keys, layer.values)))
 
 
-def _cache_names(prefix: str, num_layers: int) -> list[str]:
-    return [f"{prefix}.{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")]
+def _attending(checkpoint: PrunedCheckpoint) -> list[int]:
+    """Return the numbers of the layers with attention."""
+    return [index for index, shape in enumerate(checkpoint.shapes) if shape.has_attention]
+
+
+def _cache_names(prefix: str, checkpoint: PrunedCheckpoint) -> list[str]:
+    return [f"{prefix}.{layer}.{part}" for layer in _attending(checkpoint) for part in ("key", "value")]
 
 
 def _trace(model: Any, checkpoint: PrunedCheckpoint, decode: bool) -> Any:
@@ -168,7 +181,7 @@ def _trace(model: Any, checkpoint: PrunedCheckpoint, decode: bool) -> Any:
     sizes: dict[str, Any] = {name: torch.export.Dim(name) for name in ("batch", "sequence", "past")}
     if decode:
         past: list[Tensor] = []
-        for shape in checkpoint.shapes:
+        for shape in (checkpoint.shapes[layer] for layer in _attending(checkpoint)):
             for width in (shape.qk_head_dim, shape.v_head_dim):
                 past.append(torch.zeros(batch, shape.num_key_value_heads, length, width, dtype=model.dtype))
         arguments: tuple[Any, ...] = (torch.zeros(batch, 1, dtype=torch.int64), past)
@@ -183,12 +196,12 @@ def _trace(model: Any, checkpoint: PrunedCheckpoint, decode: bool) -> Any:
     with quiet(everything=True):
         try:
             program: Any = torch.onnx.export(
-                _Step(model),
+                _Step(model, _attending(checkpoint)),
                 arguments,
                 dynamo=True,
                 dynamic_shapes=dynamic,
-                input_names=["input_ids", *(_cache_names("past", checkpoint.num_layers) if decode else ())],
-                output_names=["logits", *_cache_names("present", checkpoint.num_layers)],
+                input_names=["input_ids", *(_cache_names("past", checkpoint) if decode else ())],
+                output_names=["logits", *_cache_names("present", checkpoint)],
                 verbose=False,
             )
         # The base class of everything that the exporter and its passes raise.
@@ -257,7 +270,7 @@ def _verified(checkpoint: PrunedCheckpoint, folder: Path, dtype: str) -> float:
         found = [logits]
         decode = session(DECODE_FILE)
         for position in range(split, tokens_1T.shape[1]):
-            feeds = dict(zip(_cache_names("past", checkpoint.num_layers), cache, strict=True))
+            feeds = dict(zip(_cache_names("past", checkpoint), cache, strict=True))
             logits, *cache = decode.run(None, {"input_ids": tokens_1T[:, position : position + 1].numpy(), **feeds})
             found.append(logits)
         return torch.cat([torch.from_numpy(part).float() for part in found], dim=1)  # [1, T, vocabulary]

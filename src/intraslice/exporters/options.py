@@ -13,14 +13,15 @@ class ExportOptions:
 
     Attributes:
         dtype: of the written weights: "auto" keeps the checkpoint's, or "float32", "bfloat16", "float16".
-        pad_to: for padded: "dense" (the shapes of the dense model) or "max" (the largest of each size over the layers).
+        pad_to: for padded: "dense" (the shapes of the dense model) or "max" (the largest of each size over the layers);
+            None means dense where it is read.
         tokenizer_from: for gguf: a GGUF file of the same base model whose tokenizer keys are copied.
         verify: reload the result in its runtime, where that is installed, and compare the logits of a prompt.
         overwrite: replace an existing output.
     """
 
     dtype: str = "auto"
-    pad_to: str = "dense"
+    pad_to: str | None = None
     tokenizer_from: str | None = None
     verify: bool = True
     overwrite: bool = False
@@ -28,7 +29,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         for name, known in (("dtype", ("auto", "float32", "bfloat16", "float16")), ("pad_to", ("dense", "max"))):
             value = getattr(self, name)
-            if value not in known:
+            if value not in known and (name, value) != ("pad_to", None):
                 raise RecipeError(f"{name} must be one of {', '.join(known)}, got {value!r}.{nearest(value, known)}")
 
 

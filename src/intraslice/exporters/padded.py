@@ -40,7 +40,8 @@ def export_padded(
 def _largest(checkpoint: PrunedCheckpoint) -> tuple[LayerShape, Sequence[int] | None]:
     """Return the smallest stock shape that holds all layers, and its rotary pairs (None: those of the dense head)."""
     shapes, dense = checkpoint.shapes, checkpoint.dense_shape
-    group, kv_heads = (max(most(shape.heads_per_kv) for shape in shapes) for most in (max, len))
+    group = max(max(shape.heads_per_kv, default=0) for shape in shapes)
+    kv_heads = max(shape.num_key_value_heads for shape in shapes)
     pairs = checkpoint.shared_pairs()
     width = max(max(shape.qk_head_dim, shape.v_head_dim) for shape in shapes)
     if any(checkpoint.rotated) and (pairs is None or width != 2 * len(pairs)):

@@ -29,7 +29,7 @@ def pad_layer(
 
     Args:
         layer: the layer.
-        shape: the larger shape: one group size, qk_head_dim == v_head_dim.
+        shape: the larger shape: one group size, qk_head_dim == v_head_dim; without attention where the layer has none.
         pair_channels: channels of each pair of a dense head, [d / 2, 2]; None for a layer without RoPE.
         pairs: dense pairs that the rows of a head of `shape` stand for, ascending; None: all of the dense head. With
             a subset a head's rows are the channels of these pairs, in the order of the family.
@@ -40,11 +40,68 @@ def pad_layer(
     Raises:
         UnsupportedModelError: the layer does not fit into `shape`.
     """
-    source, attention = layer.shape, layer.attention
-    group, width = shape.heads_per_kv[0], shape.qk_head_dim
-    fits = source.num_key_value_heads <= shape.num_key_value_heads and max(source.heads_per_kv) <= group
+    source, ffn = layer.shape, layer.ffn
+    group, width = max(shape.heads_per_kv, default=0), shape.qk_head_dim
+    fits = source.num_key_value_heads <= shape.num_key_value_heads and max(source.heads_per_kv, default=0) <= group
     if not fits or source.v_head_dim > width or source.intermediate_size > shape.intermediate_size:
         raise UnsupportedModelError(f"a layer of shape {source.to_dict()} does not fit into {shape.to_dict()}.")
+    if not shape.has_attention:
+        padded = layer.attention
+    elif not source.has_attention:
+        padded = _silent(layer, shape)
+    else:
+        padded = _padded_attention(layer, shape, pair_channels, pairs)
+    missing = shape.intermediate_size - source.intermediate_size
+
+    def more_rows(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
+
+    return NeutralLayer(
+        attention=padded,
+        ffn=FFNWeights(
+            up=_some(more_rows(ffn.up)),
+            gate=more_rows(ffn.gate),
+            # Zero columns silence the padded channels whatever the activation makes of zero.
+            down=torch.cat([ffn.down, ffn.down.new_zeros(ffn.down.shape[0], missing)], dim=1),
+            up_bias=more_rows(ffn.up_bias),
+            gate_bias=more_rows(ffn.gate_bias),
+            down_bias=ffn.down_bias,
+        ),
+        rest=layer.rest,
+        rope_pairs=None,
+        shape=shape,
+        spec=layer.spec,
+    )
+
+
+def _silent(layer: NeutralLayer, shape: LayerShape) -> AttentionWeights:
+    """Return zeros in the place of an attention block that is not there."""
+    heads, kv_heads, width = shape.num_attention_heads, shape.num_key_value_heads, shape.qk_head_dim
+    attention = layer.attention
+    hidden, normed = attention.o.shape[0], layer.spec.qk_norm is not None
+
+    def bias(given: Tensor | None, count: int) -> Tensor | None:
+        return None if given is None else given.new_zeros(count, width)
+
+    return AttentionWeights(
+        q=attention.q.new_zeros(heads, width, hidden),
+        k=attention.k.new_zeros(kv_heads, width, hidden),
+        v=attention.v.new_zeros(kv_heads, width, hidden),
+        o=attention.o.new_zeros(hidden, heads * width),
+        q_bias=bias(attention.q_bias, heads),
+        k_bias=bias(attention.k_bias, kv_heads),
+        v_bias=bias(attention.v_bias, kv_heads),
+        o_bias=attention.o_bias,
+        q_norm=attention.q.new_zeros(heads, width) if normed else None,
+        k_norm=attention.k.new_zeros(kv_heads, width) if normed else None,
+    )
+
+
+def _padded_attention(
+    layer: NeutralLayer, shape: LayerShape, pair_channels: Tensor | None, pairs: Sequence[int] | None
+) -> AttentionWeights:
+    source, attention = layer.shape, layer.attention
+    group, width = shape.heads_per_kv[0], shape.qk_head_dim
     channels_Kr = _head_channels(layer, pair_channels, pairs, width)
     v_channels = torch.arange(source.v_head_dim)
     kv_of_head = torch.repeat_interleave(torch.tensor(source.heads_per_kv))
@@ -72,7 +129,7 @@ def pad_layer(
         offset = layer.spec.norm_offset
         return norm if norm is None or factor == 1.0 else (norm.float() + offset) / factor - offset
 
-    padded = AttentionWeights(
+    return AttentionWeights(
         q=_some(scaled(rows(attention.q, heads, q_places, q_channels), q_factor)),
         k=_some(scaled(rows(attention.k, kv_heads, kv_places, channels_Kr), k_factor)),
         v=_some(rows(attention.v, kv_heads, kv_places, v_rows)),
@@ -83,28 +140,6 @@ def pad_layer(
         k_norm=rows(divided(attention.k_norm, k_factor), kv_heads, kv_places, channels_Kr),
         v_bias=rows(attention.v_bias, kv_heads, kv_places, v_rows),
         o_bias=attention.o_bias,
-    )
-    missing = shape.intermediate_size - source.intermediate_size
-
-    def more_rows(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
-
-    ffn = layer.ffn
-    return NeutralLayer(
-        attention=padded,
-        ffn=FFNWeights(
-            up=_some(more_rows(ffn.up)),
-            gate=more_rows(ffn.gate),
-            # Zero columns silence the padded channels whatever the activation makes of zero.
-            down=torch.cat([ffn.down, ffn.down.new_zeros(ffn.down.shape[0], missing)], dim=1),
-            up_bias=more_rows(ffn.up_bias),
-            gate_bias=more_rows(ffn.gate_bias),
-            down_bias=ffn.down_bias,
-        ),
-        rest=layer.rest,
-        rope_pairs=None,
-        shape=shape,
-        spec=layer.spec,
     )
 
 

@@ -72,7 +72,7 @@ def check_options(name: str, options: ExportOptions) -> None:
     """Refuse options without effect.
 
     Raises:
-        RecipeError: an option that the exporter does not read has another value than its default.
+        RecipeError: an option that the exporter does not read is given.
     """
     known = find_exporter(name).options
     for field in fields(options):

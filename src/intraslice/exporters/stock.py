@@ -61,7 +61,10 @@ def _check_expressible(checkpoint: PrunedCheckpoint) -> None:
     shapes = checkpoint.shapes
     different = len(set(shapes))
     ragged = sum(len(set(shape.heads_per_kv)) > 1 for shape in shapes)
-    if different > 1:
+    bare = [index for index, shape in enumerate(shapes) if shape.dropped]
+    if bare:
+        reason = f"layer {bare[0]} has no {' and no '.join(shapes[bare[0]].dropped)}, which every stock layer has"
+    elif different > 1:
         reason = f"its {len(shapes)} layers have {different} different shapes, and stock classes know only one"
     elif ragged:
         reason = "its kv heads serve different numbers of query heads"

@@ -20,7 +20,7 @@ from intraslice.layers.sites import ATTENTION, FFN
 from intraslice.layers.state_dict import split_attention, split_ffn
 from intraslice.layers.weights import AttentionWeights, FFNWeights
 from intraslice.runtime.families_intraslice import FamilySpec, LayerShape, Slot
-from intraslice.runtime.modeling_intraslice import FactoredLinear, PrunedAttention
+from intraslice.runtime.modeling_intraslice import DroppedAttention, FactoredLinear, PrunedAttention
 
 
 def norms_come_first(spec: FamilySpec, config: Any) -> bool:
@@ -50,7 +50,14 @@ class DecoderLayer:
         self.norm_first = norms_come_first(spec, config)
         self.parallel = bool(getattr(config, spec.parallel)) if isinstance(spec.parallel, str) else spec.parallel
         self.scale = 1.0 if spec.residual_scale is None else float(getattr(config, spec.residual_scale))
-        self.activation = self.ffn.get_submodule(spec.act_fn)
+        self.activation = self.ffn.get_submodule(spec.act_fn) if self.shape.has_ffn else nn.Identity()
+
+    @property
+    def shape(self) -> LayerShape:
+        """What the layer is now, as far as its attention knows."""
+        module = self.module.get_submodule(self.spec.attention)
+        assert isinstance(module, PrunedAttention | DroppedAttention)
+        return module.shape
 
     @property
     def attention(self) -> PrunedAttention:
@@ -152,6 +159,8 @@ class DecoderLayer:
         """Return what is kept until the FFN runs, [B, T, D]."""
         if self.parallel:
             return hidden_BTD
+        if not self.shape.has_attention:
+            return self.add_attention(hidden_BTD, torch.zeros_like(hidden_BTD))
         return self.add_attention(hidden_BTD, self.attention_output(self.attention, hidden_BTD))
 
     def ffn_residual(self, kept_BTD: Tensor, attention: PrunedAttention | None = None) -> Tensor:
@@ -161,7 +170,7 @@ class DecoderLayer:
             kept_BTD: from `before_ffn` or `attention_step`.
             attention: the attention module, where it is not the layer's own.
         """
-        if not self.parallel:
+        if not self.parallel or (attention is None and not self.shape.has_attention):
             return kept_BTD
         return self.add_attention(kept_BTD, self.attention_output(attention or self.attention, kept_BTD))
 
@@ -196,7 +205,9 @@ class DecoderLayer:
 
     def ffn_step(self, hidden_BTD: Tensor) -> Tensor:
         """Return the hidden states after the layer, [B, T, D], of what `attention_step` gave."""
-        return self.add_ffn(self.ffn_residual(hidden_BTD), self.ffn_output(hidden_BTD))
+        residual = self.ffn_residual(hidden_BTD)
+        output = self.ffn_output(hidden_BTD) if self.shape.has_ffn else torch.zeros_like(hidden_BTD)
+        return self.add_ffn(residual, output)
 
     def run(
         self, hidden_BTD: Tensor, watch: Callable[[Tensor, Tensor], None] | None = None

@@ -6,7 +6,7 @@ through the list and takes what it finds, so that a layer may as well have sever
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from intraslice.runtime.families_intraslice import FamilySpec, LayerShape
@@ -66,6 +66,11 @@ class ModelSites:
     def num_weights(self) -> int:
         """Linear weights of all sites."""
         return sum(site.num_weights for sites in self.layers for site in sites)
+
+    def without(self, gone: Collection[tuple[int, str]]) -> ModelSites:
+        """Return the sites of the same layers without some, which are given as (layer, name)."""
+        layers = enumerate(self.layers)
+        return ModelSites(tuple(tuple(s for s in sites if (layer, s.name) not in gone) for layer, sites in layers))
 
     def by_site(self, values: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], ...]:
         """Return one value per site, layer by layer: the inverse of going through `of`.

@@ -67,14 +67,15 @@ def split_attention(tensors: Mapping[str, Tensor], spec: FamilySpec, shape: Laye
 
     def headed(slot: Slot, heads: int, width: int) -> tuple[Tensor, Tensor | None]:
         weight, bias = _take(tensors, slot, counts)
-        return weight.reshape(heads, width, -1), None if bias is None else bias.reshape(heads, width)
+        # Also where there are no heads, which leaves nothing to infer a size from.
+        return weight.reshape(heads, width, weight.shape[1]), None if bias is None else bias.reshape(heads, width)
 
     q, q_bias = headed(spec.q, shape.num_attention_heads, shape.qk_head_dim)
     k, k_bias = headed(spec.k, shape.num_key_value_heads, shape.qk_head_dim)
     v, v_bias = headed(spec.v, shape.num_key_value_heads, shape.v_head_dim)
     o, o_bias = _take(tensors, spec.o, counts)
     norms = {}
-    if spec.qk_norm is not None:
+    if spec.qk_norm is not None and shape.has_attention:
         # One row a head, also where all heads share one.
         for side, name, rows in (("q_norm", spec.qk_norm.q, q), ("k_norm", spec.qk_norm.k, k)):
             norms[side] = tensors[f"{name}.weight"].reshape(-1, shape.qk_head_dim).expand(len(rows), -1)

@@ -66,6 +66,11 @@ def write_ffn(block: DecoderLayer, config: Any, layer_idx: int, shape: LayerShap
     _write(block.ffn, ffn_parts(weights, spec))
 
 
+def drop_block(block: DecoderLayer, config: Any, layer_idx: int, name: str) -> None:
+    """Take a whole block, "attention" or "ffn", out of the layer."""
+    apply_layer_shape(block.module, config, block.spec, layer_idx, block.shape.without(name))
+
+
 def write_factors(block: DecoderLayer, path: str, first_rC: Tensor, second_Or: Tensor, save_dtype: torch.dtype) -> None:
     """Replace a Linear of the layer by two factors; the bias stays.
 

@@ -103,6 +103,25 @@ class Outside:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SizeLimits:
+    """What a method can make of the size of a model. Everything is an upper bound.
+
+    Attributes:
+        most: the largest sparsity.
+        slack: linear weights by which a finished model may miss the sparsity that was asked for.
+        parameters: what repairs add to a model besides linear weights: biases.
+        index_bytes: bytes of the index tensors that are stored with the weights.
+        tensors: number of stored tensors that the dense model does not have.
+    """
+
+    most: float
+    slack: float = 0.0
+    parameters: int = 0
+    index_bytes: int = 0
+    tensors: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preview:
     """What is known of a prune before it runs.
 

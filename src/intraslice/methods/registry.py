@@ -41,6 +41,8 @@ class Form:
         any_target: whether layers keep shapes that runtimes other than transformers can be told.
         speed_target: function that finds the sparsity for a speed, "package.module:name"; "" when a speed cannot be the
             budget.
+        size_limits: function that says how small a model can become, and what is added to its linear weights; "" when
+            the method changes what stands outside of the layers, so that a size cannot be the budget.
         rotates_stream: whether the residual stream is rotated, which passes through an RMSNorm unchanged and through
             nothing else.
     """
@@ -50,6 +52,7 @@ class Form:
     choices: str = ""
     any_target: bool = True
     speed_target: str = ""
+    size_limits: str = ""
     rotates_stream: bool = False
 
 
@@ -58,10 +61,12 @@ BLOCKWISE = Form(
     choices="intraslice.methods.blockwise.options:choices",
     build="intraslice.methods.blockwise.method:Blockwise",
     speed_target="intraslice.methods.blockwise.target_speed:choose_sparsity",
+    size_limits="intraslice.methods.blockwise.target_size:size_limits",
 )
 SVD_LLM = Form(
     options="intraslice.methods.svd_llm.options:SvdLlmOptions",
     build="intraslice.methods.svd_llm.method:SvdLlm",
+    size_limits="intraslice.methods.svd_llm.target_size:size_limits",
     any_target=False,
 )
 SLICEGPT = Form(

@@ -66,6 +66,9 @@ def read_file(path: str | Path, sections: Sequence[str]) -> dict[str, Any]:
     for name, value in content.items():
         if name in sections and not isinstance(value, dict):
             raise RecipeError(f"recipe section {name!r} must hold `name: value` lines, got {value!r}")
+        # Without a line in it nothing else would look at its name.
+        if value == {} and name not in sections:
+            raise RecipeError(words.unknown(str(name), sections))
     return {str(name): value for name, value in content.items()}
 
 

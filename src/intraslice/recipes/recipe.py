@@ -18,14 +18,18 @@ from intraslice.errors import RecipeError, nearest
 from intraslice.methods.choices import option_values
 from intraslice.methods.presets import TARGETS
 from intraslice.methods.registry import METHODS, MethodEntry, MethodOptions
+from intraslice.numbers import parse_count, parse_size
 from intraslice.options import MAX_SPARSITY, CalibrationOptions, RunOptions
 from intraslice.recipes import words
 from intraslice.recipes.merge import flatten, merge, nest, parse_sets, read_file
-from intraslice.recipes.old_names import translate
+from intraslice.recipes.old_names import named_method, translate
 from intraslice.runtime.families_intraslice import FamilySpec
 
 ALIGNMENTS = {"ffn": "ffn.ffn_multiple", "head": "attention.head_multiple", "context": "attention.context_multiple"}
 """What `--align` calls the multiples."""
+
+SIZE_TARGETS = {"target_parameters": (parse_count, "6B or 500M"), "target_size": (parse_size, "4GB or 800MB")}
+"""Sizes as the budget: how they are read, and examples."""
 
 
 class Recipe(BaseModel):
@@ -38,9 +42,11 @@ class Recipe(BaseModel):
         output: folder to write.
         method: name of the preset the options started from.
         target: runtime that the shapes are chosen for, also a preset.
-        sparsity: fraction of the decoder layers' linear weights to remove; None until it follows from target_speedup.
+        sparsity: fraction of the decoder layers' linear weights to remove; None until it follows from a target.
         target_speedup: how many times as fast as the dense model the pruned one should be on this machine; the other
             way to give the budget.
+        target_parameters: parameters that the pruned model may have, all of them, tied ones once; another way.
+        target_size: bytes that its weight files may have in the saved dtype; another way.
         speedup_of: what is to be faster.
         calibration: which text the statistics are collected on.
         run: execution settings.
@@ -58,6 +64,8 @@ class Recipe(BaseModel):
     target: str = "transformers"
     sparsity: float | None = None
     target_speedup: float | None = None
+    target_parameters: int | None = None
+    target_size: int | None = None
     speedup_of: Literal["decode", "prefill"] = "decode"
     calibration: CalibrationOptions = CalibrationOptions()
     run: RunOptions = RunOptions()
@@ -106,16 +114,27 @@ def load_recipe(
     Raises:
         RecipeError: a name is unknown, has no effect with this method, or a value is wrong or out of range.
     """
-    file_values, old_in_file = translate(flatten(read_file(path, words.SECTIONS)) if path is not None else {})
-    flag_values, old_flags = translate({name: value for name, value in (flags or {}).items() if value is not None})
-    set_values, old_sets = translate(parse_sets(sets, words.option_names(None)))
-    shared_values, old_shared = translate(parse_sets(shared, words.option_names(None)))
+    names = words.option_names(None)
+    sources = (
+        flatten(read_file(path, words.SECTIONS)) if path is not None else {},
+        {name: value for name, value in (flags or {}).items() if value is not None},
+        parse_sets(shared, names),
+        parse_sets(sets, names),
+    )
+    named: dict[str, Any] = {}
+    for values in sources:
+        named = named_method(values, named)
+    method = _preset(named, "method", METHODS)
+    (file_values, old_in_file), (flag_values, old_flags), (shared_values, old_shared), (set_values, old_sets) = (
+        _translated(sources, METHODS[method])
+    )
     given = {**file_values, **flag_values, **shared_values, **set_values}
-    method, target = (_preset(given, name, known) for name, known in (("method", METHODS), ("target", TARGETS)))
+    target = _preset(given, "target", TARGETS)
     entry = METHODS[method]
     _check_missing(given, method)
     own = {name: value for name, value in given.items() if name.partition(".")[0] in _OWN_FIELDS}
     of_method = {name: value for name, value in given.items() if name not in own}
+    own |= {name: parse(own[name]) for name, (parse, _) in SIZE_TARGETS.items() if own.get(name) is not None}
     # What somebody asks for besides an old file, or for this method alone, is asked for today.
     asked = {**flag_values, **set_values}
     of_file = {name: value for name, value in file_values.items() if old_in_file and name not in asked}
@@ -134,6 +153,17 @@ def load_recipe(
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     """Return the recipe that `Recipe.to_dict` gave."""
     return load_recipe(None, flatten(values))
+
+
+def _translated(sources: Sequence[Mapping[str, Any]], entry: MethodEntry) -> list[tuple[dict[str, Any], list[str]]]:
+    """Return the options of each source under today's names, and its old names; a later source knows the earlier."""
+    heads = entry.preset.get("attention", {}).get("heads", "adaptive")
+    translated = []
+    for values in sources:
+        new, old = translate(values, heads)
+        heads = new.get("attention.heads", heads)
+        translated.append((new, old))
+    return translated
 
 
 def _method_options(
@@ -183,10 +213,9 @@ def _of_known(preset: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]
 def _notes(old: Sequence[str], left_out: Sequence[str], method: str) -> list[str]:
     notes = []
     if old:
-        new = {name: words.new_name(name) for name in old}
         notes.append(
             "names of an earlier release were read: "
-            + ", ".join(f"{name} is now {new[name]}" if new[name] else f"{name} is gone" for name in old)
+            + ", ".join(f"{name} is now {words.new_name(name)}" for name in old)
             + "; the next release will not know them."
         )
     if left_out:
@@ -206,6 +235,12 @@ def _check_target(recipe: Recipe) -> None:
             f"a target speedup is found by timing layers of smaller shapes, which method {recipe.method} does not "
             "make; give --sparsity instead."
         )
+    for name in SIZE_TARGETS:
+        if not form.size_limits and getattr(recipe, name) is not None:
+            raise RecipeError(
+                f"{name} counts on embeddings and head that stay what they are, but method {recipe.method} changes "
+                "them as well; give --sparsity instead."
+            )
 
 
 def _preset(given: Mapping[str, Any], name: str, known: Mapping[str, Any]) -> str:
@@ -219,27 +254,37 @@ def _check_missing(values: Mapping[str, Any], method: str) -> None:
     # Checked first and by hand: the message must not depend on what else is missing.
     if values.get("model") is None:
         raise RecipeError("no model is given; name a hub id, a folder, a .gguf file or smollm2-135m")
-    sparsity, speedup = values.get("sparsity"), values.get("target_speedup")
-    if sparsity is None and speedup is None:
+    budgets = [name for name in ("sparsity", "target_speedup", *SIZE_TARGETS) if values.get(name) is not None]
+    if not budgets:
         raise RecipeError(
-            "no sparsity is given; add --sparsity 0.3 or --target-speedup 1.5, or a line `sparsity: 0.3` to the recipe"
+            "no sparsity is given; add --sparsity 0.3, --target-speedup 1.5, --target-parameters 6B or --target-size "
+            "4GB, or a line `sparsity: 0.3` to the recipe"
         )
-    if sparsity is not None and speedup is not None:
-        raise RecipeError(
-            f"sparsity {sparsity} and target_speedup {speedup} are both given; one decides the other, so keep only one."
-        )
+    if len(budgets) > 1:
+        given = " and ".join(f"{name} {values[name]}" for name in budgets)
+        every = "both" if len(budgets) == 2 else "all"
+        decides = "the other" if len(budgets) == 2 else "the others"
+        raise RecipeError(f"{given} are {every} given; one decides {decides}, so keep only one.")
     everything = words.option_names(None)
     for name in values:
         if name not in everything:
             raise RecipeError(words.unknown(name, words.option_names(None, old=False)))
-    name, allowed = (
-        ("target_speedup", "greater than 1") if sparsity is None else ("sparsity", f"in [0, {MAX_SPARSITY})")
-    )
+    _check_budget(budgets[0], values[budgets[0]])
+
+
+def _check_budget(name: str, value: Any) -> None:
+    if name in SIZE_TARGETS:
+        parse, examples = SIZE_TARGETS[name]
+        if parse(value) is None:
+            raise RecipeError(f"{name} must be a number greater than 0, for example {examples}, got {value!r}")
+        return
+    is_sparsity = name == "sparsity"
+    allowed = f"in [0, {MAX_SPARSITY})" if is_sparsity else "greater than 1"
     try:
-        budget = TypeAdapter(float).validate_python(values[name])
+        budget = TypeAdapter(float).validate_python(value)
     except ValidationError:
-        raise RecipeError(f"{name} must be a number {allowed}, got {values[name]!r}") from None
-    if not (budget > 1 if sparsity is None else 0 <= budget < MAX_SPARSITY):
+        raise RecipeError(f"{name} must be a number {allowed}, got {value!r}") from None
+    if not (0 <= budget < MAX_SPARSITY if is_sparsity else budget > 1):
         raise RecipeError(f"{name} must be {allowed}, got {budget}")
 
 
@@ -267,7 +312,7 @@ def fit_to_model(recipe: Recipe, spec: FamilySpec, *, hidden_size: int, norms_fi
         recipe: as it was given.
         spec: family of the model.
         hidden_size: width of its residual stream.
-        norms_first: whether norms come before the blocks.
+        norms_first: whether norms come before the sites.
 
     Raises:
         RecipeError: the target cannot run the family in another shape, or the method does not fit it.

@@ -19,7 +19,7 @@ from intraslice.runtime.families_intraslice import FAMILIES
 
 _GENERAL = (
     *("model", "revision", "trust_remote_code", "output", "method", "target", "sparsity", "target_speedup"),
-    "speedup_of",
+    *("target_parameters", "target_size", "speedup_of"),
 )
 
 
@@ -53,8 +53,8 @@ SECTIONS = tuple(dict.fromkeys(name.partition(".")[0] for name in option_names(N
 
 
 def new_name(name: str) -> str:
-    """Return today's name of an option of an earlier release; "" when there is none."""
-    return "attention.heads" if name.endswith("_heads") else RENAMED.get(name, "")
+    """Return today's name of an option of an earlier release."""
+    return {"architecture": "method"}.get(name) or RENAMED.get(name, "attention.heads")
 
 
 def rotatable_families() -> list[str]:

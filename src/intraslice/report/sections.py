@@ -98,7 +98,7 @@ def build_article(index: int, model: str, comparison: dict[str, Any]) -> Article
         ("size", "Quality against size", SIZE_NOTE, _quality(done, "sparsity", "against sparsity", "sparsity")),
         ("speed", "Quality against decode speed", SPEED_NOTE, _quality(done, "speed", "against decode speed", SPEED)),
         ("layers", "What is kept in each layer", KEPT_NOTE, _kept(index, done)),
-        ("errors", "Error of each block", ERROR_NOTE, _errors(index, done)),
+        ("errors", "Error of each site", ERROR_NOTE, _errors(index, done)),
         ("rank", "Effective rank of the layer outputs", RANK_NOTE, _rank(index, done)),
         ("spectra", "Spectra of the dense model", SPECTRA_NOTE, _spectra(analysis)),
         ("rope", "Sensitivity to rotary pairs", ROPE_NOTE, _rope(analysis)),
@@ -125,9 +125,9 @@ KEPT_NOTE = (
     "Share of the dense layer that is left: the fuller the colour, the more is left. Point at a cell for the number."
 )
 ERROR_NOTE = (
-    "Relative squared error on the calibration tokens, as recorded: of what the block should add to the residual "
-    "stream. For intraslice, iter-pca, ada-h and naive that includes what earlier layers left to repair; for slicegpt "
-    "it is the share of the stream behind the block that is deleted. So compare layers rather than methods."
+    "Relative squared error on the calibration tokens, as recorded: of what attention or the FFN should add to the "
+    "residual stream. For intraslice, iter-pca, ada-h and naive that includes what earlier layers left to repair; for "
+    "slicegpt it is the share of the stream behind it that is deleted. So compare layers rather than methods."
 )
 RANK_NOTE = (
     "How many of the largest eigenvalues of the second moment hold 99 % of their sum, at the output of each decoder "

@@ -38,6 +38,7 @@ def render(result: PruneResult, *, composite: bool = False) -> str:
         _loading(result, composite),
         _layers(result),
         _made(result),
+        *_healed(result),
     )
     return "\n\n".join(sections) + "\n"
 
@@ -115,6 +116,23 @@ def _layers(result: PruneResult) -> str:
             *lines,
         ]
     )
+
+
+def _healed(result: PruneResult) -> list[str]:
+    if result.healing is None:
+        return []
+    record = result.healing
+    trained = {"full": "All weights but the embeddings", "lora": "Low-rank additions, merged into the weights,"}
+    if record.options.get("train_embeddings"):
+        trained["full"] = "All weights"
+    return [
+        "## Healing\n\n"
+        f"{trained[record.options['weights']]} were then trained to give the predictions of "
+        f"`{_hub_id(record.teacher) or Path(record.teacher).name}` on {record.best.tokens:,} tokens of "
+        f"{Path(str(record.calibration['name'])).name} ({record.best_step} steps, learning rate "
+        f"{record.learning_rate:g}). On held-out text the KL divergence to it fell from {record.kl_before:.3f} to "
+        f"{record.best.kl:.3f} nats per token. The errors in the table above are those before it."
+    ]
 
 
 def _made(result: PruneResult) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from intraslice.results.healing import HealingRecord
 from intraslice.runtime.families_intraslice import LayerShape
 
 RESULT_FILE = "result.json"
@@ -64,6 +65,7 @@ class PruneResult:
         dtype: of the saved weights.
         recipe: the full recipe.
         command: the command line, or the Python call.
+        healing: how the weights were trained afterwards, if they were.
     """
 
     output: str
@@ -87,6 +89,7 @@ class PruneResult:
     dtype: str
     recipe: dict[str, Any] = field(default_factory=dict)
     command: str = ""
+    healing: HealingRecord | None = None
 
     def with_seconds(self, seconds: dict[str, float]) -> PruneResult:
         """Return the result with other seconds."""
@@ -104,7 +107,8 @@ class PruneResult:
     def from_dict(cls, data: dict[str, Any]) -> PruneResult:
         """Inverse of `to_dict`."""
         layers = tuple(layer_record_from_dict(record) for record in data["layers"])
-        return cls(**{**data, "layers": layers})
+        healing = data.get("healing")
+        return cls(**{**data, "layers": layers, "healing": healing and HealingRecord.from_dict(healing)})
 
     @classmethod
     def load(cls, folder: str | Path) -> PruneResult:

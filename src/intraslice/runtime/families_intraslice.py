@@ -12,11 +12,11 @@ torch, so it imports only the standard library.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 # Fields of a shape that config.json holds only where they are set.
-_OPTIONAL = ("output_bias", "ranks", "shortcuts", "headed_qk_norm")
+_OPTIONAL = ("output_bias", "ranks", "shortcuts", "headed_qk_norm", "dropped")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class LayerShape:
         shortcuts: whether each residual connection passes through a matrix (a rotated and sliced residual stream).
         headed_qk_norm: whether the norms of query and key, where all heads share one weight in the dense model, have
             one weight per head: [num_attention_heads, qk_head_dim] and [num_key_value_heads, qk_head_dim].
+        dropped: blocks that the layer does not have, "attention" or "ffn"; their heads, widths and channels are 0.
     """
 
     heads_per_kv: tuple[int, ...]
@@ -44,6 +45,24 @@ class LayerShape:
     ranks: tuple[tuple[str, int], ...] = ()
     shortcuts: bool = False
     headed_qk_norm: bool = False
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the layer has an attention block."""
+        return "attention" not in self.dropped
+
+    @property
+    def has_ffn(self) -> bool:
+        """Whether the layer has an FFN."""
+        return "ffn" not in self.dropped
+
+    def without(self, block: str) -> LayerShape:
+        """Return the shape of a layer that has lost a block, "attention" or "ffn"."""
+        sizes: dict[str, Any] = {"intermediate_size": 0}
+        if block == "attention":
+            sizes = {"heads_per_kv": (), "qk_head_dim": 0, "v_head_dim": 0}
+        return replace(self, **sizes, dropped=(*self.dropped, block))
 
     @property
     def num_attention_heads(self) -> int:
@@ -58,21 +77,23 @@ class LayerShape:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; fields that few methods use only where they say something."""
         data = {**asdict(self), "heads_per_kv": list(self.heads_per_kv), "ranks": [list(pair) for pair in self.ranks]}
+        data["dropped"] = list(self.dropped)
         return {name: value for name, value in data.items() if value or name not in _OPTIONAL}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerShape:
         """Inverse of `to_dict`."""
         ranks = tuple((path, rank) for path, rank in data.get("ranks", ()))
-        return cls(**{**data, "heads_per_kv": tuple(data["heads_per_kv"]), "ranks": ranks})
+        dropped = tuple(data.get("dropped", ()))
+        return cls(**{**data, "heads_per_kv": tuple(data["heads_per_kv"]), "ranks": ranks, "dropped": dropped})
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one matrix lives inside a block: a Linear, or one part of a fused Linear.
+    """Where one matrix lives inside a site: a Linear, or one part of a fused Linear.
 
     Attributes:
-        path: name of the Linear relative to the block.
+        path: name of the Linear relative to the module of the site.
         part: which part of a fused Linear, in the order of its rows.
         parts: names of all parts when fused, for example ("q", "k", "v"); empty when not fused.
     """
@@ -111,16 +132,16 @@ class FamilySpec:
         up, gate, down: FFN projections relative to the FFN module; gate is None when the FFN is not gated.
         activation: config attribute that names the activation function.
         act_fn: the activation function as a module relative to the FFN module.
-        attention_norm, ffn_norm: norms of the inputs of the blocks, relative to the layer; None when a block reads the
+        attention_norm, ffn_norm: norms of the inputs of the sites, relative to the layer; None when a site reads the
             residual stream as it is.
-        attention_out_norm, ffn_out_norm: norms of the outputs of the blocks, before they are added to the residual
+        attention_out_norm, ffn_out_norm: norms of the outputs of the sites, before they are added to the residual
             stream; None when there are none.
-        residual_scale: config attribute that the output of each block is multiplied by before it is added.
+        residual_scale: config attribute that the output of each site is multiplied by before it is added.
         parallel: whether the FFN reads the input of the layer, as attention does: a constant, or a config attribute.
         qk_norm: norms of query and key; None when the family has none.
         norm: what the norms compute: "rms" (x / rms(x) * weight), "rms_plus_one" (the same, * (1 + weight)), "layer"
             (LayerNorm with weight and bias), "layer_plus_one", or "layer_plain" (LayerNorm without weights).
-        norm_first: config attribute that says whether norms come before the block; None means always before.
+        norm_first: config attribute that says whether norms come before the site; None means always before.
         rope: whether query and key are rotated: a constant, the config list that says it of each layer (0: not), or
             "sliding_window" where layers with a window are rotated, and all layers if the model has no windows.
         rope_layout: where the two channels of a rotary pair are: "half" (one in each half of the rotated channels), or
@@ -200,7 +221,7 @@ class FamilySpec:
     @property
     def rotatable(self) -> bool:
         """Whether the residual stream may be rotated: a rotation passes unchanged only through an RMSNorm whose
-        weight can be moved into the Linears that follow, and only where the norms come before the blocks.
+        weight can be moved into the Linears that follow, and only where the norms come before the sites.
         """
         reads_norms = self.attention_norm is not None and self.ffn_norm is not None
         plain_sum = self.norm_first is None and self.parallel is False and self.residual_scale is None
@@ -245,7 +266,7 @@ class FamilySpec:
 
     @property
     def attention_paths(self) -> tuple[tuple[str, ...], str]:
-        """Linears that read the input of the attention block, and the one that writes its output, within the layer."""
+        """Linears that read the input of attention, and the one that writes its output, within the layer."""
         reading = dict.fromkeys(f"{self.attention}.{slot.path}" for slot in (self.q, self.k, self.v))
         return tuple(reading), f"{self.attention}.{self.o.path}"
 
@@ -271,7 +292,8 @@ class FamilySpec:
             sizes |= {path: (count, hidden_size) for path, count in zip(paths, counts, strict=True)}
         sizes[o] = (hidden_size, heads * shape.v_head_dim)
         sizes[down] = (hidden_size, shape.intermediate_size)
-        return sizes
+        gone = (() if shape.has_attention else (*attention, o)) + (() if shape.has_ffn else (*ffn, down))
+        return {path: size for path, size in sizes.items() if path not in gone}
 
     def num_parameters(self, shape: LayerShape, hidden_size: int) -> int:
         """Return the number of linear weights (no biases, no norms) of a layer of this shape.
@@ -382,6 +404,7 @@ FAMILIES: dict[str, FamilySpec] = {
             bias_fields=("attention_bias", "mlp_bias"),
             heads_divide_hidden=True,
             stand_in="mistral",
+            since="5.23",
         ),
         FamilySpec(
             name="jais2",

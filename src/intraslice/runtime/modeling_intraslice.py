@@ -275,7 +275,7 @@ class PrunedAttention(nn.Module):
         """Return query, key (after RoPE) and value, as they go into the cache.
 
         Args:
-            hidden_BTD: input of the attention block, [B, T, D].
+            hidden_BTD: input of attention, [B, T, D].
             position_embeddings: cos and sin, each [B or 1, T, rotary channels]; None without RoPE.
 
         Returns:
@@ -427,7 +427,7 @@ class PrunedAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the output of the attention block [B, T, D], and the weights if the kernel has them.
+        """Return the output of attention [B, T, D], and the weights if the kernel has them.
 
         Args:
             hidden_states: [B, T, D].
@@ -457,6 +457,60 @@ class PrunedAttention(nn.Module):
 
 def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
     return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
+def _nothing(x: torch.Tensor) -> torch.Tensor:
+    """Return zeros of the shape of `x` that take the memory of one number."""
+    return x.new_zeros(1).expand(x.shape)
+
+
+class DroppedAttention(nn.Module):
+    """Stands where a layer has no attention: adds nothing, and has no weights.
+
+    The model counts its positions, and makes its masks, by the first layer of each kind in the cache. Where that is
+    this layer, one channel of zeros per token is kept there, so that any cache counts as it always does.
+
+    Args:
+        layer_idx: number of the layer, for the cache.
+        shape: of the layer.
+    """
+
+    def __init__(self, layer_idx: int, shape: LayerShape) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.shape = shape
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        """Return zeros [B, T, D], and no attention weights.
+
+        Args:
+            hidden_states: [B, T, D].
+            args: not read; other attention modules take more.
+            past_key_values: cache to extend.
+            kwargs: not read.
+        """
+        if past_key_values is not None and self._counts(past_key_values):
+            B, T, _ = hidden_states.shape
+            token_B1T1 = hidden_states.new_zeros(B, 1, T, 1)
+            past_key_values.update(token_B1T1, token_B1T1, self.layer_idx)
+        return _nothing(hidden_states), None
+
+    def _counts(self, cache: Cache) -> bool:
+        kinds = cache.is_sliding
+        # A cache that grows by the layer may not have come so far.
+        return self.layer_idx == 0 or (
+            self.layer_idx < len(kinds) and kinds.index(kinds[self.layer_idx]) == self.layer_idx
+        )
+
+
+class DroppedFFN(nn.Module):
+    """Stands where a layer has no FFN, or has its last projection: adds nothing, and has no weights."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return zeros, [..., D]."""
+        return _nothing(hidden_states)
 
 
 class FactoredLinear(nn.Module):
@@ -500,7 +554,7 @@ def apply_layer_shape(
     are resized; then come the factors and the matrices of the residual connections, if the shape has any. Device
     and dtype stay, the meta device too. A Linear whose size does not change keeps its parameters, the others hold
     uninitialised memory; a new `rope_index` holds the first pairs, and a bias that the shape adds to an output
-    projection is zero.
+    projection is zero. A dropped block is replaced by one without weights that adds nothing, and cannot come back.
 
     Args:
         layer: decoder layer of the stock class, or one that was changed by this function before.
@@ -510,7 +564,9 @@ def apply_layer_shape(
         shape: the new shape.
     """
     old = layer.get_submodule(spec.attention)
-    if isinstance(old, PrunedAttention) and old.has_shape(shape):
+    if not shape.has_attention:
+        layer.set_submodule(spec.attention, DroppedAttention(layer_idx, shape))
+    elif isinstance(old, PrunedAttention) and old.has_shape(shape):
         old.shape = shape
     else:
         with torch.device("meta"):
@@ -525,20 +581,48 @@ def apply_layer_shape(
 
     mlp: Any = layer.get_submodule(spec.mlp) if spec.mlp else layer
     hidden, ffn = config.hidden_size, shape.intermediate_size
-    for slot in (spec.up, spec.gate):
-        if slot is not None:
-            rows = ffn * max(1, len(slot.parts))
-            mlp.set_submodule(slot.path, _resized(mlp.get_submodule(slot.path), rows, hidden))
-    mlp.set_submodule(spec.down.path, _resized(mlp.get_submodule(spec.down.path), hidden, ffn))
-    if spec.mlp:
-        mlp.intermediate_size = ffn
+    if not shape.has_ffn:
+        _drop_ffn(layer, spec)
+    else:
+        for slot in (spec.up, spec.gate):
+            if slot is not None:
+                rows = ffn * max(1, len(slot.parts))
+                mlp.set_submodule(slot.path, _resized(mlp.get_submodule(slot.path), rows, hidden))
+        mlp.set_submodule(spec.down.path, _resized(mlp.get_submodule(spec.down.path), hidden, ffn))
+        if spec.mlp:
+            mlp.intermediate_size = ffn
+    if shape.dropped:
+        _drop_norms(layer, config, spec, shape)
     if shape.output_bias:
-        for module, slot in ((layer.get_submodule(spec.attention), spec.o), (mlp, spec.down)):
-            _add_bias(module.get_submodule(slot.path))
+        for kept, (_, output) in ((shape.has_attention, spec.attention_paths), (shape.has_ffn, spec.ffn_paths)):
+            if kept:
+                _add_bias(layer.get_submodule(output))
     for path, rank in shape.ranks:
         layer.set_submodule(path, FactoredLinear.like(layer.get_submodule(path), rank))  # type: ignore[arg-type]
     if shape.shortcuts:
         add_shortcuts(layer, spec, hidden)
+
+
+def _drop_ffn(layer: nn.Module, spec: FamilySpec) -> None:
+    if spec.mlp:
+        layer.set_submodule(spec.mlp, DroppedFFN())
+        return
+    # Linears of the layer itself: what stands before the last one passes on what nobody reads.
+    reading, output = spec.ffn_paths
+    for path in reading:
+        layer.set_submodule(path, nn.Identity())
+    layer.set_submodule(output, DroppedFFN())
+
+
+def _drop_norms(layer: nn.Module, config: PretrainedConfig, spec: FamilySpec, shape: LayerShape) -> None:
+    """Take away the norms that only dropped blocks read; those that come after the sum stay."""
+    if spec.norm_first is not None and not vars(config)[spec.norm_first]:
+        return
+    read = {spec.attention_norm: shape.has_attention}
+    read[spec.ffn_norm] = read.get(spec.ffn_norm, False) or shape.has_ffn
+    for path, needed in read.items():
+        if path is not None and not needed:
+            layer.set_submodule(path, nn.Identity())
 
 
 def _resized(linear: Any, out_features: int, in_features: int) -> nn.Module:
@@ -577,7 +661,8 @@ def _shape_layers(model: Any, config: Any) -> None:
     for layer_idx, (layer, shape) in enumerate(zip(model.layers, config.layer_shapes, strict=True)):
         apply_layer_shape(layer, config, spec, layer_idx, shape)
         # Where other buffers are made: vLLM builds parameters on the meta device, but no buffers.
-        layer.get_submodule(spec.attention).register_indices()
+        if shape.has_attention:
+            layer.get_submodule(spec.attention).register_indices()
     model._no_split_modules = {type(layer).__name__ for layer in model.layers}
     if spec.rope:
         # Scaled RoPE recomputes its frequencies while the model runs, from the dense head_dim.

@@ -1,6 +1,6 @@
 """Decoder layers with a matrix on each residual connection, as a rotated and sliced residual stream needs them.
 
-Between two blocks the stream changes from the leading directions of one rotation to those of the next; the weights of
+Between two sites the stream changes from the leading directions of one rotation to those of the next; the weights of
 the norms are in the Linears that follow. Paper: SliceGPT, arXiv 2401.15024.
 
 This file travels with every pruned checkpoint (`trust_remote_code=True`), so it may import only the standard

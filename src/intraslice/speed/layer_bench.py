@@ -169,6 +169,7 @@ class _Shape:
         self.kv_cache_bytes_per_token = sum(
             tensor.numel() * tensor.element_size() / (batch_size * tensor.shape[-2])  # [B, K, T, d]
             for tensor in (kept.keys, kept.values)
+            if tensor is not None
         )
         self.decode.append(self.host.step_seconds(index, self.module, cache, batch_size, options.decode_tokens))
 

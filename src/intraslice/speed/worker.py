@@ -152,6 +152,9 @@ def _cache_bytes(cache: Any, batch_size: int) -> tuple[float, int]:
     """Return the bytes of keys and values for one token of one sequence, and of all that the cache holds."""
     per_token, total = 0.0, 0
     for layer in cache.layers:
+        if layer.keys is None:
+            # A layer without attention.
+            continue
         for tensor in (layer.keys, layer.values):  # [B, K, T, d]; a sliding window holds fewer than all T
             size = tensor.numel() * tensor.element_size()
             per_token += size / (batch_size * tensor.shape[-2])

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from intraslice.algebra.scores import rope_pair_scores
 from intraslice.algebra.selection import top_indices
-from intraslice.algebra.statistics import BlockSecondMoment, SecondMoment, Sum
+from intraslice.algebra.statistics import BlockSecondMoment, SecondMoment, Statistics
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer
@@ -250,15 +250,16 @@ class _PairErrors:
         shape = block.attention.shape
         device, dtype = model.placement.device, model.placement.stat_dtype
         H, K = shape.num_attention_heads, shape.num_key_value_heads
-        query_abs = Sum(H, shape.qk_head_dim, device=device, dtype=dtype)
-        key_abs = Sum(K, shape.qk_head_dim, device=device, dtype=dtype)
-        num_tokens = 0
+        statistics = Statistics(device, dtype)
+        query_abs = statistics.sum("query", H, shape.qk_head_dim)
+        key_abs = statistics.sum("key", K, shape.qk_head_dim)
+        num_tokens = statistics.number("num_tokens")
         for part in hidden.slices():
             query, key, _ = block.project(block.attention, block.attention_input(hidden.read(part)))
             query_abs.update(query.abs().sum((0, 2)))
             key_abs.update(key.abs().sum((0, 2)))
-            num_tokens += query.shape[0] * query.shape[2]
-        scores = rope_pair_scores(query_abs.value, key_abs.value, num_tokens, pairs)  # [H, d / 2]
+            num_tokens.update(query.shape[0] * query.shape[2])
+        scores = rope_pair_scores(query_abs.value, key_abs.value, round(float(num_tokens.value)), pairs)  # [H, d / 2]
         per_kv = scores.view(K, H // K, -1).sum(1)
         self._channel_masks = [
             pair_masks(per_kv, pairs, max(1, round(fraction * len(pairs))))
@@ -266,8 +267,8 @@ class _PairErrors:
             .to(device, model.placement.compute_dtype)
             for fraction in fractions
         ]
-        self._energy = Sum(H, device=device, dtype=dtype)
-        self._errors = Sum(len(fractions), H, device=device, dtype=dtype)
+        self._energy = statistics.sum("energy", H)
+        self._errors = statistics.sum("errors", len(fractions), H)
 
     def update(self, query_BHTd: Tensor, key_BKTd: Tensor, value_BKTd: Tensor, context_BTC: Tensor) -> None:
         """Add the tokens of one batch; `context` is what all pairs give."""

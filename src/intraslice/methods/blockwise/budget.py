@@ -99,6 +99,8 @@ class Budget:
 
     def _range(self, layer: int, site: Site) -> _Range:
         planned = self.planned(layer, site)
+        if planned == 0.0:
+            return _Range(0.0, 0.0, 0.0)
         if site.kind == ATTENTION:
             exact = self._planned_heads or self._keep[layer][site.name] >= 1.0
             return _Range(planned, planned, planned, 0.0 if exact else site.unit_weights)
@@ -116,7 +118,7 @@ class Budget:
             for site in sites:
                 planned = self.planned(layer, site)
                 spent = planned
-                if site.kind != ATTENTION:
+                if site.kind != ATTENTION and planned > 0.0:
                     spent = float(self.channels(layer, site, planned + carry) * site.unit_weights)
                     steps.append(self._options.ffn.ffn_multiple * site.unit_weights)
                 carry += planned - spent

@@ -17,7 +17,7 @@ from intraslice.algebra.selection import HeadPlan
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer, read_attention, read_ffn
 from intraslice.layers.sites import ATTENTION, FFN, Site
-from intraslice.layers.surgery import write_attention, write_ffn
+from intraslice.layers.surgery import drop_block, write_attention, write_ffn
 from intraslice.layers.weights import FFNEdit, ValueEdit, attention_shape, fuse_ffn, fuse_qk, fuse_value
 from intraslice.methods.blockwise.budget import Budget
 from intraslice.methods.blockwise.channels import select_channels, solve_down
@@ -43,11 +43,13 @@ class LayerPlan:
         iter_pca: whether Eq. 7 is applied to its FFN.
         heads: exact shape of its attention; None leaves it to the budget.
         rope_pairs: pairs that all heads of the model keep; None leaves them to each kv head.
+        dropped: names of the sites that go as a whole.
     """
 
     iter_pca: bool
     heads: HeadPlan | None = None
     rope_pairs: tuple[int, ...] | None = None
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,14 @@ def prune_layer(
     try:
         for site in model.sites.layers[index]:
             planned = budget.planned(index, site)
+            if site.name in plan.dropped:
+                _drop_site(model, layer, index, site, streams, dense)
+                # Nothing of what the site was to add is there any more; what follows is repaired for it.
+                errors[site.name] = 1.0
+                if site.kind != ATTENTION:
+                    budget.carry += granted - spent
+                    granted, spent = 0.0, 0
+                continue
             if site.kind == ATTENTION:
                 pruned = _prune_attention(model, layer, index, streams, planned, plan, options.attention)
                 heads, errors[site.name] = pruned.heads, pruned.error
@@ -112,7 +122,24 @@ def prune_layer(
         propagate_ffn(layer, streams.pruned)
     except NumericalError as error:
         raise NumericalError(f"layer {index}: {error}") from error
-    return PrunedLayer(layer.attention.shape, heads, errors)
+    return PrunedLayer(layer.shape, heads, errors)
+
+
+def _drop_site(
+    model: StreamedModel, layer: DecoderLayer, index: int, site: Site, streams: Streams, attention: PrunedAttention
+) -> None:
+    """Take a whole site out of the layer, and advance the streams as far as measuring it would have done."""
+    dense, pruned = streams.dense, streams.pruned
+    for part in pruned.slices():
+        if site.kind == ATTENTION:
+            if dense is not None:
+                dense.write(part, layer.attention_step(dense.read(part)))
+            continue
+        pruned.write(part, layer.attention_step(pruned.read(part)))
+        if dense is not None:
+            states = dense.read(part)
+            dense.write(part, layer.add_ffn(layer.ffn_residual(states, attention), layer.ffn_output(states)))
+    drop_block(layer, model.config, index, site.kind)
 
 
 @dataclass(frozen=True)
@@ -177,7 +204,7 @@ def _prune_ffn(
 ) -> tuple[int, float]:
     """Return the kept channels and the error."""
     moments = ffn_moments(model, layer, streams, dense, options.repair_against)
-    shape = layer.attention.shape
+    shape = layer.shape
     keep = budget.channels(index, site, wanted)
     weights, gain = read_ffn(layer, shape), layer.output_gain(FFN)
     down = with_gain(weights.down, gain)

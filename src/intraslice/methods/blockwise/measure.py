@@ -157,7 +157,7 @@ def ffn_moments(
     moments = sums.moments()
     if not torch.isfinite(moments.gram).all():
         raise NumericalError("the FFN activations contain NaN or infinite values.")
-    down = read_ffn(layer, layer.attention.shape).down
+    down = read_ffn(layer, layer.shape).down
     return moments if to_stream else own_output(moments, with_gain(down, layer.output_gain(FFN)))
 
 

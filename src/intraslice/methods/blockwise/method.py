@@ -86,7 +86,9 @@ class Blockwise:
         if not self._options.ffn.iter_pca:
             return set()
         count = max(1, round(self._options.ffn.iter_pca_fraction * len(ffn_fractions)))
-        return set(sorted(range(len(ffn_fractions)), key=lambda index: (ffn_fractions[index], index))[:count])
+        # An FFN that goes as a whole keeps nothing to iterate on.
+        kept = [index for index, fraction in enumerate(ffn_fractions) if fraction > 0.0]
+        return set(sorted(kept, key=lambda index: (ffn_fractions[index], index))[:count])
 
     def layer(self, context: Context, state: _State, index: int, layer: DecoderLayer) -> LayerOutcome:
         """Prune the layer in place, and advance the streams through it."""
@@ -95,6 +97,7 @@ class Blockwise:
             iter_pca=index in state.iterated,
             heads=None if heads is None else heads[index],
             rope_pairs=state.allocation.rope_pairs,
+            dropped=state.allocation.dropped(index),
         )
         pruned = prune_layer(context.model, layer, index, state.streams, state.budget, plan, self._options)
         num_weights = context.model.spec.num_parameters(pruned.shape, context.model.config.hidden_size)

@@ -34,6 +34,10 @@ class AllocationOptions:
         max_site_sparsity: cap on what one site may lose; the excess goes to other layers.
         num_channel_groups: into how many groups the channels of `act` are cut for the rotation.
         shape_freedom: a row of SHAPE_FREEDOMS.
+        drop_blocks: whether the attention or the FFN of a layer may go as a whole.
+        max_dropped_share: cap on the share of all these blocks that goes.
+        max_drop_price: a block goes only where its importance is less than this many times what thinning would take for
+            as many weights; above 1, quality is paid for speed.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -47,6 +51,9 @@ class AllocationOptions:
     max_site_sparsity: Annotated[float, Gt(0), Lt(1)] = 0.9
     num_channel_groups: Annotated[int, Ge(1)] = 32
     shape_freedom: Annotated[str, OneOf(strategies.SHAPE_FREEDOMS)] = "free"
+    drop_blocks: Annotated[bool, OneOf(strategies.DROP_BLOCKS)] = False
+    max_dropped_share: Annotated[float, Gt(0), Lt(1)] = 0.1
+    max_drop_price: Annotated[float, Gt(0)] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +153,7 @@ def choices() -> dict[str, Mapping[Any, Row]]:
         "allocation.rule": strategies.ALLOCATION_RULES,
         "allocation.shape_freedom": strategies.SHAPE_FREEDOMS,
         "allocation.pca_ffn": strategies.PCA_FFN,
+        "allocation.drop_blocks": strategies.DROP_BLOCKS,
         "attention.heads": strategies.HEAD_RULES,
         "attention.score": strategies.in_section(strategies.SCORES, "attention"),
         "attention.basis": strategies.BASES,
@@ -192,6 +200,17 @@ class BlockwiseOptions:
                 f"attention.heads = all (method {method}) keeps every head, but allocation.shape_freedom = {freedom} "
                 f"(target {target}) chooses how many heads stay; set attention.heads to adaptive or whole, or leave "
                 "shapes free, as --target transformers does."
+            )
+        drops = self.allocation.drop_blocks and "allocation.drop_blocks" in self.read()
+        if drops and (target in ("vllm", "stock") or freedom == "model"):
+            return (
+                f"allocation.drop_blocks takes whole blocks out of layers, which --target {target} cannot run; use "
+                "--target transformers or llama.cpp, or leave every layer its blocks."
+            )
+        if drops and self.allocation.budget_unit == "units":
+            return (
+                "allocation.drop_blocks saves weights, which allocation.budget_unit = units does not count; set it to "
+                "weights, or leave every layer its blocks."
             )
         score = strategies.SCORES[self.attention.score]
         if "attention.score" in self.read() and score.head_rules and self.attention.heads not in score.head_rules:

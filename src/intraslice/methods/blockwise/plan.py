@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from intraslice.errors import RecipeError
 from intraslice.methods.base import Context
 from intraslice.methods.blockwise.allocators.base import Allocation, count_units
+from intraslice.methods.blockwise.allocators.drop import choose_dropped
 from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients
 from intraslice.methods.blockwise.allocators.shapes import ShapeGrid, allocate_shapes
 from intraslice.methods.blockwise.allocators.uniform import allocate_uniform
@@ -67,15 +69,35 @@ def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
             save_path=gradient_path(context, options),
             progress=context.progress,
         )
+    sites, sparsity = model.sites, context.sparsity
+    if rules.drop_blocks and isinstance(measured, MaskGradients):
+        dropped = choose_dropped(measured, sites, sparsity, rules)
+        _say_dropped(context, dropped, rules.max_dropped_share)
+        sites = sites.without(dropped)
+        sparsity = max(0.0, 1.0 - (1.0 - sparsity) * model.sites.num_weights / sites.num_weights)
+        units = count_units(sites, sparsity, rules)
     if grid is None:
-        return units.to_weight_fractions(options.rule.load()(measured, units.sites, units.sparsity, rules))
+        allocation = options.rule.load()(measured, units.sites, units.sparsity, rules)
+        return units.to_weight_fractions(allocation).with_dropped(model.sites)
     assert isinstance(measured, MaskGradients), "the recipe refuses other rules where shapes are not free"
-    allocation = allocate_shapes(measured, model.sites, context.sparsity, rules, grid)
+    allocation = allocate_shapes(measured, sites, sparsity, rules, grid).with_dropped(model.sites)
     context.progress.note(
         f"allocation.shape_freedom = {rules.shape_freedom} keeps {allocation.kept_importance:.1%} of the channels' "
         f"importance; free shapes would keep {allocation.free_importance:.1%}"
     )
     return allocation
+
+
+def _say_dropped(context: Context, dropped: Sequence[tuple[int, str]], share: float) -> None:
+    count = sum(map(len, context.model.sites.layers))
+    by_name: dict[str, list[int]] = {}
+    for layer, name in sorted(dropped):
+        by_name.setdefault(name, []).append(layer)
+    what = " and ".join(f"{name} of {', '.join(map(str, layers))}" for name, layers in by_name.items())
+    context.progress.note(
+        f"allocation.drop_blocks: {len(dropped)} of {count} blocks go (at most {share:.0%} may)"
+        + (f": {what}" if what else "; thinning is better everywhere")
+    )
 
 
 def _shape_grid(model: StreamedModel, options: BlockwiseOptions) -> ShapeGrid | None:

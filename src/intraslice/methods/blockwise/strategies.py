@@ -81,26 +81,39 @@ SCORES: dict[str, Score] = {
 """`attention.score` and `ffn.score`; a row reads options of the section that names it."""
 
 
-REPAIRS: dict[str, Row] = {
-    "ridge": Row(
+@dataclass(frozen=True, kw_only=True)
+class Repair(Row):
+    """What happens to the output projection of a site.
+
+    Attributes:
+        adds_bias: whether output projections get a bias.
+    """
+
+    adds_bias: bool = False
+
+
+REPAIRS: dict[str, Repair] = {
+    "ridge": Repair(
         summary="ridge regression of the output projection",
         function=f"{_HERE}.repairs:ridge",
         reads=("damping", "shrink_to", "repair_against"),
         paper="IntraSlice, Eq. 6 and 8",
     ),
-    "bias": Row(
+    "bias": Repair(
         summary="a bias that adds back the mean of what is missing",
+        adds_bias=True,
         function=f"{_HERE}.repairs:mean_bias",
         reads=("repair_against",),
         paper="FLAP",
     ),
-    "affine": Row(
+    "affine": Repair(
         summary="a factor and a bias for each output channel by least squares",
+        adds_bias=True,
         function=f"{_HERE}.repairs:affine_fit",
         reads=("repair_against",),
         paper="SlimLLM",
     ),
-    "none": Row(summary="nothing is repaired", function=f"{_HERE}.repairs:nothing"),
+    "none": Repair(summary="nothing is repaired", function=f"{_HERE}.repairs:nothing"),
 }
 """`attention.repair` and `ffn.repair`; a row reads options of the section that names it."""
 
@@ -168,6 +181,7 @@ ALLOCATION_RULES: dict[str, AllocationRule] = {
             "allocation.pca_ffn",
             "allocation.ffn_share",
             "allocation.shape_freedom",
+            "allocation.drop_blocks",
         ),
         paper="IntraSlice, Eq. 9-11",
     ),
@@ -216,6 +230,15 @@ PCA_FFN: dict[bool, Row] = {
     False: Row(summary="gradients as they are"),
 }
 """`allocation.pca_ffn`."""
+
+DROP_BLOCKS: dict[bool, Row] = {
+    True: Row(
+        summary="attention and FFNs of which little is lost go as a whole",
+        reads=("allocation.max_dropped_share", "allocation.max_drop_price"),
+    ),
+    False: Row(summary="every layer keeps both"),
+}
+"""`allocation.drop_blocks`."""
 
 ITER_PCA: dict[bool, Row] = {
     True: Row(

@@ -21,7 +21,8 @@ class Allocation:
     """What each site keeps.
 
     Attributes:
-        keep: for each layer, by the name of the site, the fraction of its linear weights that stays, in (0, 1].
+        keep: for each layer, by the name of the site, the fraction of its linear weights that stays, in [0, 1]; 0 for
+            a block that goes as a whole.
         heads: exact shapes of the attention sites, where a runtime asks for them; the fractions are then theirs.
         rope_pairs: rotary pairs that all heads of all layers keep; None leaves the choice to each kv head.
         kept_importance: share of the importance of all channels that these shapes keep.
@@ -42,6 +43,22 @@ class Allocation:
     def fractions(self, name: str) -> tuple[float, ...]:
         """Return what the sites of this name keep, in the order of the layers."""
         return tuple(layer[name] for layer in self.keep if name in layer)
+
+    def dropped(self, layer: int) -> tuple[str, ...]:
+        """Return the names of the sites of a layer that go as a whole."""
+        return tuple(name for name, kept in self.keep[layer].items() if kept == 0.0)
+
+    def with_dropped(self, sites: ModelSites) -> Allocation:
+        """Return the allocation of all sites, of one that leaves out those that go."""
+        keep = tuple(
+            {site.name: kept.get(site.name, 0.0) for site in layer}
+            for kept, layer in zip(self.keep, sites.layers, strict=True)
+        )
+        if self.heads is None:
+            return replace(self, keep=keep)
+        planned, none = iter(self.heads), HeadPlan(num_key_value_heads=0, group=0, width=0)
+        heads = tuple(next(planned) if keep[layer][site.name] else none for layer, site in sites.of(ATTENTION))
+        return replace(self, keep=keep, heads=heads)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""

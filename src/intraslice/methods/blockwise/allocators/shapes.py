@@ -26,7 +26,7 @@ from intraslice.methods.blockwise.allocators.base import Allocation, split_spars
 from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients, channel_importance
 from intraslice.methods.blockwise.options import AllocationOptions
 
-_NEAR = 0.9 * TOLERANCE
+NEAR = 0.9 * TOLERANCE
 """How near to the budget one shape for all layers must come: closer than what a finished prune may miss it by."""
 
 
@@ -92,8 +92,11 @@ def allocate_shapes(
         # Layers without RoPE are free in what they keep of query and key, whatever the others share.
         kept_mass = [1.0] * len(heads)
         if pairs is not None and mass is not None:
+            # Sites that go as a whole are not among those that get a shape.
+            places = {layer: place for place, (layer, _) in enumerate(sites.of(ATTENTION))}
             for layer, kept in zip(rotated, mass[:, list(pairs)].sum(1).tolist(), strict=True):
-                kept_mass[layer] = kept
+                if layer in places:
+                    kept_mass[places[layer]] = kept
         attention = [
             _head_choices(layer * kept, grid, widths, size, cap)
             for layer, kept, size in zip(heads, kept_mass, attention_sizes, strict=True)
@@ -101,7 +104,7 @@ def allocate_shapes(
         if not all(attention):
             continue
         if options.shape_freedom == "model":
-            chosen = _one_shape(attention, ffn, budget, _NEAR * sites.num_weights)
+            chosen = _one_shape(attention, ffn, budget, NEAR * sites.num_weights)
         else:
             chosen = knapsack(attention + ffn, budget)
         if chosen is not None:

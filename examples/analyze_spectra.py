@@ -1,4 +1,4 @@
-"""Show what there is to compress in a dense model, layer by layer: analyse_spectra.py --model smollm2-135m.
+"""Show what there is to compress in a dense model, layer by layer: analyze_spectra.py --model smollm2-135m.
 
 Effective rank: how many principal components hold 99 % of the energy. A low rank beside a large width is room for PCA.
 """
@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from intraslice.api import analyse
+import intraslice
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="file for all that was measured, with the spectra")
     args = parser.parse_args(arguments)
 
-    found = analyse(args.model, num_samples=args.num_samples, seqlen=args.seqlen)
+    found = intraslice.analyze(args.model, num_samples=args.num_samples, seqlen=args.seqlen)
     widths = {"context": "head_dim", "act": "intermediate_size", "residual": "hidden_size"}
     print("layer " + " ".join(f"{name + ' of ' + str(found[width]):>18}" for name, width in widths.items()))
     for layer in range(len(found["act_spectrum"])):

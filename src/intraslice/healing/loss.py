@@ -1,0 +1,192 @@
+"""How far a student is from its teacher, without the logits of all positions ever existing at once.
+
+Shapes: P positions (sequences times tokens), D width of the decoder outputs, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from intraslice.layers.head import LanguageHead
+
+PIECE = 512
+"""Positions whose logits exist at once; two vocabularies of 49k x 512 float32 numbers are 200 MB."""
+
+Head = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the logits of the student are compared with.
+
+    Attributes:
+        head: logits [n, V] of the teacher for its decoder outputs.
+        hidden: decoder outputs of the teacher, [P, D].
+        next_tokens: token ids [P] that follow, -1 where none does.
+        task_weight: weight of their negative log likelihood beside the divergence.
+    """
+
+    head: Head
+    hidden: Tensor
+    next_tokens: Tensor
+    task_weight: float
+
+
+class _LogitLoss(torch.autograd.Function):
+    """The loss of all positions and its gradient in one pass, so that no logits are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, head: Head, target: Target, piece: int, hidden_PD: Tensor, *parameters: Tensor) -> Tensor:
+        """Return the mean loss."""
+        grad_PD = torch.empty_like(hidden_PD)
+        grads = [torch.zeros_like(parameter) for parameter in parameters]
+        loss = hidden_PD.new_zeros((), dtype=torch.float32)
+        positions = len(hidden_PD)
+        for start in range(0, positions, piece):
+            part = slice(start, start + piece)
+            with torch.enable_grad():
+                hidden = hidden_PD[part].detach().requires_grad_()
+                logits_nV = head(hidden)
+            kl, nll, slope_nV = _compare(logits_nV.detach().float(), target, part)
+            loss += kl + target.task_weight * nll
+            own, *shared = torch.autograd.grad(
+                logits_nV, [hidden, *parameters], slope_nV.div_(positions).to(logits_nV.dtype)
+            )
+            grad_PD[part] = own
+            for total, more in zip(grads, shared, strict=True):
+                total += more
+        ctx.save_for_backward(grad_PD, *grads)
+        return loss / positions
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale what was computed on the way."""
+        return (None, None, None, *(grad * slopes[0].to(grad.dtype) for grad in ctx.saved_tensors))
+
+
+def _compare(logits_nV: Tensor, target: Target, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sums of KL(teacher || student) and of the task loss, and the gradient on the logits [n, V]."""
+    log_student = functional.log_softmax(logits_nV, dim=-1)
+    with torch.no_grad():
+        log_teacher = functional.log_softmax(target.head(target.hidden[part]).float(), dim=-1)
+    teacher = log_teacher.exp()
+    kl = log_teacher.sub_(log_student).mul_(teacher).sum()
+    student = log_student.exp()
+    slope = student - teacher
+    nll = torch.zeros_like(kl)
+    if target.task_weight:
+        tokens = target.next_tokens[part]
+        known = tokens >= 0
+        nll = functional.nll_loss(log_student, tokens, ignore_index=-1, reduction="sum")
+        slope[known] += target.task_weight * student[known]
+        slope[known, tokens[known]] -= target.task_weight
+    return kl, nll, slope
+
+
+def logit_loss(
+    head: Head, hidden_PD: Tensor, target: Target, parameters: Sequence[Tensor] = (), piece: int = PIECE
+) -> Tensor:
+    """Return KL(teacher || student) plus the weighted task loss, the mean over positions.
+
+    Args:
+        head: logits [n, V] of the student.
+        hidden_PD: decoder outputs of the student.
+        target: what they are compared with.
+        parameters: of the student's head that are trained.
+        piece: positions at once.
+
+    Returns:
+        A scalar, float32, with gradients on `hidden_PD` and `parameters`.
+    """
+    return _LogitLoss.apply(head, target, piece, hidden_PD, *parameters)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def divergence_sum(student: Head, student_PD: Tensor, teacher: Head, teacher_PD: Tensor, piece: int = PIECE) -> float:
+    """Return the sum over positions of KL(teacher || student), in nats."""
+    total = 0.0
+    for ours, theirs in zip(student_PD.split(piece), teacher_PD.split(piece), strict=True):
+        log_student = functional.log_softmax(student(ours).float(), dim=-1)
+        log_teacher = functional.log_softmax(teacher(theirs).float(), dim=-1)
+        total += float((log_teacher.exp() * (log_teacher - log_student)).sum(dtype=torch.float64))
+    return total
+
+
+def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Return ||student - teacher||^2 / ||teacher||^2, the mean over layers.
+
+    Args:
+        student: output of each layer, [B, T, D].
+        teacher: of the same layers and shapes.
+    """
+    errors = [
+        (ours.float() - theirs.float()).square().sum() / theirs.float().square().sum()
+        for ours, theirs in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(errors).mean()
+
+
+class Distillation:
+    """Teacher and student side by side.
+
+    Args:
+        student: pruned causal language model; its parameters may be trained.
+        teacher: dense one, with the same vocabulary.
+        hidden_weight: weight of `hidden_loss`.
+        task_weight: weight of the task loss.
+    """
+
+    def __init__(self, student: Any, teacher: Any, *, hidden_weight: float, task_weight: float) -> None:
+        self._student, self._teacher = student, teacher
+        self._student_head, self._teacher_head = LanguageHead(student), LanguageHead(teacher)
+        self._hidden_weight, self._task_weight = hidden_weight, task_weight
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Return the loss on sequences [B, T], with gradients on what the student trains."""
+        with torch.no_grad():
+            theirs = self._run(self._teacher, tokens)
+        ours = self._run(self._student, tokens)
+        target = Target(
+            head=self._teacher_head,
+            hidden=theirs.last_hidden_state.flatten(0, 1),
+            next_tokens=functional.pad(tokens[:, 1:], (0, 1), value=-1).flatten(),
+            task_weight=self._task_weight,
+        )
+        head = self._student.get_output_embeddings()
+        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        loss = logit_loss(self._student_head, ours.last_hidden_state.flatten(0, 1), target, trained)
+        if self._hidden_weight:
+            loss = loss + self._hidden_weight * hidden_loss(ours.hidden_states[1:], theirs.hidden_states[1:])
+        return loss
+
+    @torch.no_grad()
+    def held_out(self, tokens: Tensor, batch: int) -> float:
+        """Return the mean KL(teacher || student) of a position of sequences [N, T], `batch` of them at a time."""
+        total = 0.0
+        for part in tokens.split(batch):
+            part = part.to(self._student.device)
+            ours, theirs = self._run(self._student, part), self._run(self._teacher, part)
+            total += divergence_sum(
+                self._student_head,
+                ours.last_hidden_state.flatten(0, 1),
+                self._teacher_head,
+                theirs.last_hidden_state.flatten(0, 1),
+            )
+        return total / tokens.numel()
+
+    def forget_gradients(self) -> None:
+        """Drop what backward passes have left in the student."""
+        self._student.zero_grad(set_to_none=True)
+
+    def _run(self, model: Any, tokens: Tensor) -> Any:
+        # Dropout would add noise to what is to be matched; gradients flow all the same.
+        model.eval()
+        return model.get_decoder()(
+            input_ids=tokens, use_cache=False, output_hidden_states=bool(self._hidden_weight), return_dict=True
+        )
