@@ -165,7 +165,9 @@ def _prune_attention(
     pairs = model.pairs_to_channels(index)
     # The factors behind o count where something is chosen or solved; what is written leaves them out, because the trial
     # shares with the dense attention whatever keeps its size.
-    edit = choose_qk(replace(weights, o=with_gain(weights.o, gain)), stats, budget, options, pairs, plan.heads, plan.rope_pairs)
+    edit = choose_qk(
+        replace(weights, o=with_gain(weights.o, gain)), stats, budget, options, pairs, plan.heads, plan.rope_pairs
+    )
     trial, per_kv = fuse_qk(weights, edit, pairs, model.spec.interleaved)
     ffn_width = whole_shape.intermediate_size
     # Where all heads share a norm's weight, they may need their own once they are narrower.
