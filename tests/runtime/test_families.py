@@ -145,6 +145,21 @@ def test_since_says_whether_the_installed_transformers_has_the_family():
     assert set(KNOWN_FAMILIES) == {name for name, spec in FAMILIES.items() if Version(spec.since) <= installed}
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "qwen3_moe", "num_experts": 128}, r"mixtures of experts \(num_experts\)"),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512, "n_routed_experts": 8}, "latent attention"),
+        ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
+        ({"model_type": "falcon", "alibi": True}, "ALiBi"),
+    ],
+)
+def test_what_is_missing_for_a_model_is_said(config, words, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=f"missing for it: .*{words}.*; supported: llama"):
+        open_folder(tmp_path)
+
+
 def test_a_family_that_is_newer_than_transformers_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(FAMILIES, "future", FamilySpec(name="future", since="9.9"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "future"}))

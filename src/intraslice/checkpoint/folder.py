@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
+from intraslice.checkpoint.missing import missing_features
 from intraslice.checkpoint.tensorfile import StoredTensor
 from intraslice.checkpoint.writer import INDEX_FILE, WEIGHTS_FILE
 from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
@@ -44,8 +45,10 @@ def read_config(folder: Path, name: str) -> Any:
     family = str(text.get("model_type", "")) if composite else model_type
     if not composite and family not in FAMILIES:
         code = " and it needs code of its own" if "auto_map" in data else ""
+        missing = missing_features(data)
+        what = f"; what is missing for it: {', '.join(missing)}" if missing else ""
         raise UnsupportedModelError(
-            f"{name!r} has the architecture {model_type or 'unknown'!r}{code}; supported: {', '.join(FAMILIES)}"
+            f"{name!r} has the architecture {model_type or 'unknown'!r}{code}{what}; supported: {', '.join(FAMILIES)}"
         )
     settings = data.get("quantization_config") or text.get("quantization_config")
     if settings:
@@ -86,7 +89,9 @@ def _checked_text(data: dict[str, Any], model_type: str, name: str) -> dict[str,
     text = data.get("text_config")
     reason = composite_reason(model_type, text.get("model_type") if isinstance(text, dict) else None)
     if reason is not None:
-        raise UnsupportedModelError(f"{name!r} {reason}")
+        missing = missing_features(text) if isinstance(text, dict) else []
+        what = f"; what is missing for its text tower: {', '.join(missing)}" if missing else ""
+        raise UnsupportedModelError(f"{name!r} {reason}{what}")
     if not isinstance(text, dict):
         raise UnsupportedModelError(
             f"{name!r} is a composite checkpoint ({model_type}) whose config.json has no text_config, so that there is "
