@@ -3,7 +3,7 @@ from __future__ import annotations
 import builtins
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from intraslice.data import text as text_module
-from intraslice.data.calibration import Calibration, load_calibration, load_text
+from intraslice.data.calibration import Calibration, load_calibration
+from intraslice.data.text import load_text
 from intraslice.errors import CalibrationError, MissingExtraError, NumericalError
 from support.tiny import BOS, VOCAB_SIZE, tiny_tokenizer
 
@@ -264,6 +265,45 @@ def test_data_set(
         assert set(options.get("data_files", {options["split"]: ""})) == {options["split"]}
 
 
+def test_large_data_sets_are_read_as_far_as_needed(fake_datasets: SimpleNamespace) -> None:
+    read: list[int] = []
+
+    def rows() -> Iterator[dict[str, str]]:
+        for number in range(100):
+            read.append(number)
+            yield {"text": "ten chars."}
+
+    fake_datasets.answer = rows()
+    assert load_text("fineweb-edu", min_chars=25) == "\n\n".join(["ten chars."] * 3)
+    assert read == [0, 1, 2]
+    ((path, config, options),) = fake_datasets.calls
+    assert (path, config) == ("HuggingFaceFW/fineweb-edu", "sample-10BT") and options["streaming"] is True
+
+
+def test_conversations_go_through_the_chat_template(fake_datasets: SimpleNamespace, tokenizer: Any) -> None:
+    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    fake_datasets.answer = [{"messages": said}] * 2
+    plain = "user: Hello\nassistant: Hi"
+    assert load_text("ultrachat", tokenizer=tokenizer) == f"{plain}\n\n{plain}"
+    chat = tiny_tokenizer()
+    chat.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    assert load_text("ultrachat", tokenizer=chat) == "[user]Hello[assistant]Hi\n\n[user]Hello[assistant]Hi"
+    assert fake_datasets.calls[0][2]["split"] == "train_sft"
+
+
+def test_the_mixture_of_the_hub(tokenizer: Any, fake_datasets: SimpleNamespace) -> None:
+    fake_datasets.answer = [
+        {
+            "text": "words of the web. " * 20,
+            "content": "def f(): pass\n" * 20,
+            "messages": [{"role": "user", "content": "Hi"}] * 40,
+        }
+    ] * 20
+    mixed = calibrate("hub-mix", tokenizer, num_samples=10)
+    assert mixed.source == "hub-mix"
+    assert mixed.parts == {"fineweb-edu": 4, "ultrachat": 2, "codeparrot": 2, "finemath": 2}
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -310,16 +350,17 @@ def test_missing_package_names_the_extra(
 # Sampled from the model itself.
 
 
+@pytest.mark.parametrize("source", ["self", "self-start"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_self_sampling_is_seeded_and_starts_with_bos(tiny_folder: Folder, tokenizer: Any, family: str) -> None:
+def test_self_sampling_is_seeded(tiny_folder: Folder, tokenizer: Any, family: str, source: str) -> None:
     folder = tiny_folder(family)
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = calibrate("self", tokenizer, model_folder=folder)
-    again = calibrate("self", tokenizer, model_folder=folder)
-    other = calibrate("self", tokenizer, model_folder=folder, seed=1)
+    first = calibrate(source, tokenizer, model_folder=folder)
+    again = calibrate(source, tokenizer, model_folder=folder)
+    other = calibrate(source, tokenizer, model_folder=folder, seed=1)
     assert first.tokens.shape == (4, 16) and first.tokens.dtype == torch.int64
-    assert (first.tokens[:, 0] == BOS).all()
+    assert (first.tokens[:, 0] == BOS).all() == (source == "self-start")
     assert torch.equal(first.tokens, again.tokens)
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert len({tuple(row) for row in first.tokens.tolist()}) == 4
@@ -328,7 +369,7 @@ def test_self_sampling_is_seeded_and_starts_with_bos(tiny_folder: Folder, tokeni
 
 def test_self_sampling_follows_the_distribution_of_the_model(tiny_folder: Folder, tokenizer: Any) -> None:
     folder = tiny_folder("llama")
-    tokens = calibrate("self", tokenizer, model_folder=folder, num_samples=4000, seqlen=2).tokens
+    tokens = calibrate("self-start", tokenizer, model_folder=folder, num_samples=4000, seqlen=2).tokens
     with torch.inference_mode():
         logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([[BOS]])).logits[0, 0]
     expected = logits.double().softmax(-1)
@@ -338,14 +379,14 @@ def test_self_sampling_follows_the_distribution_of_the_model(tiny_folder: Folder
 
 
 def test_self_sampling_in_small_batches(tiny_folder: Folder, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("intraslice.data.calibration._CACHE_BYTES", 1)
+    monkeypatch.setattr("intraslice.data.sampling._CACHE_BYTES", 1)
     assert calibrate("self", tokenizer, model_folder=tiny_folder("llama")).tokens.shape == (4, 16)
 
 
 def test_self_sampling_without_bos_starts_with_plain_tokens(tiny_folder: Folder) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = None
-    tokens = calibrate("self", tokenizer, model_folder=tiny_folder("llama"), num_samples=32, seqlen=2).tokens
+    tokens = calibrate("self-start", tokenizer, model_folder=tiny_folder("llama"), num_samples=32, seqlen=2).tokens
     assert not set(tokens[:, 0].tolist()) & set(tokenizer.all_special_ids)
     assert len(set(tokens[:, 0].tolist())) > 16
 

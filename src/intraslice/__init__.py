@@ -6,13 +6,26 @@ After `import intraslice`, `AutoModelForCausalLM.from_pretrained` loads pruned c
 from __future__ import annotations
 
 import importlib
+import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import wrapt
 
 if TYPE_CHECKING:
-    from intraslice.api import analyze, benchmark, benchmark_layers, evaluate, evaluate_tasks, export, heal, load, prune
+    from intraslice.api import (
+        analyze,
+        benchmark,
+        benchmark_layers,
+        compare_tasks,
+        evaluate,
+        evaluate_tasks,
+        evaluate_texts,
+        export,
+        heal,
+        load,
+        prune,
+    )
 
 __version__ = version("intraslice")
 __all__ = [
@@ -20,8 +33,10 @@ __all__ = [
     "analyze",
     "benchmark",
     "benchmark_layers",
+    "compare_tasks",
     "evaluate",
     "evaluate_tasks",
+    "evaluate_texts",
     "export",
     "heal",
     "load",
@@ -29,15 +44,26 @@ __all__ = [
 ]
 
 
-def _register(transformers: Any) -> None:
-    """Register the pruned architectures with transformers."""
-    importlib.import_module("intraslice.runtime").register()
+_RUNTIME = ("intraslice.runtime.configuration_intraslice", "intraslice.runtime.modeling_intraslice")
+
+
+def _half_imported(name: str) -> bool:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
+
+
+def _register(imported: Any) -> None:
+    """Register the pruned architectures with transformers, once all that it needs is there."""
+    # Our own runtime may be what imports transformers; then its end, which comes later, is the moment.
+    if not any(name != imported.__name__ and _half_imported(name) for name in _RUNTIME):
+        importlib.import_module("intraslice.runtime").register()
 
 
 # Registering takes the seconds that torch and transformers take to import; a program that never imports them, like
 # `intraslice --help`, must not pay for it. The end of the import of transformers itself is the one moment when nothing
 # of it is half imported and no model class can have been looked up; when it is imported already, that is now.
-wrapt.register_post_import_hook(_register, "transformers")
+for _name in ("transformers", *_RUNTIME):
+    wrapt.register_post_import_hook(_register, _name)
 
 
 def __getattr__(name: str) -> Any:

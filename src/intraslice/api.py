@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from intraslice.checkpoint.source import open_checkpoint
-from intraslice.data.text import check_source, load_text
+from intraslice.data.mixture import check_source
+from intraslice.data.text import load_text
 from intraslice.errors import RecipeError, nearest
+from intraslice.evaluation.domains import TextScores, check_same_tokens, measure_texts
 from intraslice.evaluation.perplexity import Perplexity, measure_perplexity, tokenize
 from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
-from intraslice.evaluation.tasks import TaskResults, check_range, open_tasks, score_tasks
+from intraslice.evaluation.tasks import (
+    TaskComparison,
+    TaskResults,
+    check_range,
+    compare_answers,
+    open_tasks,
+    score_tasks,
+)
+from intraslice.evaluation.text_choice import parse_texts
 from intraslice.exporters.export import export_checkpoint
 from intraslice.exporters.options import ExportOptions, ExportReport
 from intraslice.healing.after_prune import heal_options, prune_and_heal
@@ -63,7 +74,8 @@ def prune(
         speedup_of: what is to be faster: "decode" (default) or "prefill".
         method: name of a preset; "intraslice" unless given.
         target: runtime that the shapes are chosen for: "transformers" (default), "vllm", "llama.cpp" or "stock".
-        calibration: data set name, text file, "self" or "builtin"; "builtin" unless given.
+        calibration: name of a text, a file, or several with weights, as in "self:0.5,notes.txt:0.5";
+            `options.DEFAULT_CALIBRATION` unless given.
         options: further settings by dotted name, for example {"calibration.num_samples": 64}.
         recipe: YAML file whose values hold where no argument says otherwise.
         heal: then train the result to agree with the model for this budget: "5M" tokens or "20min"; see `heal`.
@@ -206,6 +218,56 @@ def evaluate(
     return measure_perplexity(loaded, tokens, seqlen=seqlen, windows=windows, progress=progress)
 
 
+def evaluate_texts(
+    model: str | Path,
+    texts: Sequence[str],
+    *,
+    against: str | Path | None = None,
+    seqlen: int = 2048,
+    windows: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    text_field: str | None = None,
+    progress: Progress | None = None,
+) -> TextScores:
+    """Measure a saved model on several texts, and how far it is from the dense model.
+
+    Args:
+        model: folder, hub id, .gguf file or built-in name.
+        texts: each one "builtin", a data set name (its test split) or a text file; "NAME=..." names it in the result,
+            and "...@4-9" measures only its windows 4 to 9.
+        against: the dense model; the log gap, the KL divergence and the agreement of the greedy token are measured
+            against it.
+        seqlen: tokens in a window; windows do not overlap.
+        windows: measure at most this many windows of a text that does not name its windows.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu" or a torch device.
+        revision: branch, tag or commit of a hub model.
+        trust_remote_code: whether code that comes with the model may be executed.
+        text_field: the column of a .jsonl or .parquet file that holds the text.
+        progress: shows the windows.
+
+    Raises:
+        IntraSliceError: see errors.py.
+    """
+    # The texts come first: a wrong name must not cost the loading of a model.
+    choices = parse_texts(texts, windows)
+    contents = [load_text(choice.source, split="test", text_field=text_field) for choice in choices]
+    opened: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    loaded, tokenizer = load_model(str(model), revision=revision, progress=progress, **opened)
+    tokens = [tokenize(content, tokenizer) for content in contents]
+    dense = None
+    if against is not None:
+        dense, other = load_model(str(against), progress=progress, **opened)
+        check_same_tokens(tokens, [tokenize(content, other) for content in contents])
+    named = [
+        (replace(choice, source=Path(choice.source).name), own) for choice, own in zip(choices, tokens, strict=True)
+    ]
+    return measure_texts(loaded, named, dense=dense, seqlen=seqlen, progress=progress)
+
+
 def evaluate_tasks(
     model: str | Path,
     tasks: Sequence[str],
@@ -245,6 +307,33 @@ def evaluate_tasks(
         progress=progress,
     )
     return score_tasks(loaded, tokenizer, opened, limit=limit, batch_size=batch_size, progress=progress)
+
+
+def compare_tasks(
+    model: str | Path,
+    against: str | Path,
+    tasks: Sequence[str],
+    *,
+    progress: Progress | None = None,
+    revision: str | None = None,
+    **options: Any,
+) -> TaskComparison:
+    """Measure a saved model and the dense one on the same questions.
+
+    Args:
+        model: folder, hub id, .gguf file or built-in name.
+        against: the dense model.
+        tasks: names of lm-eval.
+        progress: shows the answers.
+        revision: branch, tag or commit of `model` on the hub.
+        options: the other ones of `evaluate_tasks`.
+
+    Returns:
+        Both results, and the differences with paired standard errors.
+    """
+    own = evaluate_tasks(model, tasks, revision=revision, progress=progress, **options)
+    dense = evaluate_tasks(against, tasks, progress=progress, **options)
+    return TaskComparison(model=own, dense=dense, differences=compare_answers(own, dense))
 
 
 def analyze(

@@ -38,6 +38,27 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def check_replaced(path: Path, begins: str) -> None:
+    """Refuse to write over a file that is something else than what it is replaced by.
+
+    Args:
+        path: the file to write.
+        begins: how files of this kind begin; "" lets none be replaced.
+
+    Raises:
+        OutputError: there is another file, or a folder.
+    """
+    if not path.name or path.is_dir():
+        raise OutputError(f"{str(path)!r} is a folder; give the name of a file to write")
+    if path.is_file():
+        with writing(path), open(path, "rb") as file:
+            found = file.read(len(begins.encode()))
+        if not begins or found != begins.encode():
+            raise OutputError(
+                f"{str(path)!r} exists and is something else than what would be written there; give another name"
+            )
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn the errors of the operating system into one sentence about `path`.

@@ -14,12 +14,16 @@ MAX_SPARSITY = 0.95
 """Sparsities are below this."""
 
 
+DEFAULT_CALIBRATION = "builtin"
+"""The text that is taken where none is named; the only place that says which one it is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
     """Which text the statistics are collected on.
 
     Attributes:
-        source: a data set name, a file, "self" or "builtin".
+        source: name of a text, a file, or several of them with weights (`a:0.5,b:0.5`); see `data.mixture`.
         num_samples: number of token sequences.
         seqlen: tokens in a sequence.
         seed: of the choice of sequences, and of the sampling for "self".
@@ -28,7 +32,7 @@ class CalibrationOptions:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    source: str = "builtin"
+    source: str = DEFAULT_CALIBRATION
     num_samples: Annotated[int, Ge(1)] = 128
     seqlen: Annotated[int, Ge(2)] = 2048
     seed: Annotated[int, Ge(0)] = 0

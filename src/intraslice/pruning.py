@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from intraslice.checkpoint.composite import text_arguments
+from intraslice.checkpoint.gguf import cache_folder
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.writer import check_output
 from intraslice.data.calibration import Calibration, load_calibration
-from intraslice.data.text import check_source
+from intraslice.data.mixture import check_source, is_sampled
 from intraslice.engine.run import Job, batch_size, prune_checkpoint
 from intraslice.engine.rundir import interrupted_sparsity
 from intraslice.errors import OutputError, RecipeError
@@ -185,6 +186,9 @@ def calibrate(
         RecipeError: the sequences are longer than the model has positions.
     """
     check_seqlen(checkpoint.config, wanted.seqlen)
+    # Minutes, which each cell of a comparison and each resumed run would spend again.
+    sampled = is_sampled(wanted.source)
+    folder = cache_folder() / "sampled" / checkpoint.fingerprint()[:32] if sampled else None
     return load_calibration(
         wanted.source,
         checkpoint.load_tokenizer(),
@@ -197,6 +201,7 @@ def calibrate(
         progress=progress,
         text_field=wanted.text_field,
         device=device,
+        sampled_folder=folder,
     )
 
 

@@ -39,7 +39,7 @@ def test_table_and_json(capfd, tiny_folder, data: Path):
     result = json.loads(out)
     assert status == 0
     assert list(result["tasks"]) == ["piqa", "boolq"]
-    assert set(result["tasks"]["piqa"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "samples"}
+    assert set(result["tasks"]["piqa"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "samples", "answers"}
     assert (result["num_fewshot"], result["limit"], len(result["data"])) == (0, None, 64)
     piqa, boolq = result["tasks"]["piqa"], result["tasks"]["boolq"]
     assert boolq["acc_norm"] is None and boolq["acc_stderr"] is None

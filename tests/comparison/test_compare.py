@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 
 from intraslice.cli.app import main
+from intraslice.evaluation.paired import difference
 from support.small_comparison import INTRASLICE, SMALL, document_of
+from support.task_rows import write_tasks
 
 Jobs = list[dict[str, Any]]
 Small = Callable[..., Path]
@@ -235,3 +238,90 @@ def test_analysis(finished: Path, small: Small, jobs: Jobs):
     del jobs[:]
     assert main(["compare", str(small(analysis=True, sparsities=[0.2])), "-o", str(finished)]) == 0
     assert names(jobs) == ["identify"]
+
+
+def parts_of(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "parts").iterdir()}
+
+
+def test_an_added_text_is_all_that_is_measured(finished: Path, small: Small, jobs: Jobs, tmp_path: Path, capfd):
+    options = {"sparsities": [0.2], "methods": [INTRASLICE], "keep_checkpoints": True}
+    measured = SMALL["evaluation"]
+    file = small(**options, evaluation={**measured, "texts": ["late=builtin@3-4"]})
+    assert main(["compare", str(file), "-o", str(finished)]) == 0
+    before = parts_of(finished)
+    (tmp_path / "own.txt").write_text("some words that no other text has. " * 30)
+    file = small(**options, evaluation={**measured, "texts": ["late=builtin@3-4", "own.txt@0-1"], "divergence": True})
+    jobs.clear()
+    assert main(["compare", str(file), "-o", str(finished)]) == 0
+    assert names(jobs) == ["identify", "measure", "measure"]
+    assert [job["parts"] for job in jobs[1:]] == [
+        ["text-own"],
+        ["text-own", "divergence-builtin", "divergence-late", "divergence-own"],
+    ]
+    assert before < parts_of(finished)
+    dense, pruned = document_of(finished)["cells"]
+    assert list(pruned["texts"]) == ["builtin", "late", "own"] and pruned["texts"]["builtin"] == pruned["perplexity"]
+    gaps = {name: math.log(value / dense["texts"][name]) for name, value in pruned["texts"].items()}
+    assert pruned["gaps"] == gaps and pruned["mean_gap"] == sum(gaps.values()) / 3
+    each = [pruned["divergence"][name] for name in gaps]
+    assert all(one["kl"] > 0 and 0 < one["agreement"] <= 1 for one in each)
+    assert pruned["mean_kl"] == sum(one["kl"] for one in each) / 3
+    assert "gaps" not in dense and dense["divergence"] is None
+    table = (finished / "table.md").read_text()
+    assert "mean gap" in table and "gap on late" in table and "- text own: own.txt, windows 0-1" in table
+    assert "Perplexity by text" in (finished / "report.html").read_text()
+    # The number of `eval --against`.
+    checkpoint = next((finished / "checkpoints").glob("*intraslice*"))
+    arguments = ["--text", "late=builtin@3-4", "--seqlen", "64", "--against", jobs[0]["models"][0], "--json"]
+    capfd.readouterr()
+    assert main(["eval", str(checkpoint), *arguments]) == 0
+    (score,) = json.loads(capfd.readouterr().out)["texts"]
+    assert score["kl"] == pruned["divergence"]["late"]["kl"] and score["gap"] == pytest.approx(gaps["late"])
+
+
+def test_texts_that_are_wrong_stop_before_anything_runs(small: Small, tmp_path: Path, jobs: Jobs, capfd):
+    file = small(evaluation={**SMALL["evaluation"], "texts": ["builtin@99999-"]})
+    assert main(["compare", str(file), "-o", str(tmp_path / "out")]) == 2
+    assert "there is no window 99999" in capfd.readouterr().err
+    file = small(evaluation={**SMALL["evaluation"], "texts": ["builtin"]})
+    assert main(["compare", str(file), "-o", str(tmp_path / "out")]) == 2
+    assert "two texts are called 'builtin'" in capfd.readouterr().err
+    assert names(jobs) == ["identify"]
+
+
+def test_accuracies_are_paired_with_those_of_the_dense_model(small: Small, tmp_path: Path, jobs: Jobs):
+    data = write_tasks(tmp_path / "data")
+    tasks = {"names": ["arc_easy", "piqa"], "task_data": str(data)}
+    assert (
+        main(["compare", str(small(sparsities=[0.4], methods=[INTRASLICE], tasks=tasks)), "-o", str(tmp_path / "o")])
+        == 0
+    )
+    dense, pruned = document_of(tmp_path / "o")["cells"]
+    stored = {}
+    for path in (tmp_path / "o" / "cells").iterdir():
+        cell = json.loads(path.read_text())
+        stored[cell["label"]] = {name: task["answers"] for name, task in cell["tasks"].items()}
+    assert len(stored["dense"]["arc_easy"]) == 3
+    found = difference(stored["intraslice"]["piqa"], stored["dense"]["piqa"])
+    assert pruned["paired"]["tasks"]["piqa"] == {"difference": found.difference, "stderr": found.stderr}
+    assert pruned["paired"]["average"]["difference"] == pytest.approx(pruned["average"] - dense["average"])
+    # Thousands of answers have no place in a report.
+    assert all("answers" not in task for cell in (dense, pruned) for task in cell["tasks"].values())
+    assert "minus dense" in (tmp_path / "o" / "table.md").read_text()
+
+
+def test_a_mixture_with_text_of_the_model(small: Small, tmp_path: Path, jobs: Jobs):
+    (tmp_path / "own.txt").write_text("some words that no other text has. " * 30)
+    calibration = {"source": "self:1,own.txt:1", "num_samples": 4, "seqlen": 32}
+    options = {"sparsities": [0.2], "methods": ["naive"], "calibration": calibration}
+    assert main(["compare", str(small(**options)), "-o", str(tmp_path / "out")]) == 0
+    document = document_of(tmp_path / "out")
+    assert [bool(cell.get("error")) for cell in document["cells"]] == [False, False]
+    assert document["protocol"]["calibration"]["source"] == "self:1,own.txt:1"
+    jobs.clear()
+    assert main(["compare", str(small(**options)), "-o", str(tmp_path / "out")]) == 0
+    assert names(jobs) == ["identify"]
+    (tmp_path / "own.txt").write_text("other words that no other text has. " * 30)
+    assert main(["compare", str(small(**options)), "-o", str(tmp_path / "out")]) == 0
+    assert prunes(jobs) == [("naive", 0.2)]

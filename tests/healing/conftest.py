@@ -27,11 +27,11 @@ def pruned_folder(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.Tem
     """Return a function (family, **overrides) -> folder of a pruned model, shared by calls: read only."""
     made: dict[str, Path] = {}
 
-    def get(family: str = "llama", method: str = "intraslice", **overrides: Any) -> Path:
-        key = f"{family} {method} {sorted(overrides.items(), key=str)}"
+    def get(family: str = "llama", method: str = "intraslice", sparsity: float = 0.4, **overrides: Any) -> Path:
+        key = f"{family} {method} {sparsity} {sorted(overrides.items(), key=str)}"
         if key not in made:
             made[key] = tmp_path_factory.mktemp("pruned") / "out"
-            prune(tiny_folder(family, **overrides), made[key], method, 0.4)
+            prune(tiny_folder(family, **overrides), made[key], method, sparsity)
         return made[key]
 
     return get

@@ -10,14 +10,18 @@ import pytest
 import torch
 from torch.nn import functional
 
+from intraslice.comparison.merge import merge_results
 from intraslice.exporters.export import export_checkpoint
 from intraslice.exporters.options import ExportOptions
+from intraslice.report import render_report
 from intraslice.results.result import PruneResult
-from support.processes import AUTO, BLOCK_PACKAGE, LOAD_ALL, SOURCE, check_logits, run_python
+from support.processes import AUTO, BLOCK_PACKAGE, LOAD_ALL, check_logits, run_python
 from support.progress import Notes
 from support.prune import load, logits, weights_of
 
-TOKENS = torch.randint(32, 120, (2, 24), generator=torch.Generator().manual_seed(4))
+SENTENCE = "the quick brown fox jumps over the lazy dog and runs away from 3 bears; "
+TOKENS = torch.tensor([list(f"{number}. {SENTENCE}"[:64].encode()) for number in range(200, 208)])
+"""Of the same kind as the text that the models are healed on."""
 
 
 def kl(student, teacher):
@@ -64,7 +68,7 @@ def test_record_and_card(pruned_folder, tiny_folder, heal):
     assert "1,536 tokens" in card and f"{record.kl_before:.3f}" in card and f"{record.best.kl:.3f}" in card
 
 
-def test_it_loads_with_and_without_the_package(pruned_folder, heal, tmp_path):
+def test_it_loads_without_the_package(pruned_folder, heal, tmp_path):
     root = tmp_path / "all"
     root.mkdir()
     heal(pruned_folder(), output=root / "healed")
@@ -72,10 +76,6 @@ def test_it_loads_with_and_without_the_package(pruned_folder, heal, tmp_path):
     expected = {"healed": logits(root / "healed", TOKENS)}
     code = BLOCK_PACKAGE + LOAD_ALL.format(imports=AUTO, arguments="trust_remote_code=True")
     run_python("import sys\n" + code, root, tmp_path)
-    check_logits(root, expected)
-    run_python(
-        LOAD_ALL.format(imports="import intraslice\n" + AUTO, arguments=""), root, tmp_path, PYTHONPATH=str(SOURCE)
-    )
     check_logits(root, expected)
 
 
@@ -121,9 +121,9 @@ def test_lora_is_merged(pruned_folder, tiny_folder, heal, tmp_path):
     assert load(tmp_path / "healed").num_parameters() == load(pruned).num_parameters()
 
 
-@pytest.mark.parametrize("method", ["svd-llm", "slicegpt"])
-def test_other_forms_of_layers_heal_too(method, pruned_folder, heal, tmp_path):
-    pruned = pruned_folder(method=method)
+@pytest.mark.parametrize("method, sparsity", [("svd-llm", 0.4), ("slicegpt", 0.406)])
+def test_other_forms_of_layers_heal_too(method, sparsity, pruned_folder, heal, tmp_path):
+    pruned = pruned_folder(method=method, sparsity=sparsity)
     for weights in ("full", "lora"):
         result = heal(pruned, output=tmp_path / weights, weights=weights)
         assert result.record.best.kl < result.record.kl_before
@@ -142,8 +142,8 @@ def test_half_precision_checkpoints_keep_their_dtype(tiny_folder, pruned_folder,
 
 def test_other_losses(pruned_folder, heal, tmp_path):
     plain = heal(pruned_folder())
-    hidden = heal(pruned_folder(), output=tmp_path / "hidden", hidden_weight=1.0)
-    task = heal(pruned_folder(), output=tmp_path / "task", task_weight=0.5)
+    hidden = heal(pruned_folder(), output=tmp_path / "hidden", hidden_weight=0.1)
+    task = heal(pruned_folder(), output=tmp_path / "task", task_weight=0.01)
     assert plain.record.curve[0].kl == hidden.record.curve[0].kl == task.record.curve[0].kl
     assert plain.record.curve[1].loss < hidden.record.curve[1].loss
     assert plain.record.curve[1].loss < task.record.curve[1].loss
@@ -173,9 +173,9 @@ def test_the_same_seed_gives_the_same_weights(pruned_folder, heal, tmp_path):
 def test_the_best_weights_are_kept_when_it_gets_worse(pruned_folder, heal, tmp_path):
     notes = Notes()
     # A rate that helps while it warms up and does harm later.
-    result = heal(pruned_folder(), lr=0.05, budget="8192", evaluate_every=1, progress=notes)
+    result = heal(pruned_folder(), lr=0.1, budget="51200", evaluate_every=1, progress=notes)
     record = result.record
-    assert record.stopped is not None and "diver" in record.stopped and record.best_step > 0
+    assert record.stopped is not None and "divergence rose" in record.stopped and record.best_step > 0
     assert any("stopped early" in note for note in notes.notes)
     assert record.best.kl < record.kl_before < record.curve[-1].kl
     assert PruneResult.load(result.output).healing.stopped == record.stopped
@@ -214,3 +214,13 @@ def test_shards_become_one_file(pruned_folder, heal, tmp_path):
     assert [path.name for path in (tmp_path / "healed").glob("*.safetensors*")] == ["model.safetensors"]
     assert not (tmp_path / "healed" / "model.safetensors.index.json").exists()
     assert forms(pruned) == forms(tmp_path / "healed")
+
+
+def test_the_report_shows_the_curve(pruned_folder, heal):
+    result = heal(pruned_folder())
+    document = merge_results([str(pruned_folder()), result.output])
+    plain, healed = document["cells"]
+    assert plain["key"] != healed["key"] and healed["label"] == f"{plain['label']}, healed"
+    assert [point["kl"] for point in healed["healing"]] == [point.kl for point in result.record.curve]
+    assert "Held-out KL divergence" in render_report(document)
+    assert "Held-out KL divergence" not in render_report(merge_results([str(pruned_folder())]))

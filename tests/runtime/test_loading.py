@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -215,3 +217,23 @@ def test_old_files_written_by_hand_load(checkpoints, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert any(isinstance(module, PrunedAttention) for module in loaded.modules())
     torch.testing.assert_close(loaded(tokens()).logits, expected[source.name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "runtime.modeling_intraslice",
+        "runtime.configuration_intraslice",
+        "layers.decoder",
+        "vllm_plugin",
+        "layers.weights",
+    ],
+)
+def test_any_module_may_be_imported_first(module):
+    """Some of them import transformers, whose end registers classes of a module that is half imported then."""
+    code = (
+        f"import intraslice.{module}; from transformers import AutoConfig; "
+        "print(AutoConfig.for_model('intraslice_llama').model_type)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "intraslice_llama", done.stderr

@@ -9,13 +9,14 @@ import errno
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import cast
 
 import typer
 
 from intraslice.cli import bench, compare, evaluate, export, heal, inspect, prune, report
 from intraslice.cli.console import INTERRUPTED_STATUS, complain
-from intraslice.errors import IntraSliceError, one_line
+from intraslice.errors import IntraSliceError, RecipeError, one_line
 
 ERROR_STATUS = 2
 
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        _check_readable(given)
         status = app(given, prog_name="intraslice", standalone_mode=False, obj=given)
     except IntraSliceError as error:
         if "--debug" in given:
@@ -80,6 +82,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"out of memory. {error}" if isinstance(error, MemoryError) else _system_sentence(error))
     return status if isinstance(status, int) else 0
+
+
+def _check_readable(arguments: Sequence[str]) -> None:
+    """Refuse what no file name or record can be made of, before any work is done.
+
+    Raises:
+        RecipeError: an argument is not UTF-8, or starts in the home folder of somebody unknown.
+    """
+    for argument in arguments:
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:
+            raise RecipeError(f"the argument {ascii(argument)} is not UTF-8 text; rename the file or folder.") from None
+        try:
+            Path(argument).expanduser()
+        except RuntimeError:
+            raise RecipeError(
+                f"there is no home folder for {Path(argument).parts[0]!r} in {argument!r}; write the whole path."
+            ) from None
 
 
 def _fail(sentence: str) -> int:

@@ -9,10 +9,13 @@ import typer
 from intraslice.cli.console import ConsoleProgress, print_line, print_table, write_json
 from intraslice.errors import RecipeError
 from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
+from intraslice.evaluation.text_choice import is_plain
 
 if TYPE_CHECKING:
-    from intraslice.evaluation.tasks import TaskResults
+    from intraslice.evaluation.domains import TextScore
+    from intraslice.evaluation.tasks import TaskComparison, TaskResults
 
+DEFAULT_TEXT = "builtin"
 _OF_PERPLEXITY = ("text", "seqlen", "windows", "text_field")
 _OF_TASKS = ("task_data", "limit", "batch_size")
 
@@ -21,9 +24,21 @@ def evaluate(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Dense or pruned: folder, hub id, .gguf file or smollm2-135m.")],
     text: Annotated[
-        str,
-        typer.Option(metavar="NAME|PATH", help="builtin, wikitext2 (test split), or a .txt, .jsonl or .parquet file."),
-    ] = "builtin",
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]TEXT[@FIRST-LAST]",
+            help="builtin (default), wikitext2 (test split), or a .txt, .jsonl or .parquet file; NAME= is its name in "
+            "the table, @4-9 measures only its windows 4 to 9. Repeatable.",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DENSE",
+            help="The dense model: adds the log gap, the KL divergence to it and the agreement of the most likely "
+            "token; with --tasks, the difference with its paired standard error.",
+        ),
+    ] = None,
     seqlen: Annotated[int, typer.Option(help="Tokens in a window; windows do not overlap.")] = 2048,
     windows: Annotated[
         int | None, typer.Option(help="Measure at most this many windows, from the start (default: all).")
@@ -56,7 +71,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Measure the perplexity of a saved model, dense or pruned; with --tasks its zero-shot accuracy."""
+    """Measure the perplexity of a saved model on one or more texts; with --tasks its zero-shot accuracy."""
     _refuse_options(context, _OF_PERPLEXITY if tasks is not None else _OF_TASKS, tasks is not None)
     shared: dict[str, Any] = {
         "dtype": dtype,
@@ -65,9 +80,14 @@ def evaluate(
         "trust_remote_code": trust_remote_code,
     }
     if tasks is not None:
-        _tasks(model, tasks, as_json, task_data=task_data, limit=limit, batch_size=batch_size, **shared)
+        _tasks(model, tasks, against, as_json, task_data=task_data, limit=limit, batch_size=batch_size, **shared)
+        return
+    shared |= {"seqlen": seqlen, "windows": windows, "text_field": text_field}
+    texts = text or [DEFAULT_TEXT]
+    if against is None and len(texts) == 1 and is_plain(texts[0]):
+        _perplexity(model, texts[0], as_json, **shared)
     else:
-        _perplexity(model, text, as_json, seqlen=seqlen, windows=windows, text_field=text_field, **shared)
+        _texts(model, texts, against, as_json, **shared)
 
 
 def _refuse_options(context: typer.Context, names: tuple[str, ...], with_tasks: bool) -> None:
@@ -97,21 +117,76 @@ def _perplexity(model: str, text: str, as_json: bool, **options: Any) -> None:
     )
 
 
-def _tasks(model: str, tasks: str, as_json: bool, **options: Any) -> None:
+def _texts(model: str, texts: list[str], against: str | None, as_json: bool, **options: Any) -> None:
+    from intraslice import api
+
+    with ConsoleProgress() as progress:
+        scores = api.evaluate_texts(model, texts, against=against, progress=progress, **options)
+    if as_json:
+        write_json({"model": model, "against": against, **scores.to_dict()})
+        return
+    columns = ["text", "windows", "perplexity"]
+    rows = [[score.name, _windows(score), f"{score.perplexity.perplexity:.4f}"] for score in scores.texts]
+    if against is not None:
+        columns += ["dense", "log gap", "KL, nats/token", "same token, %"]
+        for row, score in zip(rows, scores.texts, strict=True):
+            row += [_decimals(score.dense_perplexity), *_distances(score.gap, score.kl, score.agreement)]
+        means = _distances(scores.mean_gap, scores.mean_kl, scores.mean_agreement)
+        rows.append(["mean", "", "", "", *means])
+    print_table("Perplexity" if against is None else f"Perplexity, and distance to {against}", columns, rows)
+    print_line(f"{model}, windows of {options['seqlen']} tokens, {scores.seconds:.1f} s")
+
+
+def _windows(score: TextScore) -> str:
+    first, count = score.first_window, score.perplexity.num_windows
+    return f"{first}-{first + count - 1}"
+
+
+def _decimals(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _distances(gap: float | None, kl: float | None, agreement: float | None) -> list[str]:
+    return [_decimals(gap), _decimals(kl), _share(agreement, None)]
+
+
+def _tasks(model: str, tasks: str, against: str | None, as_json: bool, **options: Any) -> None:
     from intraslice import api
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     with ConsoleProgress() as progress:
-        results = api.evaluate_tasks(model, names, progress=progress, **options)
+        if against is None:
+            found, results = None, api.evaluate_tasks(model, names, progress=progress, **options)
+        else:
+            found = api.compare_tasks(model, against, names, progress=progress, **options)
+            results = found.model
     if as_json:
-        write_json({"model": model, **results.to_dict()})
+        shown = results.to_dict()
+        write_json({"model": model, **shown} if found is None else {"model": model, "against": against, **_flat(found)})
         return
     _print_tasks(results)
+    if found is not None:
+        _print_differences(found, str(against))
     data = "the hub" if options["task_data"] is None else options["task_data"]
     print_line(
         f"{model}, 0-shot, data of {data}, lm-eval {results.lm_eval}, {results.seconds:.1f} s; "
         "averaged: acc_norm where a task has it, else acc"
     )
+
+
+def _flat(found: TaskComparison) -> dict[str, Any]:
+    differences = None if found.differences is None else found.differences.to_dict()
+    return {**found.model.to_dict(), "dense": found.dense.to_dict(), "differences": differences}
+
+
+def _print_differences(found: TaskComparison, against: str) -> None:
+    if found.differences is None:
+        print_line(f"the answers cannot be paired with those of {against}: they are not all right or wrong.")
+        return
+    pairs = [*found.differences.tasks.items(), ("average", found.differences.average)]
+    dense = {name: score.reported for name, score in found.dense.tasks.items()} | {"average": found.dense.average}
+    rows = [[name, _share(dense[name], None), _share(one.difference, one.stderr, sign="+")] for name, one in pairs]
+    print_table("Against the dense model, points, with paired standard errors", ["task", "dense", "difference"], rows)
 
 
 def _print_tasks(results: TaskResults) -> None:
@@ -129,7 +204,8 @@ def _print_tasks(results: TaskResults) -> None:
     print_table("Zero-shot accuracy, %", ["task", "acc", "acc_norm", "averaged", "examples"], rows)
 
 
-def _share(value: float | None, error: float | None) -> str:
+def _share(value: float | None, error: float | None, sign: str = "-") -> str:
     if value is None:
         return ""
-    return f"{100 * value:.2f}" if error is None else f"{100 * value:.2f} \u00b1 {100 * error:.2f}"
+    text = f"{100 * value:{sign}.2f}"
+    return text if error is None else f"{text} \u00b1 {100 * error:.2f}"

@@ -38,7 +38,8 @@ def heal(
     calibration: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|PATH|self", help="Text to learn from, as for prune (default: the one it was pruned on)."
+            metavar="NAME|PATH[:WEIGHT],...",
+            help="Text to learn from, as for prune (default: the one it was pruned on).",
         ),
     ] = None,
     text_field: Annotated[

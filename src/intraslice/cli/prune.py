@@ -20,6 +20,7 @@ from intraslice.cli.console import (
     write_json,
 )
 from intraslice.cli.heal import print_healing
+from intraslice.data.mixture import CALIBRATION_HELP
 from intraslice.methods.registry import METHODS
 from intraslice.numbers import count, percent, size
 from intraslice.results.sites import list_sites, site_errors
@@ -71,9 +72,8 @@ def prune(
     calibration: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|PATH|self",
-            help="Text for the statistics: builtin (default), wikitext2, c4, ptb, alpaca, a .txt, .jsonl or "
-            ".parquet file, or self (sampled from the model).",
+            metavar="NAME|PATH[:WEIGHT],...",
+            help=CALIBRATION_HELP,
         ),
     ] = None,
     target: Annotated[

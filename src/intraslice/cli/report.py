@@ -23,15 +23,20 @@ def report(
 ) -> None:
     """Make the report from results that exist, without measuring anything."""
     from intraslice.comparison.merge import merge_results
-    from intraslice.comparison.tables import table_text
-    from intraslice.files import write_text
-    from intraslice.report import render_report
+    from intraslice.comparison.tables import TABLE_BEGINS, table_text
+    from intraslice.files import check_replaced, write_text
+    from intraslice.report import PAGE_BEGINS, render_report
 
+    output = output.expanduser()
+    check_replaced(output, PAGE_BEGINS)
+    if table is not None:
+        table = table.expanduser()
+        check_replaced(table, TABLE_BEGINS.get(table.suffix, ""))
     document = merge_results(results)
     page = render_report(document)
     rows = None if table is None else table_text(document, table.suffix)
-    write_text(output.expanduser(), page)
+    write_text(output, page)
     print_line(f"report        {output} ({len(document['cells'])} cells)")
     if table is not None and rows is not None:
-        write_text(table.expanduser(), rows)
+        write_text(table, rows)
         print_line(f"table         {table}")

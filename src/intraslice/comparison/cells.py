@@ -20,6 +20,7 @@ from intraslice.recipes.recipe import Recipe
 from intraslice.report.document import DENSE
 
 PRUNE, PERPLEXITY, SPEED, RANK, TASK = "prune", "perplexity", "speed", "rank", "task-"
+TEXT, DIVERGENCE = "text-", "divergence-"
 ANALYSIS = "analysis"
 
 # They say where and how the work is done, and never change a number.
@@ -49,6 +50,7 @@ class TextFacts:
 
     Attributes:
         evaluation: sha256 of the text that perplexity is measured on.
+        texts: the same of the further texts, by name.
         calibration: the same for the calibration text; None when it is sampled from the model.
         tasks: fingerprint of the data of all tasks together, or "hub"; None without tasks.
         each_task: the same of each task by its name.
@@ -58,6 +60,7 @@ class TextFacts:
     calibration: str | None
     tasks: str | None = None
     each_task: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +104,13 @@ class Work:
         cell: the cell.
         identities: everything that decides a part, by the part's name; in the order in which they are run.
         key: of the whole cell.
+        texts: names of the texts that perplexity is measured on, that of the main table first.
     """
 
     cell: Cell
     identities: dict[str, dict[str, Any]]
     key: str
+    texts: tuple[str, ...]
 
 
 def digest(content: Any) -> str:
@@ -173,10 +178,25 @@ def plan_work(spec: ComparisonSpec, cell: Cell, facts: Facts, texts: TextFacts, 
     recipe = cell.recipe
     model = {"dense": facts.fingerprint} if recipe is None else _prune_identity(recipe, facts)
     device = spec.options.get("run.device", "auto")
-    measured_on = {"seqlen": spec.evaluation.seqlen, "windows": spec.evaluation.windows, "text": texts.evaluation}
+    main, *others = spec.evaluation.choices()
+    measured_on = {"seqlen": spec.evaluation.seqlen, "windows": main.windows, "text": texts.evaluation}
+    if main.first:
+        measured_on["first"] = main.first
     loaded = {"model": model, "dtype": spec.evaluation.dtype, "device": device}
     identities = {} if recipe is None else {PRUNE: model}
     identities[PERPLEXITY] = {**loaded, **measured_on}
+    on = {main.name: measured_on}
+    for choice in others:
+        on[choice.name] = {
+            "seqlen": spec.evaluation.seqlen,
+            "first": choice.first,
+            "windows": choice.windows,
+            "text": texts.texts[choice.name],
+        }
+        identities[TEXT + choice.name] = {**loaded, **on[choice.name]}
+    if spec.evaluation.divergence and recipe is not None:
+        for name, tokens in on.items():
+            identities[DIVERGENCE + name] = {**loaded, **tokens, "dense": facts.fingerprint}
     # A sweep shows how perplexity moves; tasks and speeds of all its values would cost hours and say little.
     if cell.sweep is None:
         if spec.tasks is not None:
@@ -191,8 +211,11 @@ def plan_work(spec: ComparisonSpec, cell: Cell, facts: Facts, texts: TextFacts, 
             identities[RANK] = {**loaded, **measured_on}
         if spec.speed is not None:
             identities[SPEED] = {"model": model, "dense": facts.fingerprint, "options": spec.speed, **machine}
-    key = digest({"parts": identities, "label": cell.label, "sweep": cell.sweep, "method": cell.method})
-    return Work(cell=cell, identities=identities, key=key)
+    decides = {"parts": identities, "label": cell.label, "sweep": cell.sweep, "method": cell.method}
+    if others:
+        # The name of the main text is not in the name of its part.
+        decides["main"] = main.name
+    return Work(cell=cell, identities=identities, key=digest(decides), texts=tuple(on))
 
 
 def _prune_identity(recipe: Recipe, facts: Facts) -> dict[str, Any]:

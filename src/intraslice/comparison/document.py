@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from intraslice.comparison.cells import PERPLEXITY, PRUNE, RANK, SPEED, TASK, Facts, TextFacts, Work, calibration_name
+from intraslice.comparison.cells import (
+    DIVERGENCE,
+    PERPLEXITY,
+    PRUNE,
+    RANK,
+    SPEED,
+    TASK,
+    TEXT,
+    Facts,
+    TextFacts,
+    Work,
+    calibration_name,
+)
 from intraslice.comparison.spec import ComparisonSpec
+from intraslice.data.mixture import short_source
+from intraslice.evaluation.paired import differences
 from intraslice.evaluation.task_data import task_score
-from intraslice.report.document import FORMAT
+from intraslice.report.document import DENSE, FORMAT
 from intraslice.results.sites import site_errors
 
 _SPEEDS = (
@@ -30,7 +44,9 @@ def build_cell(work: Work, parts: Mapping[str, Any], facts: Facts) -> dict[str, 
         parts: results by the name of the part.
         facts: of its model.
     """
-    perplexity = parts[PERPLEXITY]["perplexity"]
+    perplexity = _finite(parts[PERPLEXITY]["perplexity"])
+    main, *others = work.texts
+    texts = {main: perplexity, **{name: _finite(parts[TEXT + name]["perplexity"]) for name in others}}
     tasks = {
         name.removeprefix(TASK): result["tasks"][name.removeprefix(TASK)]
         for name, result in parts.items()
@@ -40,13 +56,67 @@ def build_cell(work: Work, parts: Mapping[str, Any], facts: Facts) -> dict[str, 
     return {
         **_names(work),
         **(_dense_fields(facts) if work.cell.recipe is None else pruned_fields(parts[PRUNE])),
-        # JSON knows no infinity.
-        "perplexity": perplexity if math.isfinite(perplexity) else None,
+        "perplexity": perplexity,
+        "texts": texts if others else None,
+        "divergence": {
+            name.removeprefix(DIVERGENCE): result for name, result in parts.items() if name.startswith(DIVERGENCE)
+        }
+        or None,
         "tasks": tasks or None,
         "average": sum(scores) / len(scores) if scores else None,
         "speed": _speed(parts[SPEED]) if SPEED in parts else None,
         "effective_rank": parts.get(RANK),
     }
+
+
+def _finite(value: float) -> float | None:
+    # JSON knows no infinity.
+    return value if math.isfinite(value) else None
+
+
+def against_dense(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return cells with how far each one is from the dense model of the same name, as far as that was measured.
+
+    The log gap ln(perplexity / dense perplexity) of each text and its mean, the mean KL divergence and agreement, and
+    the difference of the accuracies with its paired standard error. The answers to single questions, which decide the
+    last one, are left out of what is returned.
+    """
+    dense = {cell["model"]: cell for cell in cells if cell["method"] == DENSE}
+    return [_against(cell, dense.get(cell["model"])) for cell in cells]
+
+
+def _against(cell: Mapping[str, Any], dense: Mapping[str, Any] | None) -> dict[str, Any]:
+    found = dict(cell)
+    tasks = cell.get("tasks")
+    if dense is not None and cell["method"] != DENSE:
+        found["gaps"] = gaps = _gaps(cell.get("texts") or {}, dense.get("texts") or {})
+        found["mean_gap"] = _mean(gaps.values())
+        divergence = cell.get("divergence") or {}
+        for name in ("kl", "agreement"):
+            found[f"mean_{name}"] = _mean([one[name] for one in divergence.values()])
+        if tasks and any("answers" in task for task in tasks.values()):
+            paired = differences(_answers(tasks), _answers(dense.get("tasks") or {}))
+            found["paired"] = None if paired is None else paired.to_dict()
+    if tasks:
+        found["tasks"] = {
+            name: {field: value for field, value in task.items() if field != "answers"} for name, task in tasks.items()
+        }
+    return found
+
+
+def _gaps(texts: Mapping[str, float | None], dense: Mapping[str, float | None]) -> dict[str, float | None]:
+    pairs = {name: (value, dense.get(name)) for name, value in texts.items()}
+    return {name: math.log(own / other) if own and other else None for name, (own, other) in pairs.items()}
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    listed = list(values)
+    known = [value for value in listed if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(listed) else None
+
+
+def _answers(tasks: Mapping[str, Any]) -> dict[str, str | None]:
+    return {name: task.get("answers") for name, task in tasks.items()}
 
 
 def failed_cell(work: Work, sentence: str) -> dict[str, Any]:
@@ -78,6 +148,7 @@ def pruned_fields(result: Mapping[str, Any]) -> dict[str, Any]:
         "weight_bytes": result["pruned_bytes"],
         "prune": {"seconds": result["seconds"], "peak_memory_bytes": result["peak_memory_bytes"]},
         "layers": [_layer(layer) for layer in result["layers"]],
+        **({"healing": result["healing"]["curve"]} if result.get("healing") else {}),
     }
 
 
@@ -132,7 +203,7 @@ def build_protocol(
         tasks["lm_eval"] = versions["lm_eval"]
     return {
         "calibration": {
-            "source": _source_name(shared.source),
+            "source": short_source(shared.source),
             "num_samples": shared.num_samples,
             "seqlen": shared.seqlen,
             "seed": shared.seed,
@@ -140,12 +211,24 @@ def build_protocol(
             "tokens": tokens,
         },
         "text": {
-            "name": _source_name(evaluation.text),
+            "name": _source_name(evaluation.choices()[0].source),
             "fingerprint": texts.evaluation,
             "seqlen": evaluation.seqlen,
             "windows": evaluation.windows,
             "dtype": evaluation.dtype,
         },
+        "texts": [
+            {
+                "name": choice.name,
+                "text": _source_name(choice.source),
+                "fingerprint": fingerprint,
+                "first": choice.first,
+                "windows": choice.windows,
+            }
+            for choice, fingerprint in zip(evaluation.choices(), (texts.evaluation, *texts.texts.values()), strict=True)
+        ]
+        if evaluation.texts
+        else None,
         "tasks": tasks,
         "speed": None
         if speed_options is None
@@ -165,7 +248,7 @@ def build_document(
         "title": title,
         "created": date.today().isoformat(),
         "protocol": protocol,
-        "cells": list(cells),
+        "cells": against_dense(cells),
         "analysis": dict(analysis),
     }
 

@@ -80,11 +80,14 @@ def _load(path: str) -> _Result:
 def _document_of_prune(result: dict[str, Any]) -> dict[str, Any]:
     """Return a document with one cell, of which only what the prune itself knows is measured."""
     name = short_names([result["model"]])[result["model"]]
-    calibration = result["calibration"]
+    calibration, healing = result["calibration"], result.get("healing")
+    made = [result["recipe"], calibration["fingerprint"], result["layers"]]
     cell = {
-        "key": digest([result["recipe"], calibration["fingerprint"], result["layers"]]),
+        "key": digest(
+            [result["recipe"], calibration["fingerprint"], result["layers"], *([healing] if healing else [])]
+        ),
         "model": name,
-        "label": result["method"],
+        "label": result["method"] + (", healed" if healing else ""),
         "method": result["method"],
         "options": _options(result["recipe"]),
         "sweep": None,
@@ -148,6 +151,8 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterato
         "text": ("seqlen", "windows", "dtype", "fingerprint"),
         "tasks": ("names", "limit", "data"),
     }
+    if first.get("texts") and second.get("texts") and first["texts"] != second["texts"]:
+        yield "texts", first["texts"], second["texts"]
     for section, names in fields.items():
         one, other = first.get(section), second.get(section)
         if one and other:

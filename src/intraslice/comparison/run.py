@@ -14,9 +14,7 @@ from intraslice.comparison.cells import (
     ANALYSIS,
     PERPLEXITY,
     PRUNE,
-    RANK,
     SPEED,
-    TASK,
     Facts,
     TextFacts,
     Work,
@@ -26,7 +24,8 @@ from intraslice.comparison.cells import (
 from intraslice.comparison.document import build_cell, build_document, build_protocol, failed_cell
 from intraslice.comparison.spec import ComparisonSpec, check_names
 from intraslice.comparison.store import Store
-from intraslice.comparison.tables import write_outputs
+from intraslice.comparison.tables import check_outputs, write_outputs
+from intraslice.data.mixture import is_sampled
 from intraslice.errors import ComparisonError, IntraSliceError, RecipeError, one_line
 from intraslice.process import Keep, Worker
 from intraslice.progress import Progress
@@ -125,6 +124,7 @@ class Comparison:
         """
         failures: dict[str, str] = {}
         with self.store.locked():
+            check_outputs(self.store.folder)
             # The tables are there from the start, and follow each cell.
             document = self._write(failures)
             unfinished = [work for work in self.works if self.store.cell(work) is None]
@@ -161,9 +161,10 @@ class Comparison:
             result = run_job({"job": "prune", "recipe": recipe.to_dict(), "command": command}, self._progress)
             self._check_calibration(work, result)
             store.keep_part(PRUNE, work.identities[PRUNE], result)
-        measured = [name for name in missing if name in (PERPLEXITY, RANK) or name.startswith(TASK)]
+        measured = [name for name in missing if name not in (PRUNE, SPEED)]
         if measured:
             job = {"job": "measure", "folder": folder, "device": self._device, "parts": measured}
+            job["dense"] = self.facts[cell.model].folder
             job["evaluation"] = self.spec.evaluation.model_dump()
             job["tasks"] = None if self.spec.tasks is None else self.spec.tasks.model_dump()
             run_job(job, self._progress, lambda name, result: store.keep_part(name, work.identities[name], result))
@@ -176,7 +177,8 @@ class Comparison:
     def _check_calibration(self, work: Work, result: dict[str, Any]) -> None:
         wanted = work.identities[PRUNE]["calibration"]
         # Sampled tokens have a fingerprint only after the sampling.
-        if result["calibration"]["name"] != "self" and result["calibration"]["fingerprint"] != wanted:
+        sampled = is_sampled(work.cell.recipe.calibration.source) if work.cell.recipe is not None else False
+        if not sampled and result["calibration"]["fingerprint"] != wanted:
             raise ComparisonError(
                 f"the calibration text {result['calibration']['name']!r} has changed since the comparison was started; "
                 "start it again."

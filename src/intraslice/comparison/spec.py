@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from intraslice.data.text import check_source
+from intraslice.data.mixture import check_source, map_parts
 from intraslice.errors import RecipeError, nearest, one_line
 from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
+from intraslice.evaluation.text_choice import TextChoice, parse_texts, with_base
 from intraslice.methods.registry import METHODS
 from intraslice.names import NameKind, kind_of
 from intraslice.options import CalibrationOptions
@@ -48,6 +49,9 @@ class Evaluation(_Section):
 
     Attributes:
         text: "builtin", a data set name (its test split) or a text file.
+        texts: further texts, each as `NAME=TEXT@FIRST-LAST` (see `evaluation.text_choice`): other domains, for the log
+            gap to the dense model on each of them and its mean.
+        divergence: measure the KL divergence to the dense model, and how often the most likely token is the same.
         seqlen: tokens in a window.
         windows: measure at most this many windows, from the start; None measures all.
         text_field: the column of a .jsonl or .parquet file that holds the text.
@@ -55,10 +59,21 @@ class Evaluation(_Section):
     """
 
     text: str = "builtin"
+    texts: list[str] = []
+    divergence: bool = False
     seqlen: int = Field(default=2048, ge=2)
     windows: int | None = Field(default=None, ge=1)
     text_field: str | None = None
     dtype: str = "auto"
+
+    def choices(self) -> list[TextChoice]:
+        """Return all texts, the one of `text` first.
+
+        Raises:
+            CalibrationError: a text is unknown or missing.
+            RecipeError: a name or windows make no sense, or two texts have one name.
+        """
+        return parse_texts([self.text, *self.texts], self.windows)
 
 
 class Tasks(_Section):
@@ -219,10 +234,14 @@ def _fields(place: tuple[int | str, ...]) -> list[str]:
 
 
 def _with_absolute_paths(spec: ComparisonSpec, base: Path) -> ComparisonSpec:
-    def text(source: str) -> str:
+    def part(source: str) -> str:
         # A bare word is the name of a data set, so that a misspelt one gets the nearest name.
         is_file = Path(source).suffix.lower() in _TEXT_FILES or "/" in source
         return str(base / Path(source).expanduser()) if is_file else source
+
+    def text(source: str) -> str:
+        # One file beside the comparison may have a comma in its name; a mixture cannot.
+        return part(source) if (base / Path(source).expanduser()).is_file() else map_parts(source, part)
 
     def model(name: str) -> str:
         is_name = kind_of(name, base) in (NameKind.BUILT_IN, NameKind.HUB)
@@ -242,7 +261,12 @@ def _with_absolute_paths(spec: ComparisonSpec, base: Path) -> ComparisonSpec:
             "models": [model(name) for name in dict.fromkeys(spec.models)],
             "sparsities": list(dict.fromkeys(spec.sparsities)),
             "calibration": replace(spec.calibration, source=text(spec.calibration.source)),
-            "evaluation": spec.evaluation.model_copy(update={"text": text(spec.evaluation.text)}),
+            "evaluation": spec.evaluation.model_copy(
+                update={
+                    "text": with_base(spec.evaluation.text, base),
+                    "texts": [with_base(given, base) for given in spec.evaluation.texts],
+                }
+            ),
             "tasks": tasks,
             "sweeps": sweeps,
         }
@@ -260,8 +284,9 @@ def _check(spec: ComparisonSpec) -> None:
         _check_settings(variant.options, f"options of {variant.label!r}")
     _check_settings(spec.options, "options")
     swept = [value for sweep in spec.sweeps if sweep.option == "calibration.source" for value in sweep.values]
-    for source in (spec.calibration.source, spec.evaluation.text, *swept):
+    for source in (spec.calibration.source, *swept):
         check_source(source)
+    spec.evaluation.choices()
     recipes = [
         spec.recipe(spec.models[0], variant, sparsity) for variant in spec.methods for sparsity in spec.sparsities
     ]

@@ -11,11 +11,27 @@ from typing import Any
 
 from intraslice.errors import OutputError
 from intraslice.evaluation.task_data import task_score
-from intraslice.files import write_text
+from intraslice.files import check_replaced, write_text
 from intraslice.report.document import DENSE
 
 DOCUMENT_FILE = "comparison.json"
 TABLE_FORMS = (".md", ".csv", ".json")
+TABLE_BEGINS = {".md": "# ", ".csv": "model,", ".json": '[\n {\n  "model":'}
+"""How a table begins, so that one can be told from another file."""
+
+
+def check_outputs(folder: Path) -> None:
+    """Refuse a folder where files that no comparison has written have the names of its results.
+
+    Raises:
+        OutputError: with the first of them.
+    """
+    from intraslice.report import PAGE_BEGINS
+
+    check_replaced(folder / DOCUMENT_FILE, '{\n "format":')
+    for suffix, begins in TABLE_BEGINS.items():
+        check_replaced(folder / f"table{suffix}", begins)
+    check_replaced(folder / "report.html", PAGE_BEGINS)
 
 
 def write_outputs(document: dict[str, Any], folder: Path) -> None:
@@ -56,7 +72,13 @@ def table_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         return models.index(cell["model"]), cell["label"] != DENSE, cell["asked"], labels.index(cell["label"])
 
     tasks = task_names(document)
-    return [_row(cell, tasks) for cell in sorted(cells, key=place)]
+    texts = text_names(document)
+    return [_row(cell, texts, tasks) for cell in sorted(cells, key=place)]
+
+
+def text_names(document: Mapping[str, Any]) -> list[str]:
+    """Return the names of the texts that are measured besides the one of the main column, that one first; or none."""
+    return [text["name"] for text in document["protocol"].get("texts") or ()]
 
 
 def task_names(document: Mapping[str, Any]) -> list[str]:
@@ -64,8 +86,9 @@ def task_names(document: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys((document["protocol"].get("tasks") or {}).get("names", ())))
 
 
-def _row(cell: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+def _row(cell: Mapping[str, Any], texts: Sequence[str], tasks: Sequence[str]) -> dict[str, Any]:
     prune, speed, scores = (cell[name] or {} for name in ("prune", "speed", "tasks"))
+    paired = (cell.get("paired") or {}).get("average") or {}
     return {
         "model": cell["model"],
         "method": cell["label"],
@@ -74,11 +97,19 @@ def _row(cell: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
         "parameters": cell["parameters"],
         "weight_bytes": cell["weight_bytes"],
         "perplexity": cell["perplexity"],
+        # The first one is that of the column before.
+        **{f"{PERPLEXITY_OF}{name}": (cell.get("texts") or {}).get(name) for name in texts[1:]},
+        **{f"{GAP_OF}{name}": (cell.get("gaps") or {}).get(name) for name in texts},
+        "mean_gap": cell.get("mean_gap"),
+        "mean_kl": cell.get("mean_kl"),
+        "mean_agreement": cell.get("mean_agreement"),
         **{
             name: task_score(scores[name]["acc"], scores[name]["acc_norm"]) if name in scores else None
             for name in tasks
         },
         "average": cell["average"],
+        "difference": paired.get("difference"),
+        "difference_stderr": paired.get("stderr"),
         "prune_seconds": prune.get("seconds", {}).get("total"),
         "peak_memory_bytes": prune.get("peak_memory_bytes"),
         "prefill_tokens_per_second": speed.get("prefill_tokens_per_second"),
@@ -103,7 +134,13 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
+PERPLEXITY_OF, GAP_OF = "perplexity of ", "gap on "
 _TITLES = {
+    "mean_gap": "mean gap",
+    "mean_kl": "mean KL",
+    "mean_agreement": "same token",
+    "difference": "minus dense",
+    "difference_stderr": "paired \u00b1",
     "weight_bytes": "weights, MB",
     "prune_seconds": "prune, s",
     "peak_memory_bytes": "peak, MB",
@@ -128,6 +165,10 @@ def _text(column: str, value: Any) -> str:
         return f"{value:g}"
     if column in ("sparsity", "perplexity") or column.endswith("_speedup"):
         return f"{value:.4f}" if column == "sparsity" else f"{value:.2f}"
+    if column.startswith(PERPLEXITY_OF):
+        return f"{value:.2f}"
+    if column.startswith(GAP_OF) or column in ("mean_gap", "mean_kl"):
+        return f"{value:.3f}"
     if column.endswith("_per_second") or column == "prune_seconds":
         return f"{value:,.1f}"
     # Accuracies, in percent as papers print them.
@@ -169,6 +210,9 @@ def _failed_name(cell: Mapping[str, Any]) -> str:
 
 def _protocol_lines(protocol: Mapping[str, Any]) -> str:
     lines = []
+    for text in protocol.get("texts") or ():
+        last = "" if text["windows"] is None else text["first"] + text["windows"] - 1
+        lines.append(f"- text {text['name']}: {text['text']}, windows {text['first']}-{last}")
     for name in ("calibration", "text", "tasks", "speed"):
         section = protocol.get(name)
         if section is not None:

@@ -15,11 +15,27 @@ import transformers
 
 from intraslice import __version__
 from intraslice.checkpoint.source import open_checkpoint
-from intraslice.comparison.cells import ANALYSIS, PERPLEXITY, RANK, TASK, Facts, TextFacts, calibration_name, digest
-from intraslice.data.calibration import BUILT_IN_CHARS_PER_TOKEN
-from intraslice.data.text import SELF, load_text
+from intraslice.comparison.cells import (
+    ANALYSIS,
+    DIVERGENCE,
+    PERPLEXITY,
+    RANK,
+    TASK,
+    TEXT,
+    Facts,
+    TextFacts,
+    calibration_name,
+    digest,
+)
+from intraslice.comparison.spec import Evaluation
+from intraslice.data.calibration import SHIPPED_CHARS_PER_TOKEN
+from intraslice.data.mixture import is_sampled, parse_source, share_out
+from intraslice.data.sampling import SAMPLING_VERSION
+from intraslice.data.text import SAMPLED, load_text
 from intraslice.errors import ComparisonError
+from intraslice.evaluation.domains import measure_divergence
 from intraslice.evaluation.perplexity import check_windows, measure_perplexity, tokenize
+from intraslice.evaluation.text_choice import TextChoice
 from intraslice.inspection import inspect_model
 from intraslice.loading import load_model
 from intraslice.options import CalibrationOptions
@@ -62,14 +78,25 @@ def _identify(
     device: str,
 ) -> dict[str, Any]:
     """Find everything that keys are made of; whatever is wrong with models and texts shows here."""
-    text = load_text(evaluation["text"], split="test", text_field=evaluation["text_field"])
+    asked = Evaluation(**evaluation)
+    choices = asked.choices()
+    contents = [load_text(choice.source, split="test", text_field=asked.text_field) for choice in choices]
     wanted = [CalibrationOptions(**calibration) for calibration in calibrations]
-    facts = {model: asdict(_model_facts(model, wanted, text, evaluation, device, parent)) for model in models}
+    facts = {
+        model: asdict(_model_facts(model, wanted, choices, contents, asked.seqlen, device, parent)) for model in models
+    }
     versions = {} if tasks is None else {"lm_eval": version("lm_eval")}
     data = {} if tasks is None else _task_data(tasks)
     return {
         "facts": facts,
-        "texts": asdict(TextFacts(evaluation=digest(text), calibration=_text_fingerprint(wanted[0]), **data)),
+        "texts": asdict(
+            TextFacts(
+                evaluation=digest(contents[0]),
+                calibration=_text_fingerprint(wanted[0]),
+                texts={choice.name: digest(text) for choice, text in zip(choices[1:], contents[1:], strict=True)},
+                **data,
+            )
+        ),
         "machine": {
             "machine": f"{_processor()}, {os.cpu_count()} cores",
             "threads": torch.get_num_threads(),
@@ -88,21 +115,24 @@ def _identify(
 def _model_facts(
     model: str,
     calibrations: list[CalibrationOptions],
-    text: str,
-    evaluation: dict[str, Any],
+    choices: list[TextChoice],
+    contents: list[str],
+    seqlen: int,
     device: str,
     parent: Parent,
 ) -> Facts:
     checkpoint = open_checkpoint(model, progress=parent)
     tokenizer = checkpoint.load_tokenizer()
-    check_windows(checkpoint.config, tokenize(text, tokenizer), evaluation["seqlen"], evaluation["windows"])
+    for choice, text in zip(choices, contents, strict=True):
+        check_windows(checkpoint.config, tokenize(text, tokenizer), seqlen, choice.windows, first=choice.first)
     fingerprint = checkpoint.fingerprint()
     found: dict[str, str] = {}
     for calibration in calibrations:
-        if calibration.source == SELF:
+        if is_sampled(calibration.source):
             check_seqlen(checkpoint.config, calibration.seqlen)
-            # Sampling takes minutes; the model and the settings decide the tokens as well as their hash would.
-            found[calibration_name(calibration)] = digest({"self": fingerprint, **asdict(calibration)})
+            # Sampling takes minutes; model, settings and texts decide the tokens as well as their hash would.
+            decides = {"self": fingerprint, "sampling": SAMPLING_VERSION, "texts": _text_fingerprint(calibration)}
+            found[calibration_name(calibration)] = digest({**decides, **asdict(calibration)})
             continue
         tokens = calibrate(checkpoint, calibration, device=device, progress=parent)
         found[calibration_name(calibration)] = tokens.fingerprint
@@ -112,10 +142,15 @@ def _model_facts(
 
 
 def _text_fingerprint(calibration: CalibrationOptions) -> str | None:
-    if calibration.source == SELF:
-        return None
-    enough = BUILT_IN_CHARS_PER_TOKEN * calibration.num_samples * calibration.seqlen
-    return digest(load_text(calibration.source, text_field=calibration.text_field, min_chars=enough))
+    parts = parse_source(calibration.source)
+    texts = {}
+    for part, count in zip(parts, share_out(parts, calibration.num_samples), strict=True):
+        if count and part.source not in SAMPLED:
+            enough = SHIPPED_CHARS_PER_TOKEN * count * calibration.seqlen
+            texts[part.source] = digest(load_text(part.source, text_field=calibration.text_field, min_chars=enough))
+    if len(parts) == 1:
+        return texts.get(parts[0].source)
+    return digest(list(texts.values())) if texts else None
 
 
 def _task_data(tasks: dict[str, Any]) -> dict[str, Any]:
@@ -149,14 +184,27 @@ def _measure(
     parts: list[str],
     evaluation: dict[str, Any],
     tasks: dict[str, Any] | None,
+    dense: str,
 ) -> None:
-    """Load a model once and send each measurement when it is done."""
-    model, tokenizer = load_model(folder, dtype=evaluation["dtype"], device=device)
+    """Load a model once (and the dense one, where it is compared with) and send each measurement when it is done."""
+    asked = Evaluation(**evaluation)
+    model, tokenizer = load_model(folder, dtype=asked.dtype, device=device)
+    choices = {choice.name: choice for choice in asked.choices()}
+    dense_model: Any = None
     for part in parts:
-        if part == PERPLEXITY:
-            tokens = _evaluation_tokens(evaluation, tokenizer)
-            windows, seqlen = evaluation["windows"], evaluation["seqlen"]
-            measured = measure_perplexity(model, tokens, seqlen=seqlen, windows=windows, progress=parent).to_dict()
+        if part == PERPLEXITY or part.startswith((TEXT, DIVERGENCE)):
+            name = part.removeprefix(TEXT).removeprefix(DIVERGENCE)
+            choice = next(iter(choices.values())) if part == PERPLEXITY else choices[name]
+            text = load_text(choice.source, split="test", text_field=asked.text_field)
+            chosen: dict[str, Any] = {"seqlen": asked.seqlen, "windows": choice.windows, "first": choice.first}
+            tokens = tokenize(text, tokenizer)
+            if part.startswith(DIVERGENCE):
+                if dense_model is None:
+                    dense_model, _ = load_model(dense, dtype=asked.dtype, device=device)
+                found = measure_divergence(model, dense_model, tokens, **chosen, progress=parent)
+                measured = {"kl": found.kl, "agreement": found.agreement}
+            else:
+                measured = measure_perplexity(model, tokens, **chosen, progress=parent).to_dict()
         elif part == RANK:
             from intraslice.streaming.analysis import effective_ranks
 
@@ -188,7 +236,10 @@ def _analyze(parent: Parent, folder: str, device: str, evaluation: dict[str, Any
 
 
 def _evaluation_tokens(evaluation: dict[str, Any], tokenizer: Any) -> torch.Tensor:
-    return tokenize(load_text(evaluation["text"], split="test", text_field=evaluation["text_field"]), tokenizer)
+    asked = Evaluation(**evaluation)
+    choice = asked.choices()[0]
+    tokens = tokenize(load_text(choice.source, split="test", text_field=asked.text_field), tokenizer)
+    return tokens[choice.first * asked.seqlen :]
 
 
 def _analysis_tokens(evaluation: dict[str, Any], tokenizer: Any) -> torch.Tensor:

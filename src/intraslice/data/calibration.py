@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from intraslice.data.text import SELF, check_source, load_text
-from intraslice.errors import CalibrationError, NumericalError
+from intraslice.data.mixture import check_source, parse_source, share_out, short_source
+from intraslice.data.sampling import SAMPLING_VERSION, sample
+from intraslice.data.text import SAMPLED, load_text
+from intraslice.errors import CalibrationError, OutputError
+from intraslice.files import write_text
 from intraslice.placement import choose_device
 from intraslice.progress import Progress, SilentProgress
-from intraslice.quiet import quiet
 
-__all__ = ["Calibration", "check_source", "load_calibration", "load_text"]
-
-# How much built-in text to gather for a token; the tokenizers in use make one of 3.5 to 4.5 characters.
-BUILT_IN_CHARS_PER_TOKEN = 5
-# Memory for the key/value cache while sampling; decides how many sequences grow side by side.
-_CACHE_BYTES = 1 << 29
+# Characters of shipped text to gather for a token; the tokenizers in use make one of 3.5 to 4.5.
+SHIPPED_CHARS_PER_TOKEN = 5
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,17 @@ class Calibration:
 
     Attributes:
         tokens: token ids, int64 [N, T].
-        source: name or path of the text.
+        source: name or path of the text, or a mixture, whose paths are without folders.
         seed: of the choice of sequences, or of the sampling.
         fingerprint: sha256 of the tokens.
+        parts: of a mixture, how many sequences come from which source; empty for a single source.
     """
 
     tokens: torch.Tensor
     source: str
     seed: int
     fingerprint: str
+    parts: dict[str, int] = field(default_factory=dict)
 
 
 def load_calibration(
@@ -54,14 +55,15 @@ def load_calibration(
     progress: Progress | None = None,
     text_field: str | None = None,
     device: str = "auto",
+    sampled_folder: Path | None = None,
 ) -> Calibration:
     """Return `num_samples` sequences of `seqlen` tokens.
 
     A text is one token stream, cut into non-overlapping blocks of `seqlen`; a seeded random choice of them is
-    taken, none twice.
+    taken, none twice. In a mixture, each sequence comes from one source, and their order is drawn by the seed.
 
     Args:
-        source: "builtin", "self", "wikitext2", "c4", "ptb", "alpaca", or a .txt, .jsonl or .parquet file.
+        source: name of a text, a .txt, .jsonl or .parquet file, or a mixture of them (see `data.mixture`).
         tokenizer: Hugging Face tokenizer of the model.
         num_samples: N.
         seqlen: T.
@@ -72,6 +74,7 @@ def load_calibration(
         progress: shows the sampling.
         text_field: column of a .jsonl or .parquet file.
         device: where "self" samples: "auto", "cpu" or a torch device.
+        sampled_folder: keeps what was sampled from this very model; None keeps nothing.
 
     Raises:
         CalibrationError: the text is unknown, unreadable, empty or too short, or does not fit the model.
@@ -84,22 +87,72 @@ def load_calibration(
         )
     progress = progress or SilentProgress()
     check_source(source)
-    if source == SELF:
-        tokens = _sample(model_folder, model_arguments or {}, tokenizer, num_samples, seqlen, seed, device, progress)
-    else:
-        # The one place that decides how much built-in text is needed, so that it depends on nothing else.
-        enough = BUILT_IN_CHARS_PER_TOKEN * num_samples * seqlen
-        text = load_text(source, text_field=text_field, min_chars=enough, progress=progress)
-        # verbose=False: the stream is meant to be longer than the model's context.
-        stream = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-        tokens = _choose_blocks(stream, source, num_samples, seqlen, seed)
+    parts = parse_source(source)
+    counts = share_out(parts, num_samples)
+    blocks: list[torch.Tensor | None] = [None] * len(parts)
+    sampled = [index for index, part in enumerate(parts) if part.source in SAMPLED and counts[index]]
+    for index, part in enumerate(parts):
+        if index not in sampled and counts[index]:
+            # The one place that decides how much shipped text is needed, so that it depends on nothing else.
+            enough = SHIPPED_CHARS_PER_TOKEN * counts[index] * seqlen
+            text = load_text(
+                part.source, text_field=text_field, min_chars=enough, progress=progress, tokenizer=tokenizer
+            )
+            # verbose=False: the stream is meant to be longer than the model's context.
+            stream = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+            blocks[index] = _choose_blocks(stream, part.source, counts[index], seqlen, seed)
+    if sampled:
+        # Last, because it takes longest and all else may still be refused; together, because the model is loaded once.
+        sources = [parts[index].source for index in sampled for _ in range(counts[index])]
+        kept = (
+            None if sampled_folder is None else _sampled_file(sampled_folder, tokenizer, sources, seqlen, seed, device)
+        )
+        rows = None if kept is None else _read_rows(kept)
+        if rows is None:
+            rows = sample(model_folder, model_arguments or {}, tokenizer, sources, seqlen, seed, device, progress)
+            if kept is not None:
+                _write_rows(kept, rows)
+        for index, own in zip(sampled, rows.split([counts[index] for index in sampled]), strict=True):
+            blocks[index] = own
+    tokens = torch.cat([own for own in blocks if own is not None])  # [N, T]
+    if len(parts) > 1:
+        tokens = tokens[torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))]
     if int(tokens.max()) >= vocab_size or int(tokens.min()) < 0:
         worst = int(tokens.max()) if int(tokens.max()) >= vocab_size else int(tokens.min())
         raise CalibrationError(
             f"token id {worst} is outside the model's vocabulary of {vocab_size}; tokenizer and model do not "
             "belong together"
         )
-    return Calibration(tokens, source, seed, fingerprint(tokens))
+    if len(parts) == 1:
+        return Calibration(tokens, parts[0].source, seed, fingerprint(tokens))
+    given = {part.source: count for part, count in zip(parts, counts, strict=True)}
+    return Calibration(tokens, short_source(source), seed, fingerprint(tokens), given)
+
+
+def _sampled_file(folder: Path, tokenizer: Any, sources: list[str], seqlen: int, seed: int, device: str) -> Path:
+    """Return the file in which sampled rows are kept; its name is a hash of all that decides them but the model."""
+    place = choose_device(device).type
+    decides = json.dumps([SAMPLING_VERSION, sources, seqlen, seed, place, tokenizer.chat_template, len(tokenizer)])
+    return folder / f"{hashlib.sha256(decides.encode()).hexdigest()[:32]}.json"
+
+
+def _read_rows(file: Path) -> torch.Tensor | None:
+    """Return the rows [N, T] that were sampled before, or None."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        rows = torch.tensor(kept["tokens"], dtype=torch.int64)
+        return rows if kept["fingerprint"] == fingerprint(rows) else None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        # Not there, or spoilt by another program: sampling again is always possible.
+        return None
+
+
+def _write_rows(file: Path, rows: torch.Tensor) -> None:
+    try:
+        write_text(file, json.dumps({"tokens": rows.tolist(), "fingerprint": fingerprint(rows)}))
+    except OutputError:
+        # A cache that cannot be written costs the next run some minutes, and this one nothing.
+        return
 
 
 def fingerprint(tokens: torch.Tensor) -> str:
@@ -120,76 +173,3 @@ def _choose_blocks(stream: torch.Tensor, source: str, num_samples: int, seqlen: 
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(num_blocks, generator=generator)[:num_samples]
     return stream[: num_blocks * seqlen].view(num_blocks, seqlen)[chosen]  # [N, T]
-
-
-def _sample(
-    model_folder: Path,
-    arguments: Mapping[str, Any],
-    tokenizer: Any,
-    num_samples: int,
-    seqlen: int,
-    seed: int,
-    device: str,
-    progress: Progress,
-) -> torch.Tensor:
-    """Sample from the dense model at temperature 1, ignoring what its generation config prefers.
-
-    The loop is written out, because `generate` draws from the global random state and stops at the end of a
-    text; here a sequence simply goes on with the next text.
-    """
-    from transformers import AutoModelForCausalLM
-
-    place = choose_device(device)
-    # Its bar would run into ours.
-    with quiet(*(("transformers",) if arguments else ())):
-        # The stubs know nothing of output_loading_info, with which a pair is returned.
-        auto: Any = AutoModelForCausalLM
-        model, info = auto.from_pretrained(
-            model_folder,
-            dtype="auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            **arguments,
-        )
-    if info["missing_keys"]:
-        # Names that only our reader knows; transformers fills in random numbers, whose text means nothing.
-        raise CalibrationError(
-            f"no text can be sampled from {str(model_folder)!r}, because transformers does not know its names of "
-            f"tensors (it misses {min(info['missing_keys'])!r}); calibrate on a text instead"
-        )
-    model = model.to(place).eval()
-    generator = torch.Generator().manual_seed(seed)
-    start = _first_tokens(tokenizer, model.config.vocab_size, num_samples, generator)  # [N, 1]
-    batch = _batch_size(model.config, model.dtype.itemsize, seqlen)
-    done: list[torch.Tensor] = []
-    with torch.inference_mode(), progress.step("Sampling calibration text", num_samples * seqlen) as advance:
-        for first in start.split(batch):
-            columns = [first]
-            cache = None
-            advance(len(first))
-            for _ in range(seqlen - 1):
-                out = model(columns[-1].to(place), past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                scores = out.logits[:, -1].to("cpu", torch.float64)  # [B, V]
-                if not torch.isfinite(scores).all():
-                    raise NumericalError("the dense model gives NaN or infinite scores, so 'self' cannot sample")
-                columns.append(torch.multinomial(scores.softmax(-1), 1, generator=generator))
-                advance(len(first))
-            done.append(torch.cat(columns, dim=1))
-    return torch.cat(done)  # [N, T]
-
-
-def _first_tokens(tokenizer: Any, vocab_size: int, num_samples: int, generator: torch.Generator) -> torch.Tensor:
-    bos = tokenizer.bos_token_id
-    if bos is not None:
-        return torch.full((num_samples, 1), bos, dtype=torch.int64)
-    special = set(tokenizer.all_special_ids)
-    plain = torch.tensor([i for i in range(min(len(tokenizer), vocab_size)) if i not in special])
-    return plain[torch.randint(len(plain), (num_samples, 1), generator=generator)]
-
-
-def _batch_size(config: Any, itemsize: int, seqlen: int) -> int:
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    sequence_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * seqlen * itemsize
-    return max(1, _CACHE_BYTES // sequence_bytes)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import sysconfig
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from intraslice.data.shipped import SHIPPED
 from intraslice.errors import CalibrationError, MissingExtraError, nearest, one_line
 from intraslice.progress import Progress
 
-BUILT_IN = "builtin"
 SELF = "self"
+START = "start"
+SELF_KINDS = (START, "prose", "dialogue", "questions", "code", "mathematics", "lists", "chat")
+"""What "self" samples; "self-" and one of them samples only this."""
+SAMPLED = (SELF, *(f"{SELF}-{kind}" for kind in SELF_KINDS))
 FILE_TYPES = (".txt", ".jsonl", ".parquet")
 # A tokenizer holds a whole text several times over; no calibration or evaluation needs more than this.
 MAX_CHARS = 1 << 25
-# Shorter docstrings are fragments such as "Return x."
-_MIN_DOCSTRING = 200
-_SKIPPED_PACKAGES = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "__pycache__"}
+# To judge a model on; to calibrate on, as much as is asked for.
+_STREAMED_CHARS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,12 @@ class HubText:
     Attributes:
         path: id of the data set.
         config: its configuration, if it has several.
-        column: the column with the text.
+        column: the column with the text, or with the messages of a conversation.
         joiner: what to put between rows.
         splits: the names of "train" and "test" text in this data set.
         data_files: file pattern of a split, for data sets without a usable configuration.
         revision: branch, if not the main one.
+        streamed: too large to be fetched whole: rows are read one by one, until there are enough.
     """
 
     path: str
@@ -45,6 +46,7 @@ class HubText:
     splits: dict[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
     data_files: dict[str, str] | None = None
     revision: str | None = None
+    streamed: bool = False
 
 
 HUB_TEXTS = {
@@ -70,16 +72,48 @@ HUB_TEXTS = {
         revision="refs/convert/parquet",
     ),
     "alpaca": HubText(path="tatsu-lab/alpaca", splits={"train": "train", "test": "train"}),
+    "fineweb-edu": HubText(
+        path="HuggingFaceFW/fineweb-edu",
+        config="sample-10BT",
+        splits={"train": "train", "test": "train"},
+        streamed=True,
+    ),
+    "ultrachat": HubText(
+        path="HuggingFaceH4/ultrachat_200k",
+        column="messages",
+        splits={"train": "train_sft", "test": "test_sft"},
+        streamed=True,
+    ),
+    "codeparrot": HubText(
+        path="codeparrot/codeparrot-clean-valid",
+        column="content",
+        splits={"train": "train", "test": "train"},
+        streamed=True,
+    ),
+    "finemath": HubText(
+        path="HuggingFaceTB/finemath",
+        config="finemath-4plus",
+        splits={"train": "train", "test": "train"},
+        streamed=True,
+    ),
 }
 
 
-def check_source(source: str) -> None:
+NAMED_TEXTS = (*SHIPPED, *SAMPLED, *HUB_TEXTS)
+"""Names of texts."""
+
+
+def check_text(source: str, names: Sequence[str] = NAMED_TEXTS) -> None:
     """Refuse an unknown name or a missing file, without reading anything.
+
+    Args:
+        source: name or path of one text.
+        names: what it may be called, for the message.
 
     Raises:
         CalibrationError: `source` is neither a known name nor a text file.
     """
-    if source in (BUILT_IN, SELF) or source in HUB_TEXTS:
+    if source in NAMED_TEXTS:
         return
     path = Path(source).expanduser()
     if path.is_file():
@@ -90,7 +124,6 @@ def check_source(source: str) -> None:
         raise CalibrationError(f"{source!r} is a folder; give one text file ({', '.join(FILE_TYPES)})")
     if path.suffix.lower() in FILE_TYPES or len(path.parts) > 1:
         raise CalibrationError(f"there is no text file {source!r}")
-    names = (BUILT_IN, SELF, *HUB_TEXTS)
     raise CalibrationError(
         f"text {source!r} is unknown; use {', '.join(names)} or a file ({', '.join(FILE_TYPES)})."
         + nearest(source, names)
@@ -104,6 +137,7 @@ def load_text(
     text_field: str | None = None,
     min_chars: int = 0,
     progress: Progress | None = None,
+    tokenizer: Any = None,
 ) -> str:
     """Return one long text.
 
@@ -111,20 +145,23 @@ def load_text(
         source: "builtin", the name of a data set, or a .txt, .jsonl or .parquet file.
         split: "train" or "test"; only data sets have both.
         text_field: column of a .jsonl or .parquet file; by default "text", or the only column of strings.
-        min_chars: how much is needed; the built-in text grows by docstrings up to it, other texts ignore it.
+        min_chars: how much is needed; texts that ship with Python grow up to it, and so do
+            those that are streamed from the hub (a few million characters unless given); others ignore it.
         progress: where a cut of a very long text is reported.
+        tokenizer: writes conversations with its chat template, if it has one; as "role: words" without.
 
     Raises:
         CalibrationError: unknown name, missing, unreadable or empty text.
         MissingExtraError: `datasets` or `pyarrow` is not installed.
     """
-    check_source(source)
-    if source == SELF:
-        raise CalibrationError("'self' is sampled from a model and is no text by itself; use it to calibrate")
+    check_text(source)
+    if source in SAMPLED:
+        raise CalibrationError(f"{source!r} is sampled from a model and is no text by itself; use it to calibrate")
     if source in HUB_TEXTS:
-        documents, joiner = _hub_documents(source, split), HUB_TEXTS[source].joiner
-    elif source == BUILT_IN:
-        documents, joiner = _built_in_documents(min_chars), "\n\n"
+        documents = _hub_documents(source, split, min_chars or _STREAMED_CHARS, tokenizer)
+        joiner = HUB_TEXTS[source].joiner
+    elif source in SHIPPED:
+        documents, joiner = SHIPPED[source](min_chars), "\n\n"
     else:
         documents, joiner = _file_documents(Path(source).expanduser(), text_field), "\n\n"
     text, whole = _join(documents, joiner)
@@ -146,44 +183,7 @@ def _join(documents: Iterator[str], joiner: str) -> tuple[str, bool]:
     return joiner.join(kept), True
 
 
-def _built_in_documents(min_chars: int) -> Iterator[str]:
-    """The Python language reference; then, as far as needed, the docstrings of the standard library."""
-    from pydoc_data.topics import topics
-
-    size = 0
-    for name in sorted(topics):
-        size += len(topics[name])
-        yield topics[name]
-    if size >= min_chars:
-        return
-    for document in _docstrings():
-        size += len(document)
-        yield document
-        if size >= min_chars:
-            return
-
-
-def _docstrings() -> Iterator[str]:
-    library = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(library.rglob("*.py"), key=lambda path: (len(path.parts), str(path)))
-    for path in paths:
-        if _SKIPPED_PACKAGES.intersection(path.relative_to(library).parts):
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            # The library ships templates and broken examples that are not meant to be parsed.
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                document = ast.get_docstring(node)
-                if document and len(document) >= _MIN_DOCSTRING:
-                    yield document
-
-
-def _hub_documents(name: str, split: str) -> Iterator[str]:
+def _hub_documents(name: str, split: str, enough: int, tokenizer: Any) -> Iterator[str]:
     try:
         import datasets
         from datasets.exceptions import DatasetsError
@@ -192,12 +192,19 @@ def _hub_documents(name: str, split: str) -> Iterator[str]:
     source = HUB_TEXTS[name]
     wanted = source.splits[split]
     arguments: dict[str, Any] = {"split": wanted, "revision": source.revision}
+    if source.streamed:
+        arguments["streaming"] = True
     if source.data_files:
         arguments["data_files"] = {wanted: source.data_files[wanted]}
     try:
         rows = datasets.load_dataset(source.path, source.config, **arguments)
+        size = 0
         for row in rows:
-            yield row[source.column]  # type: ignore[index]
+            document = _as_text(row[source.column], tokenizer)  # type: ignore[index]
+            size += len(document)
+            yield document
+            if source.streamed and size >= enough:
+                return
     # RuntimeError and ValueError are how `datasets` says that nothing is cached or a format is too old.
     except (OSError, ValueError, KeyError, RuntimeError, DatasetsError) as error:
         reason = one_line(error)[:200]
@@ -205,6 +212,15 @@ def _hub_documents(name: str, split: str) -> Iterator[str]:
             f"data set {name!r} ({source.path}) cannot be loaded: {reason}; without a network use "
             "'builtin', 'self' or a local file"
         ) from error
+
+
+def _as_text(content: Any, tokenizer: Any) -> str:
+    """Return a text as it is, and a conversation as the model sees it."""
+    if isinstance(content, str):
+        return content
+    if tokenizer is not None and tokenizer.chat_template:
+        return tokenizer.apply_chat_template(content, tokenize=False)
+    return "\n".join(f"{said['role']}: {said['content']}" for said in content)
 
 
 def _file_documents(path: Path, text_field: str | None) -> Iterator[str]:

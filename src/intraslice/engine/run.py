@@ -71,6 +71,7 @@ class Job:
                 "seqlen": tokens.shape[1],
                 "seed": self.calibration.seed,
                 "fingerprint": self.calibration.fingerprint,
+                **({"parts": self.calibration.parts} if self.calibration.parts else {}),
             },
             "method": {"form": type(self.method).__name__, "sparsity": self.sparsity, **self.options},
             "dtype": dtype_name(placement.save_dtype),

@@ -30,6 +30,7 @@ VERSION = version("lm-eval")
 _FOLDERS = ("arc", "piqa", "winogrande", "openbookqa", "super_glue/boolq", "hellaswag")
 _SCORED_BY_LIKELIHOOD = ("multiple_choice", "loglikelihood")
 _LOCAL_SPLIT = "local"
+_METRICS = ("acc", "acc_norm")
 
 
 def load_tasks(names: Sequence[str], local: Mapping[str, list[Row]] | None) -> dict[str, Any]:
@@ -118,7 +119,8 @@ def run_tasks(
     batch_size: int,
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
-    """Score a model; returns what lm-eval reports by task, with metric names like "acc" and "acc_stderr".
+    """Score a model; returns what lm-eval reports by task, with metric names like "acc" and "acc_stderr", and under
+    "answers" the numbers of the single examples by metric.
 
     Raises:
         NumericalError: the model's outputs are not finite.
@@ -127,12 +129,17 @@ def run_tasks(
     """
     with _quiet_harness():
         harness = _Harness(model, tokenizer, batch_size, progress)
-        found: Any = evaluate(harness, {"tasks": dict(tasks)}, limit=limit, log_samples=False)
+        found: Any = evaluate(harness, {"tasks": dict(tasks)}, limit=limit, log_samples=True)
     results: dict[str, dict[str, Any]] = {}
     for name in tasks:
         # Keys are "acc,none": the metric and the filter of the answers.
         metrics = {key.partition(",")[0]: value for key, value in found["results"][name].items()}
-        results[name] = {**metrics, "samples": found["n-samples"][name]["effective"]}
+        answers = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+        results[name] = {
+            **metrics,
+            "samples": found["n-samples"][name]["effective"],
+            "answers": {metric: [sample[metric] for sample in answers if metric in sample] for metric in _METRICS},
+        }
     return results
 
 

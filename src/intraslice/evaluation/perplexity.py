@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,6 +63,7 @@ def measure_perplexity(
     *,
     seqlen: int = 2048,
     windows: int | None = None,
+    first: int = 0,
     progress: Progress | None = None,
 ) -> Perplexity:
     """Measure the perplexity of a token stream; tokens after the last whole window are left out.
@@ -70,7 +72,8 @@ def measure_perplexity(
         model: a causal language model in evaluation mode.
         tokens: int64 [N].
         seqlen: tokens in a window; the first one of each window is not predicted.
-        windows: measure at most so many windows, from the start; None measures all.
+        windows: measure at most so many windows; None measures all.
+        first: number of the first window that is measured.
         progress: shows the windows.
 
     Raises:
@@ -78,19 +81,30 @@ def measure_perplexity(
         RecipeError: seqlen or windows is out of range for the model.
         NumericalError: the model's outputs are not finite.
     """
-    num_windows = check_windows(model.config, tokens, seqlen, windows)
-    blocks = tokens[: num_windows * seqlen].view(num_windows, seqlen)  # [W, T]
+    blocks = select_windows(model.config, tokens, seqlen, windows, first)  # [W, T]
     total = 0.0
     start = time.perf_counter()
-    with torch.inference_mode(), (progress or SilentProgress()).step("perplexity", num_windows) as advance:
+    with torch.inference_mode(), (progress or SilentProgress()).step("perplexity", len(blocks)) as advance:
         for index, block in enumerate(blocks):
             nll = _window_nll(model, block.to(model.device)[None])
-            if not math.isfinite(nll):
-                raise NumericalError(
-                    f"the model's outputs are not finite in window {index}; try --dtype float32 or bfloat16."
-                )
+            check_finite(nll, index)
             total += nll
             advance(1)
+    return to_perplexity(total, len(blocks), seqlen, time.perf_counter() - start)
+
+
+def check_finite(nll: float, window: int, whose: str = "the model") -> None:
+    """Refuse a negative log likelihood that is no number.
+
+    Raises:
+        NumericalError: the outputs were not finite.
+    """
+    if not math.isfinite(nll):
+        raise NumericalError(f"{whose}'s outputs are not finite in window {window}; try --dtype float32 or bfloat16.")
+
+
+def to_perplexity(total: float, num_windows: int, seqlen: int, seconds: float) -> Perplexity:
+    """Return the perplexity of a summed negative log likelihood."""
     num_tokens = num_windows * (seqlen - 1)
     mean = total / num_tokens
     return Perplexity(
@@ -100,12 +114,18 @@ def measure_perplexity(
         num_windows=num_windows,
         num_tokens=num_tokens,
         seqlen=seqlen,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
     )
 
 
-def check_windows(config: Any, tokens: Tensor, seqlen: int, windows: int | None) -> int:
-    """Return how many windows of a token stream [N] are measured.
+def select_windows(config: Any, tokens: Tensor, seqlen: int, windows: int | None, first: int = 0) -> Tensor:
+    """Return the windows of a token stream [N] that are measured, int64 [W, T]; see `check_windows`."""
+    count = check_windows(config, tokens, seqlen, windows, first=first)
+    return tokens[first * seqlen : (first + count) * seqlen].view(count, seqlen)
+
+
+def check_windows(config: Any, tokens: Tensor, seqlen: int, windows: int | None, *, first: int = 0) -> int:
+    """Return how many windows of a token stream [N] are measured, of those from `first` on.
 
     Raises:
         CalibrationError: the stream holds no whole window, or ids outside the vocabulary.
@@ -124,26 +144,47 @@ def check_windows(config: Any, tokens: Tensor, seqlen: int, windows: int | None)
             f"the text has {tokens.numel()} tokens, less than one window of {seqlen}; "
             "give a longer text or a smaller --seqlen."
         )
+    if available <= first:
+        raise CalibrationError(
+            f"the text has {available} windows of {seqlen} tokens, so there is no window {first}; they count from 0."
+        )
     largest = int(tokens.max())
     if largest >= config.vocab_size:
         raise CalibrationError(
             f"token id {largest} is outside the vocabulary of {config.vocab_size}; "
             "the tokenizer does not belong to the model."
         )
-    return available if windows is None else min(available, windows)
+    return available - first if windows is None else min(available - first, windows)
 
 
 def _window_nll(model: PreTrainedModel, window: Tensor) -> float:
     """Return the summed negative log likelihood of tokens 1..T-1 of a window [1, T]."""
-    targets = window[0, 1:]
+    return sum(summed_nll(logits, targets) for logits, targets in window_logits(model, window))
+
+
+def window_logits(
+    model: PreTrainedModel, window: Tensor, *, always_split: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits [p, V] and the tokens that they predict [p], chunk by chunk, for tokens 1..T-1 of a window [1, T].
+
+    Args:
+        model: a causal language model in evaluation mode.
+        window: token ids, [1, T].
+        always_split: in chunks also where all logits exist at once anyway, because the architecture is unknown.
+    """
+    targets = window[0, 1:].split(CHUNK_POSITIONS)
     parts = decoder_and_head(model)
     if parts is None:
         logits = model(input_ids=window, use_cache=False).logits[0, :-1]  # [T - 1, V]
-        return _summed_nll(logits, targets)
+        if always_split:
+            yield from zip(logits.split(CHUNK_POSITIONS), targets, strict=True)
+        else:
+            yield logits, window[0, 1:]
+        return
     decoder, head = parts
     hidden = decoder(input_ids=window, use_cache=False).last_hidden_state[0, :-1]  # [T - 1, D]
-    chunks = zip(hidden.split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS), strict=True)
-    return sum(_summed_nll(head(chunk), target) for chunk, target in chunks)
+    for chunk, target in zip(hidden.split(CHUNK_POSITIONS), targets, strict=True):
+        yield head(chunk), target
 
 
 def decoder_and_head(model: PreTrainedModel) -> tuple[Any, Any] | None:
@@ -156,6 +197,7 @@ def decoder_and_head(model: PreTrainedModel) -> tuple[Any, Any] | None:
     return model.base_model, LanguageHead(model)
 
 
-def _summed_nll(logits: Tensor, targets: Tensor) -> float:
+def summed_nll(logits: Tensor, targets: Tensor) -> float:
+    """Return the summed negative log likelihood of tokens [p] under logits [p, V]."""
     losses = functional.cross_entropy(logits.float(), targets, reduction="none")  # [T]
     return float(losses.double().sum())

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from intraslice.errors import MissingExtraError, RecipeError, TaskError, nearest
+from intraslice.evaluation.paired import Differences, differences
 from intraslice.evaluation.task_data import (
     DEFAULT_BATCH_SIZE,
     FIELDS,
@@ -35,6 +36,8 @@ class TaskScore:
             definition of the task has no such metric.
         acc_norm_stderr: its standard error.
         samples: examples.
+        answers: "1" for each example that `reported` counts as right, "0" for the others, in the order of the data;
+            None where they are counted in parts.
     """
 
     acc: float
@@ -42,6 +45,7 @@ class TaskScore:
     acc_norm: float | None
     acc_norm_stderr: float | None
     samples: int
+    answers: str | None = None
 
     @property
     def reported(self) -> float:
@@ -74,6 +78,34 @@ class TaskResults:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskComparison:
+    """A model and the dense one on the same questions.
+
+    Attributes:
+        model: results of the model.
+        dense: results of the dense model.
+        differences: accuracy of the model minus that of the dense one, with paired standard errors; None where single
+            answers are not known.
+    """
+
+    model: TaskResults
+    dense: TaskResults
+    differences: Differences | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+
+def compare_answers(model: TaskResults, dense: TaskResults) -> Differences | None:
+    """Return the differences of two results on the same questions."""
+    return differences(
+        {name: score.answers for name, score in model.tasks.items()},
+        {name: score.answers for name, score in dense.tasks.items()},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +217,13 @@ def _score(metrics: dict[str, Any]) -> TaskScore:
         acc_norm=numbers.get("acc_norm"),
         acc_norm_stderr=numbers.get("acc_norm_stderr"),
         samples=metrics["samples"],
+        answers=_answers(metrics["answers"]["acc_norm"] or metrics["answers"]["acc"], metrics["samples"]),
     )
+
+
+def _answers(values: Sequence[float], samples: int) -> str | None:
+    whole = len(values) == samples and set(values) <= {0, 1}
+    return "".join("1" if value else "0" for value in values) if whole else None
 
 
 def _import_harness() -> Any:

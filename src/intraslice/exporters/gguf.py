@@ -34,6 +34,8 @@ from intraslice.runtime.families_intraslice import LayerShape
 
 ARCHITECTURE = "deci"
 _VERIFY_CONTEXT = 64
+# Magic, version, two counts, and the key and value of the architecture.
+_HEADER_BYTES = 96
 
 
 def export_gguf(checkpoint: PrunedCheckpoint, output: Path, options: ExportOptions, progress: Progress) -> ExportReport:
@@ -103,8 +105,12 @@ def _check_output(output: Path, options: ExportOptions) -> None:
     if options.tokenizer_from and output.resolve() == Path(options.tokenizer_from).expanduser().resolve():
         raise OutputError(f"output {name} is the file that the tokenizer comes from; choose another name")
     with open(output, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise OutputError(f"output {name} is not a GGUF file, so --overwrite does not replace it")
+        begins = file.read(_HEADER_BYTES)
+    if not begins.startswith(b"GGUF"):
+        raise OutputError(f"output {name} is not a GGUF file, so --overwrite does not replace it")
+    # The first key of the file: it may be the dense model of a checkpoint.
+    if ARCHITECTURE.encode() not in begins:
+        raise OutputError(f"output {name} is not a GGUF file of a pruned model, so --overwrite does not replace it")
 
 
 def _add_sizes(writer: Any, checkpoint: PrunedCheckpoint, plan: FilePlan, rows: int) -> None:

@@ -77,15 +77,17 @@ def _compare(logits_nV: Tensor, target: Target, part: slice) -> tuple[Tensor, Te
         log_teacher = functional.log_softmax(target.head(target.hidden[part]).float(), dim=-1)
     teacher = log_teacher.exp()
     kl = log_teacher.sub_(log_student).mul_(teacher).sum()
-    student = log_student.exp()
-    slope = student - teacher
     nll = torch.zeros_like(kl)
+    tokens = target.next_tokens[part]
     if target.task_weight:
-        tokens = target.next_tokens[part]
-        known = tokens >= 0
         nll = functional.nll_loss(log_student, tokens, ignore_index=-1, reduction="sum")
-        slope[known] += target.task_weight * student[known]
+    # In place: each of these is as large as the logits.
+    slope = log_student.exp_()
+    if target.task_weight:
+        known = torch.nonzero(tokens >= 0).squeeze(1)
+        slope[known] *= 1 + target.task_weight
         slope[known, tokens[known]] -= target.task_weight
+    slope -= teacher
     return kl, nll, slope
 
 

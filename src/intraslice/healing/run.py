@@ -17,7 +17,7 @@ import torch
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.tensorfile import DTYPES
 from intraslice.checkpoint.writer import INDEX_FILE, assemble, check_output, publish
-from intraslice.data.text import check_source
+from intraslice.data.mixture import check_source
 from intraslice.errors import CheckpointError, MissingExtraError, NumericalError, OutputError, RecipeError
 from intraslice.files import write_text, writing
 from intraslice.healing.data import HealingText, load_healing_text
@@ -188,7 +188,9 @@ def check_extras(options: HealOptions) -> None:
 
 
 def _default_source(student: Student) -> str:
-    known = student.result.calibration.get("name") if student.result is not None else None
+    # The record of the tokens names files without their folders; the recipe has them as they were given.
+    recipe = {} if student.result is None else student.result.recipe.get("calibration") or {}
+    known = recipe.get("source") or (None if student.result is None else student.result.calibration.get("name"))
     return known or CalibrationOptions().source
 
 

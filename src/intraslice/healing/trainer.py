@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from intraslice.checkpoint.tensorfile import write_tensors
+from intraslice.errors import NumericalError
 from intraslice.healing.data import HealingText, Sequences
 from intraslice.healing.loss import Distillation
 from intraslice.healing.options import HealOptions
@@ -103,7 +104,9 @@ class Watch(TrainerCallback):
         if not self._work.curve:
             self._measure(0, None)
         if not math.isfinite(self._work.curve[0].kl):
-            self._stop("the held-out divergence is not finite before the first step", control)
+            raise NumericalError(
+                "the checkpoint or its dense model gives NaN or infinite predictions before the first step."
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the step; every so often measure, and have everything saved that a resumed run needs."""

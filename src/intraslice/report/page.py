@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 SCRIPTS = ("marks.js", "charts.js", "figures.js", "controls.js")
+PAGE_BEGINS = '<!doctype html>\n<html lang="en">\n'
+"""How a page begins, so that one can be told from another file."""
+
 FRONT_METRICS = {"perplexity": 1, "average": -1}
 
 

@@ -12,7 +12,7 @@ from intraslice.numbers import DASH
 from intraslice.report.document import DENSE, Cell
 from intraslice.report.words import asked
 
-TITLES = {"text": "Perplexity text", "tasks": "Tasks", "speed": "Speed", "calibration": "Calibration"}
+TITLES = {"text": "Perplexity text", "texts": "Texts", "tasks": "Tasks", "speed": "Speed", "calibration": "Calibration"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,8 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name} {_text(item)}" for name, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(_text(item) for item in value) or DASH
     if isinstance(value, bool):

@@ -8,7 +8,7 @@ from typing import Any
 
 from intraslice.report.document import DENSE, SPEED, Cell, by_sparsity, finite, get
 from intraslice.report.summary import Summary, summarize
-from intraslice.report.tables import Choice, Table, main_table, task_table
+from intraslice.report.tables import Choice, Table, main_table, task_table, text_table
 from intraslice.report.words import asked, key
 from intraslice.results.sites import list_sites, site_title
 
@@ -94,6 +94,7 @@ def build_article(index: int, model: str, comparison: dict[str, Any]) -> Article
     found = [
         ("summary", "Summary", "", summarize(main) if main else None),
         ("results", "All results", TABLE_NOTE, _results(index, main)),
+        ("texts", "Perplexity by text", TEXT_NOTE, text_table(done, f"Perplexity by text, {model}")),
         ("tasks", "Accuracy by task", TASK_NOTE, task_table(done, f"Accuracy by task, {model}")),
         ("size", "Quality against size", SIZE_NOTE, _quality(done, "sparsity", "against sparsity", "sparsity")),
         ("speed", "Quality against decode speed", SPEED_NOTE, _quality(done, "speed", "against decode speed", SPEED)),
@@ -103,6 +104,7 @@ def build_article(index: int, model: str, comparison: dict[str, Any]) -> Article
         ("spectra", "Spectra of the dense model", SPECTRA_NOTE, _spectra(analysis)),
         ("rope", "Sensitivity to rotary pairs", ROPE_NOTE, _rope(analysis)),
         ("sweeps", "Sweeps", SWEEP_NOTE, _sweeps(cells)),
+        ("healing", "Healing", HEALING_NOTE, _healing(done)),
         ("cost", "Cost of pruning", COST_NOTE, _cost(index, done)),
     ]
     sections = [
@@ -114,6 +116,10 @@ def build_article(index: int, model: str, comparison: dict[str, Any]) -> Article
 TABLE_NOTE = (
     "Select a column head to sort. The best of each sparsity is marked. Sparsity is the removed share of the decoder "
     "layers' linear weights, counted on the stored tensors."
+)
+TEXT_NOTE = (
+    "Log gap: ln(perplexity / dense perplexity); 0.1 is 10.5 % more. KL: mean divergence from the dense model's "
+    "predictions. Same token: how often both find the same token most likely. The mean takes each text once."
 )
 TASK_NOTE = "Zero-shot, with standard errors; the metric of each task is below its name."
 SIZE_NOTE = "Sparsity as counted on the stored tensors. The dashed line is the dense model."
@@ -142,6 +148,10 @@ ROPE_NOTE = "Relative error of the attention output when only this share of the 
 SWEEP_NOTE = (
     "One option changed at a time, all else as in the table. The paper shows the size of the calibration data and "
     "lambda_b (allocation.ffn_share)."
+)
+HEALING_NOTE = (
+    "KL divergence from the dense model on held-out text while the pruned model is trained to agree with it, in nats "
+    "per token; the weights of the lowest point are kept."
 )
 COST_NOTE = (
     "Time and peak memory of the pruning run. A gradient pass that several runs share is counted in each of them."
@@ -240,6 +250,11 @@ def _sweeps(cells: Sequence[Cell]) -> Figures | None:
         if cell.get("error")
     ]
     return Figures(figures=figures, failures=failures) if figures or failures else None
+
+
+def _healing(cells: Sequence[Cell]) -> Figures | None:
+    known = any(cell.get("healing") for cell in cells)
+    return _grid([_figure("healing", "Held-out KL divergence against tokens trained on", "full")] if known else [])
 
 
 def _cost(index: int, cells: Sequence[Cell]) -> Figures | None:

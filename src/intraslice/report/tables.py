@@ -52,6 +52,23 @@ COLUMNS = (
 )
 
 
+PAIRED = Column(
+    title="Accuracy",
+    unit="minus dense, paired",
+    path="paired.average.difference",
+    text=lambda v: percent(v, 2),
+    error=("paired", "average", "stderr"),
+)
+"""Known where the answers to single questions are."""
+
+DISTANCES = (
+    Column(title="Log gap", unit="mean of the texts", path="mean_gap", text=lambda v: number(v, 3), best="min"),
+    Column(title="KL", unit="nats a token, to dense", path="mean_kl", text=lambda v: number(v, 3), best="min"),
+    Column(title="Same token", unit="as dense", path="mean_agreement", text=percent, best="max"),
+)
+"""How far a cell is from the dense model, over all texts."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """Radio buttons for a sparsity.
@@ -130,7 +147,23 @@ class Table:
 def main_table(cells: Sequence[Cell], caption: str, choice: Choice | None) -> Table:
     """Return the table of all cells, with the sentence of those that failed."""
     columns = [column for column in COLUMNS if _measured(cells, column.path)]
+    columns[2:2] = [column for column in DISTANCES if _measured(cells, column.path)]
     return Table(caption=caption, columns=columns, rows=_rows(cells, columns), filtered=True, choice=choice)
+
+
+def text_table(cells: Sequence[Cell], caption: str) -> Table | None:
+    """Return perplexity, log gap, KL divergence and agreement text by text; None if there is one text only."""
+    names = list(dict.fromkeys(name for cell in cells for name in cell.get("texts") or {}))
+    columns: list[Column] = []
+    for name in names:
+        columns += [
+            Column(title=name, unit="perplexity", path=("texts", name), text=perplexity, best="min"),
+            Column(title=name, unit="log gap", path=("gaps", name), text=lambda v: number(v, 3), best="min"),
+            Column(title=name, unit="KL", path=("divergence", name, "kl"), text=lambda v: number(v, 3), best="min"),
+            Column(title=name, unit="same token", path=("divergence", name, "agreement"), text=percent, best="max"),
+        ]
+    columns = [column for column in (*columns, DISTANCES[0]) if _measured(cells, column.path)]
+    return Table(caption=caption, columns=columns, rows=_rows(cells, columns)) if names else None
 
 
 def task_table(cells: Sequence[Cell], caption: str) -> Table | None:
@@ -140,7 +173,7 @@ def task_table(cells: Sequence[Cell], caption: str) -> Table | None:
     columns = [column for name in names if (column := _task_column(cells, name))]
     if not columns:
         return None
-    columns = [*columns, COLUMNS[2]]
+    columns = [*columns, COLUMNS[2], *([PAIRED] if _measured(cells, PAIRED.path) else [])]
     return Table(caption=caption, columns=columns, rows=_rows(cells, columns))
 
 
@@ -202,5 +235,5 @@ def _value(cell: Cell, column: Column, best: float | None) -> Value:
         text=column.text(value),
         sort=value,
         best=value == best and cell["method"] != DENSE,
-        spread="" if error is None else f"\u00b1 {100 * error:.1f}",
+        spread="" if error is None else f"\u00b1 {100 * error:.{2 if column is PAIRED else 1}f}",
     )

@@ -79,7 +79,7 @@ class HealingRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON types."""
-        return asdict(self)
+        return {**asdict(self), "curve": [asdict(point) for point in self.curve]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> HealingRecord:

@@ -154,6 +154,17 @@ const CHARTS = {
     });
   },
 
+  healing(figure, { model }) {
+    const cells = shownCells(model).filter((c) => c.healing);
+    drawLines(figure, {
+      x: { title: "Tokens", format: format.whole, log: false },
+      y: { title: "Held-out KL", format: format.error, log: false },
+      series: cells.map((c) => ({
+        name: `${c.label}, ${asked(c.asked)}`, style: styleOf(c.label), points: c.healing.map((p) => ({ x: p.tokens, y: p.kl })),
+      })),
+    });
+  },
+
   sweep(figure, { model, field, option }) {
     const cells = cellsOf(model).filter((c) => c.sweep?.option === option);
     const values = [...new Set(cells.map((c) => c.sweep.value))];

@@ -1,0 +1,126 @@
+"""Norms of narrower heads: the fit against brute force, and the module that comes out against the equation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from intraslice.algebra.norms import energy_rows, fit_dropped_energy, norm_correction
+from intraslice.layers.decoder import DecoderLayer, read_attention
+from intraslice.layers.surgery import write_attention
+from intraslice.layers.weights import NormEdit, QKEdit, attention_shape, fuse_qk, kept_channels
+from intraslice.runtime.configuration_intraslice import dense_shape
+from intraslice.runtime.families_intraslice import FAMILIES
+from intraslice.runtime.modeling_intraslice import apply_layer_shape, pair_channels
+from support.family_cases import doubles, family_model
+
+EPS = 1e-6
+
+
+def _vectors(num_tokens: int = 4000, heads: int = 2, width: int = 16) -> torch.Tensor:
+    """Return vectors whose channels grow and shrink together, as those of real heads do, float64 [N, V, d]."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(num_tokens, heads, 1, generator=generator, dtype=torch.float64).exp()
+    own = torch.randn(num_tokens, heads, width, generator=generator, dtype=torch.float64)
+    return own * common * torch.linspace(0.5, 2.0, width, dtype=torch.float64)
+
+
+def _moment(x: torch.Tensor) -> torch.Tensor:
+    rows = energy_rows(x, EPS).double()
+    return torch.einsum("nvc,nvd->vcd", rows, rows)
+
+
+@pytest.mark.parametrize("with_offset", [True, False])
+def test_the_fit_is_weighted_least_squares(with_offset):
+    x = _vectors()
+    kept = torch.zeros(2, 16, dtype=torch.bool)
+    kept[0, ::2], kept[1, 5:] = True, True
+    a, b = fit_dropped_energy(_moment(x), kept, with_offset=with_offset)
+    for head in range(2):
+        energy = x[:, head].float().square().double()
+        stays, goes = energy[:, kept[head]].sum(1), energy[:, ~kept[head]].sum(1)
+        weight = 1.0 / (energy.sum(1) + 16 * EPS)
+        columns = torch.stack((stays, torch.ones_like(stays)), 1)[:, : 1 + with_offset] * weight[:, None]
+        found = torch.linalg.lstsq(columns, (goes * weight)[:, None]).solution[:, 0]
+        assert (found >= 0).all(), "the case in which nothing is clipped"
+        torch.testing.assert_close(a[head], found[0], rtol=1e-4, atol=0)
+        if with_offset:
+            torch.testing.assert_close(b[head], found[1], rtol=1e-3, atol=1e-4)
+
+
+def test_neither_part_of_the_fit_is_negative():
+    energy = torch.tensor([[4.0, 1.0], [1.0, 2.0], [2.0, 1.5]]).double()  # what goes falls as what stays grows
+    falling = _moment(energy.sqrt()[:, None])
+    kept = torch.tensor([[True, False]])
+    a, b = fit_dropped_energy(falling, kept)
+    assert a == 0 and b > 0
+    energy = torch.tensor([[1.0, 0.1], [2.0, 2.0], [3.0, 4.0]]).double()  # a line through a negative offset
+    a, b = fit_dropped_energy(_moment(energy.sqrt()[:, None]), kept)
+    assert a > 0 and b == 0
+
+
+def test_the_corrected_norm_is_at_least_twice_as_near_on_other_tokens():
+    """Pairs are kept for their size, so a plain norm over them takes the vector for larger than it is."""
+    fitted, held_out = _vectors().split(2000)
+    kept = torch.zeros(2, 16, dtype=torch.bool)
+    kept[:, 8:] = True
+    a, b = fit_dropped_energy(_moment(fitted), kept)
+    gain, scale = norm_correction(a, b, 16, 8, EPS)
+    dense = (held_out.square().mean(-1) + EPS).sqrt()
+    narrow = held_out[..., 8:]
+    plain = (narrow.square().mean(-1) + EPS).sqrt()
+    corrected = ((narrow * scale[:, None]).square().mean(-1) + EPS).sqrt() / gain / scale
+
+    def error(found: torch.Tensor) -> float:
+        return float((found / dense - 1).square().mean().sqrt())
+
+    assert error(corrected) < 0.5 * error(plain)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "hunyuan_v1_dense"])
+def test_a_narrower_head_divides_by_the_fitted_energy(family):
+    """The rows, the gain and the epsilon that are written, against the equation of the algebra."""
+    model = family_model(family)
+    spec, config = FAMILIES[family], model.config
+    layer = copy.deepcopy(model.get_submodule(spec.layers)[0])
+    shape = dense_shape(config, spec)
+    apply_layer_shape(layer, config, spec, 0, shape)
+    block = DecoderLayer(layer, spec, config)
+    weights, d = read_attention(block, shape), shape.qk_head_dim
+    pairs = pair_channels(d, d)
+    a = {"q": torch.tensor([0.5, 0.8, 1.3]).double(), "k": torch.tensor([0.4, 0.9]).double()}
+    b = {"q": torch.tensor([0.1, 0.0, 2.0]).double(), "k": torch.tensor([0.3, 0.0]).double()}
+    eps = config.rms_norm_eps
+    edits = {}
+    for side in "qk":
+        gain, row_scale = norm_correction(a[side], b[side], d, d - 4, eps)
+        edits[side] = NormEdit(gain=gain, row_scale=row_scale)
+    edit = QKEdit(
+        heads=(0, 1, 3),
+        width=d - 4,
+        rope_pairs=torch.stack((torch.arange(d // 2 - 2), torch.arange(2, d // 2))),
+        query_norm=edits["q"],
+        key_norm=edits["k"],
+        norm_offset=spec.norm_offset,
+    )
+    fused, per_kv = fuse_qk(weights, edit, pairs)
+    x = torch.randn(1, 5, config.hidden_size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    query, key, _ = block.attention.project_rows(x)
+    narrow = attention_shape(per_kv, fused, shape.intermediate_size, headed_qk_norm=True)
+    write_attention(block, config, 0, narrow, fused, edit.rope_pairs)
+    with doubles(), torch.no_grad():
+        found = block.attention.norm_query_key(*block.attention.project_rows(x)[:2])
+    channels = kept_channels(edit, pairs)
+    assert channels is not None and spec.qk_norm is not None
+    stock = model.get_submodule(spec.layers)[0].get_submodule(spec.attention)
+    dense = {"q": (query, (0, 1, 3), (0, 0, 1)), "k": (key, (0, 1), (0, 1))}
+    for side, got in zip("qk", found, strict=True):
+        rows, heads, kv = dense[side]
+        norm = stock.get_submodule(getattr(spec.qk_norm, side)).weight + spec.norm_offset
+        for place, head in enumerate(heads):
+            kept = rows[:, :, head][..., channels[kv[place]]]
+            energy = (1 + a[side][place]) * kept.square().sum(-1, keepdim=True) + b[side][place]
+            wanted = kept / (energy / d + eps).sqrt() * norm[channels[kv[place]]]
+            torch.testing.assert_close(got[:, :, place], wanted, atol=1e-10, rtol=0)
