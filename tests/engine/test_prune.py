@@ -14,9 +14,10 @@ from intraslice.errors import NumericalError, OutputError, ResumeMismatchError
 from intraslice.methods.blockwise.gradient_pass import measure_gradients, pass_seconds
 from intraslice.progress import SilentProgress
 from intraslice.results.result import PruneResult
+from support.family_cases import family_model
 from support.progress import StopAt
 from support.prune import calibration, logits, prune, weights_of
-from support.tiny import FAMILIES, make_tiny
+from support.tiny import FAMILIES, make_tiny, tiny_tokenizer
 
 TO_OWN_OUTPUT = {"attention__repair_against": "own_output", "ffn__repair_against": "own_output"}
 
@@ -246,7 +247,7 @@ def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, t
     with torch.no_grad():
         attention = context_moments(model, block, streams, block.attention, "dense_stream")
         middle = block.attention_step(before)
-        ffn = ffn_moments(model, block, streams, "dense_stream")
+        ffn = ffn_moments(model, block, streams, block.attention, "dense_stream")
         pruned_middle = block.attention_step(drifted)
         context = block.context(block.attention, block.attention_input(drifted)).flatten(0, 1)
         act = block.act(block.ffn_input(pruned_middle)).flatten(0, 1)
@@ -259,6 +260,62 @@ def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, t
     wanted = (after - pruned_middle - down_bias).flatten(0, 1)
     assert torch.allclose(ffn.cross, act.T @ wanted, atol=1e-8)
     assert ffn.target_energy == pytest.approx(float(wanted.square().sum()))
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo2", "granite", "cohere", "phi"])
+def test_moments_count_what_comes_after_the_projection(family, tmp_path):
+    """Output norms frozen at the dense site, factors of the family, FFNs that read the input of the layer."""
+    from intraslice.methods.blockwise.measure import context_moments, ffn_moments
+    from intraslice.placement import Placement
+    from intraslice.streaming.hidden import HiddenStates, Streams
+    from intraslice.streaming.model import StreamedModel
+
+    family_model(family).save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    checkpoint = open_checkpoint(str(tmp_path / "m"))
+    model = StreamedModel(checkpoint, Placement.choose("cpu", "auto", torch.float64), (2, 16))
+    spec, config = checkpoint.spec, checkpoint.config
+    tokens = torch.randint(3, 250, (2, 16), generator=torch.Generator().manual_seed(1))
+    block = model.load_layer(0)
+    before = model.embed(tokens)
+    drifted = before + 0.1 * torch.randn(before.shape, generator=torch.Generator().manual_seed(0)).double()
+    hidden = [HiddenStates(tuple(before.shape), torch.float64, 2, torch.device("cpu")) for _ in range(2)]
+    streams = Streams(pruned=hidden[0], dense=hidden[1])
+    hidden[0].write(slice(0, 2), drifted)
+    hidden[1].write(slice(0, 2), before)
+    scale = getattr(config, spec.residual_scale) if spec.residual_scale else 1.0
+
+    def check(found, inputs, missing, dense_raw, linear, norm_name):
+        gain, root = scale, torch.ones(2, 16, 1, dtype=torch.float64)
+        if norm_name:
+            gain = (block.module.get_submodule(norm_name).weight + spec.norm_offset) * scale
+            root = (dense_raw.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+        target = missing * root - (0.0 if linear.bias is None else gain * linear.bias)
+        rows, targets = (inputs / root).flatten(0, 1), (target / root).flatten(0, 1)
+        # The norms of the stock classes are float32 inside.
+        torch.testing.assert_close(found.gram, rows.T @ rows, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.cross, rows.T @ targets, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(found.target_sum, (target / root**2).sum((0, 1)), rtol=1e-4, atol=1e-3)
+        assert found.target_energy == pytest.approx(float(targets.square().sum()), rel=1e-4)
+        assert found.num_tokens == pytest.approx(float((1 / root**2).sum()), rel=1e-5)
+
+    with torch.no_grad():
+        attention = context_moments(model, block, streams, block.attention, "dense_stream")
+        raw = block.raw_output(block.attention, before)
+        middle = before + block.added("attention", raw)
+        context = block.context(block.attention, block.attention_input(drifted))
+        check(attention, context, middle - drifted, raw, block.out_projection, spec.attention_out_norm)
+        ffn = ffn_moments(model, block, streams, block.attention, "dense_stream")
+        after = block.run(before)[0]
+        reads, dense_reads = drifted, before
+        pruned_middle = drifted + block.attention_output(block.attention, drifted)
+        if not spec.parallel:
+            reads, dense_reads = pruned_middle, middle
+        act = block.act(block.ffn_input(reads))
+        raw = block.raw_ffn_output(dense_reads)
+        check(ffn, act, after - pruned_middle, raw, block.down_projection, spec.ffn_out_norm)
+        torch.testing.assert_close(hidden[1].read(slice(0, 2)), after)
+        torch.testing.assert_close(block.ffn_step(hidden[0].read(slice(0, 2))), block.run(drifted)[0])
     for part in hidden[1].slices():
         assert torch.allclose(hidden[1].read(part), after[part], atol=1e-10)
 
