@@ -44,6 +44,7 @@ def load_healing_text(
     model_folder: Path,
     device: str,
     progress: Progress,
+    starts_with: int | None = None,
 ) -> HealingText:
     """Return the sequences for a number of steps: each of them once, or all that the text has.
 
@@ -56,6 +57,7 @@ def load_healing_text(
         model_folder: folder of the dense model; "self" samples from it.
         device: where "self" samples.
         progress: shows the sampling.
+        starts_with: token in the place of the first one of each sequence, for models that need it.
 
     Raises:
         CalibrationError: the text is missing, empty, or too short for one step beside what is held out.
@@ -73,6 +75,7 @@ def load_healing_text(
             progress=progress,
             text_field=options.text_field,
             device=device,
+            starts_with=starts_with,
         )
 
     least = options.held_out + options.batch_size

@@ -18,6 +18,7 @@ from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.tensorfile import DTYPES
 from intraslice.checkpoint.writer import INDEX_FILE, assemble, check_output, publish
 from intraslice.data.mixture import check_source
+from intraslice.data.windows import first_token
 from intraslice.errors import CheckpointError, MissingExtraError, NumericalError, OutputError, RecipeError
 from intraslice.files import write_text, writing
 from intraslice.healing.data import HealingText, load_healing_text
@@ -276,6 +277,7 @@ def _load_text(job: _Job, steps: int) -> HealingText:
         job.options,
         steps,
         vocab_size=job.dense.config.vocab_size,
+        starts_with=first_token(job.dense.config),
         model_folder=job.dense.folder,
         device=job.options.device,
         progress=job.progress,
