@@ -281,7 +281,7 @@ def test_an_added_text_is_all_that_is_measured(finished: Path, small: Small, job
 
 
 def test_texts_that_are_wrong_stop_before_anything_runs(small: Small, tmp_path: Path, jobs: Jobs, capfd):
-    file = small(evaluation={**SMALL["evaluation"], "texts": ["builtin@99999-"]})
+    file = small(evaluation={**SMALL["evaluation"], "texts": ["late=builtin@99999-"]})
     assert main(["compare", str(file), "-o", str(tmp_path / "out")]) == 2
     assert "there is no window 99999" in capfd.readouterr().err
     file = small(evaluation={**SMALL["evaluation"], "texts": ["builtin"]})

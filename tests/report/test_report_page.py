@@ -378,3 +378,19 @@ def test_a_browser_draws_every_figure(text, page, tmp_path):
     drawn = done.stdout.split('id="protocol"')[0]
     assert drawn.count('class="focus-ring"') == sum(tag == "figure" for tag, _ in page.elements)
     assert "NaN" not in drawn and "undefined" not in drawn
+
+
+def test_gap_and_divergence_text_by_text(document):
+    changed = copy.deepcopy(document)
+    for cell in changed["cells"]:
+        cell["texts"] = {"wiki": cell["perplexity"], "q.a": 2 * cell["perplexity"]}
+        if cell["method"] != "dense":
+            cell["gaps"], cell["mean_gap"] = {"wiki": 0.4371, "q.a": 0.6413}, 0.5392
+            cell["divergence"], cell["mean_kl"] = {"q.a": {"kl": 0.1234, "agreement": 0.7654}}, 0.1234
+            cell["paired"] = {"tasks": {}, "average": {"difference": -0.0345, "stderr": 0.0067}}
+    page = Page(render_report(changed))
+    assert "texts-0" in page.ids()
+    shown = page.visible()
+    for text in ("Perplexity by text", "q.a", "0.641", "0.539", "0.123", "76.5", "-3.45", "0.67", "paired"):
+        assert text in shown, text
+    assert "Perplexity by text" not in Page(render_report(document)).visible()
