@@ -83,9 +83,7 @@ def _document_of_prune(result: dict[str, Any]) -> dict[str, Any]:
     calibration, healing = result["calibration"], result.get("healing")
     made = [result["recipe"], calibration["fingerprint"], result["layers"]]
     cell = {
-        "key": digest(
-            [result["recipe"], calibration["fingerprint"], result["layers"], *([healing] if healing else [])]
-        ),
+        "key": digest(made if healing is None else [*made, healing]),
         "model": name,
         "label": result["method"] + (", healed" if healing else ""),
         "method": result["method"],

@@ -67,7 +67,8 @@ def load_healing_text(
             tokenizer,
             num_samples=num_samples,
             seqlen=options.seqlen,
-            seed=options.seed,
+            # Another choice than that of a prune with the same seed: what judges is not what the prune was fitted to.
+            seed=options.seed + 1,
             vocab_size=vocab_size,
             model_folder=model_folder,
             progress=progress,
