@@ -69,7 +69,7 @@ def open_student(name: str) -> Student:
     folder = Path(name).expanduser()
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{name!r} is not a checkpoint folder; give the output folder of 'intraslice prune'.")
-    config, _ = load_config(name)
+    config = load_config(name)
     family_of(config)
     return Student(
         name=name, folder=folder, config=config, tensors=read_headers(folder, name), result=_result(folder, name)
@@ -99,7 +99,7 @@ def open_teacher(
         RecipeError: nothing says which model it is.
     """
     if teacher is not None:
-        config, _ = load_config(teacher, revision=revision, trust_remote_code=trust_remote_code)
+        config = load_config(teacher, revision=revision, trust_remote_code=trust_remote_code)
         if vars(config).get("intraslice") is not None:
             raise UnsupportedModelError(f"teacher {teacher!r} is itself pruned; name the dense model.")
         opened = open_checkpoint(teacher, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
