@@ -115,6 +115,7 @@ def load_model(
     auto: Any = AutoModelForCausalLM
     try:
         with quiet("transformers"):
+            tower = text_arguments(folder, trust_remote_code=trust_remote_code)
             model, info = auto.from_pretrained(
                 folder,
                 dtype=chosen_dtype,
@@ -122,11 +123,14 @@ def load_model(
                 **_names_arguments(folder, trust_remote_code),
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
-                **text_arguments(folder, trust_remote_code=trust_remote_code),
+                **tower,
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except _LOADING_ERRORS as error:
         raise CheckpointError(_reason(name, error)) from error
+    if "key_mapping" in tower:
+        # transformers would save the tower under the names that it had in the composite, which nobody could load.
+        model._weight_conversions = None
     missing = sorted(info["missing_keys"])
     if missing:
         # transformers fills these with random numbers and goes on; a perplexity of that means nothing.

@@ -16,6 +16,7 @@ from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.writer import check_output
 from intraslice.data.calibration import Calibration, load_calibration
 from intraslice.data.mixture import check_source, is_sampled
+from intraslice.data.windows import first_token
 from intraslice.engine.run import Job, batch_size, prune_checkpoint
 from intraslice.engine.rundir import interrupted_sparsity
 from intraslice.errors import OutputError, RecipeError
@@ -202,6 +203,7 @@ def calibrate(
         text_field=wanted.text_field,
         device=device,
         sampled_folder=folder,
+        starts_with=first_token(checkpoint.config),
     )
 
 

@@ -17,7 +17,7 @@ from intraslice import api
 from intraslice.checkpoint.reader import open_folder
 from intraslice.cli.app import main
 from intraslice.data.calibration import load_calibration
-from intraslice.errors import CalibrationError, CheckpointError, UnsupportedModelError
+from intraslice.errors import CalibrationError, CheckpointError
 from intraslice.runtime import configuration_intraslice
 from intraslice.runtime.families_intraslice import FAMILIES
 from support.prune import prune, weights_of
@@ -147,48 +147,7 @@ def test_no_text_is_sampled_from_weights_that_transformers_does_not_find(make_fo
         )
 
 
-# Composite checkpoints.
-
-
-def composite_folder(folder: Path, model_type: str, text_type: str | None) -> Path:
-    text = {} if text_type is None else {"text_config": {"model_type": text_type}}
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type, **text}))
-    return folder
-
-
-@pytest.mark.parametrize("text_type", ["mistral", None])
-def test_a_composite_checkpoint_is_refused_by_name(text_type: str | None, tmp_path: Path) -> None:
-    folder = composite_folder(tmp_path / "composite", "mistral3", text_type)
-    with pytest.raises(UnsupportedModelError) as caught:
-        open_folder(folder)
-    assert str(caught.value) == (
-        f"{str(folder)!r} is a composite checkpoint (mistral3); its text tower, a mistral model, cannot be pruned yet; "
-        "give a checkpoint of the architecture 'mistral' itself"
-    )
-
-
-def test_a_composite_whose_text_tower_is_of_no_known_family_is_any_unknown_model(tmp_path: Path) -> None:
-    folder = composite_folder(tmp_path / "composite", "mistral3", "ministral3")
-    with pytest.raises(UnsupportedModelError, match="the architecture 'mistral3'; supported: "):
-        open_folder(folder)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["inspect"], ["prune", "--dry-run", "--sparsity", "0.3"], ["prune", "--sparsity", "0.3", "--output", "OUT"]],
-    ids=["inspect", "dry-run", "prune"],
-)
-def test_every_command_refuses_a_composite_in_one_line(
-    arguments: list[str], tiny_folder: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    composite: Any = CONFIG_MAPPING["mistral3"]
-    config = composite(text_config={"model_type": "mistral"})
-    folder = composite_folder(tmp_path / "composite", "mistral3", "mistral")
-    config.save_pretrained(folder)
-    (folder / "model.safetensors").write_bytes((tiny_folder("mistral") / "model.safetensors").read_bytes())
-    given = [str(tmp_path / "out") if argument == "OUT" else argument for argument in arguments]
-    assert refusal([given[0], str(folder), *given[1:]], capsys).count("cannot be pruned yet") == 1
+# Composite checkpoints (what is done with them: tests/runtime/test_composites.py).
 
 
 def test_no_composite_is_a_family_itself() -> None:

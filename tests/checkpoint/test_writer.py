@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from intraslice.checkpoint.ownership import LIST_FILE, write_list
 from intraslice.checkpoint.reader import open_folder
-from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot, read_slots, write_tensors
+from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor, TensorFile, TensorSlot, read_slots, write_tensors
 from intraslice.checkpoint.writer import (
     assemble,
     check_output,
@@ -130,6 +130,27 @@ def test_shards_are_those_of_the_hub_library(sizes: list[int], limit: int) -> No
 def test_a_tensor_larger_than_a_shard_keeps_its_place() -> None:
     slots = {name: TensorSlot(torch.uint8, (size,)) for name, size in (("a", 1), ("b", 10), ("c", 1))}
     assert plan_shards(slots, 5) == [["a"], ["b"], ["c"]]
+
+
+def test_what_is_carried_over_is_copied_bit_by_bit(tmp_path: Path) -> None:
+    """With dtypes of its own, over several shards, from several files."""
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    write_tensors(first, TENSORS)
+    write_tensors(second, {"other": torch.arange(40.0)})
+    carried = {
+        f"kept.{name}": StoredTensor(path, name, code, tuple(tensor.shape))
+        for path, tensors in ((first, TENSORS), (second, {"other": torch.arange(40.0)}))
+        for name, tensor in tensors.items()
+        for code, dtype in DTYPES.items()
+        if dtype == tensor.dtype
+    }
+    out = tmp_path / "out"
+    assemble(out, [], [], {"own": torch.ones(4)}, 64, carried)
+    assert len(list(out.glob("*.safetensors"))) > 2
+    found = {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert found.keys() == {"own", *carried}
+    for name, tensor in {**TENSORS, "other": torch.arange(40.0)}.items():
+        assert found[f"kept.{name}"].dtype == tensor.dtype and torch.equal(found[f"kept.{name}"], tensor)
 
 
 def test_side_files(make_folder: Folder, tmp_path: Path) -> None:

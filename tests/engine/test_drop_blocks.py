@@ -23,9 +23,10 @@ from intraslice.recipes.recipe import load_recipe
 from intraslice.results.result import PruneResult
 from intraslice.runtime.configuration_intraslice import dense_shape
 from intraslice.runtime.families_intraslice import FAMILIES
+from support.family_cases import family_model
 from support.progress import Notes, StopAt
 from support.prune import calibration, load, logits, prune, weights_of
-from support.tiny import tiny_config
+from support.tiny import tiny_config, tiny_tokenizer
 
 DROP = {"allocation__drop_blocks": True, "allocation__max_dropped_share": 0.5, "allocation__max_drop_price": 3.0}
 TEXT = calibration(seed=5).tokens[:2]
@@ -119,6 +120,25 @@ def test_padded_holds_them_and_stock_says_why_not(tiny_folder, tmp_path: Path):
             assert (logits(padded, TEXT) - logits(out, TEXT)).abs().max() < 1e-4
         with pytest.raises(UnsupportedModelError, match="has no .*, which every stock layer has; .*--to padded"):
             export_stock(checkpoint, tmp_path / "stock", ExportOptions(), SilentProgress())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "granite"])
+def test_families_with_more_norms_and_factors(family, tmp_path: Path):
+    family_model(family, torch.float32).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    result = prune(tmp_path / "dense", tmp_path / "out", sparsity=0.5, **DROP)
+    assert dropped(result) and abs(result.sparsity - 0.5) <= 0.005
+    options = ExportOptions(pad_to="dense")
+    report = export_padded(open_pruned(str(tmp_path / "out")), tmp_path / "padded", options, SilentProgress())
+    assert report.max_logit_difference is not None and report.max_logit_difference < 1e-3
+
+
+def test_blocks_side_by_side_are_refused(tmp_path: Path):
+    family_model("cohere", torch.float32).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    with pytest.raises(RecipeError, match="attention and FFN of a cohere layer run side by side"):
+        prune(tmp_path / "dense", tmp_path / "out", **DROP)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

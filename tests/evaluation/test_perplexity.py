@@ -8,7 +8,7 @@ import torch
 
 from intraslice.errors import CalibrationError, NumericalError, RecipeError
 from intraslice.evaluation import perplexity
-from intraslice.evaluation.perplexity import measure_perplexity, tokenize
+from intraslice.evaluation.perplexity import measure_perplexity, select_windows, tokenize
 from support.tiny import FAMILIES, VOCAB_SIZE, tiny_model
 
 
@@ -113,3 +113,14 @@ def test_api_evaluates_a_text_file(tiny_folder, tmp_path: Path):
     expected = measure_perplexity(model, tokenize(text, tokenizer), seqlen=64, windows=3)
     result = api.evaluate(folder, text=str(path), seqlen=64, windows=3)
     assert result.mean_nll == expected.mean_nll
+
+
+def test_windows_of_models_that_need_it_begin_with_bos():
+    from transformers import AutoConfig
+
+    tokens = torch.arange(10, 20)
+    needs = AutoConfig.for_model("gemma3_text", vocab_size=64, bos_token_id=2)
+    assert select_windows(needs, tokens, 5, None).tolist() == [[2, 11, 12, 13, 14], [2, 16, 17, 18, 19]]
+    assert tokens.tolist() == list(range(10, 20))
+    plain = AutoConfig.for_model("llama", vocab_size=64, bos_token_id=2)
+    assert select_windows(plain, tokens, 5, None).flatten().tolist() == tokens.tolist()

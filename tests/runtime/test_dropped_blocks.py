@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from intraslice.runtime.configuration_intraslice import dense_shapes, pruned_config
 from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.speed.worker import _cache_bytes
+from support.family_cases import doubles, family_config, family_model
 from support.tiny_models import CASES, dense_config_of, randomise, tokens
 
 ATTENTION, FFN = "attention", "ffn"
@@ -73,6 +74,34 @@ def test_token_by_token_computes_the_same(case: str, gone: str) -> None:
     # A cache that knows no windows keeps everything, which their masks are not made for.
     caches += [] if case in WINDOWS else [DynamicCache()]
     for cache in caches:
+        steps = [text[:, :7], *text[:, 7:].split(1, dim=1)]
+        found = [model(step, past_key_values=cache, use_cache=True).logits for step in steps]
+        assert (torch.cat(found, dim=1) - whole).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@torch.no_grad()
+def test_every_family_can_lose_its_blocks(family: str) -> None:
+    """Norms of inputs and outputs, factors, windows and parallel blocks: what is gone adds nothing in any of them."""
+    dense, gone = family_model(family), {0: [ATTENTION], 1: [FFN], 3: [ATTENTION, FFN]}
+    spec, config = FAMILIES[family], family_config(family)
+    config = pruned_config(config, spec, shapes_without(config, gone), method="random", recipe={})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    weights = dense.state_dict()
+    model.load_state_dict({name: weights[name] for name in model.state_dict()})
+    for layer, names in gone.items():
+        for name in names:
+            _, output = spec.attention_paths if name == ATTENTION else spec.ffn_paths
+            silent = dense.get_submodule(f"{spec.layers}.{layer}.{output}")
+            silent.weight.zero_()
+            if silent.bias is not None:
+                silent.bias.zero_()
+    text = tokens()
+    # Norms and softmax of stock classes compute in float32 unless told otherwise.
+    with doubles():
+        whole = model(text).logits
+        assert (whole - dense(text).logits).abs().max() <= 1e-10
+        cache = DynamicCache(config=model.config)
         steps = [text[:, :7], *text[:, 7:].split(1, dim=1)]
         found = [model(step, past_key_values=cache, use_cache=True).logits for step in steps]
         assert (torch.cat(found, dim=1) - whole).abs().max() <= 1e-10

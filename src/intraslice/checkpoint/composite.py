@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from intraslice.checkpoint.folder import COMPOSITES
+from intraslice.checkpoint.folder import composites
 from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor
 from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
 
@@ -142,7 +142,7 @@ def text_arguments(folder: Path, *, trust_remote_code: bool = False) -> dict[str
 
 def is_composite(config: Any) -> bool:
     """Return whether a config is that of a composite whose text tower we know, dense or pruned."""
-    return config.model_type.removeprefix(_PRUNED_PREFIX) in COMPOSITES
+    return config.model_type.removeprefix(_PRUNED_PREFIX) in composites()
 
 
 def text_config(config: Any) -> Any:

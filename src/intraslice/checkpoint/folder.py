@@ -40,7 +40,7 @@ def read_config(folder: Path, name: str) -> Any:
         raise UnsupportedModelError(
             f"{name!r} is already pruned by intraslice; prune the dense model to the sparsity you want"
         )
-    composite = "text_config" in data or model_type in COMPOSITES
+    composite = "text_config" in data or model_type in composites()
     text = _checked_text(data, model_type, name) if composite else data
     family = str(text.get("model_type", "")) if composite else model_type
     if not composite and family not in FAMILIES:
@@ -73,11 +73,13 @@ def read_config(folder: Path, name: str) -> Any:
         raise CheckpointError(f"config.json of {name!r} is not valid: {config_reason(error)}") from error
 
 
-COMPOSITES: dict[str, tuple[str, ...]] = {
-    composite: tuple(spec.name for spec in FAMILIES.values() if composite in spec.text_of)
-    for composite in dict.fromkeys(composite for spec in FAMILIES.values() for composite in spec.text_of)
-}
-"""Composite model type -> the families that its text tower may be of."""
+def composites() -> dict[str, tuple[str, ...]]:
+    """Return the composite model types of the table, each with the families that its text tower may be of."""
+    found: dict[str, tuple[str, ...]] = {}
+    for spec in FAMILIES.values():
+        for composite in spec.text_of:
+            found[composite] = (*found.get(composite, ()), spec.name)
+    return found
 
 
 def _checked_text(data: dict[str, Any], model_type: str, name: str) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def _checked_text(data: dict[str, Any], model_type: str, name: str) -> dict[str,
             f"{name!r} is a composite checkpoint ({model_type}) whose config.json has no text_config, so that there is "
             "no text tower to prune; give the config.json that belongs to the model"
         )
-    return {"model_type": COMPOSITES[model_type][0], **text}
+    return {"model_type": composites()[model_type][0], **text}
 
 
 def composite_reason(model_type: str, text_type: str | None) -> str | None:
@@ -107,13 +109,13 @@ def composite_reason(model_type: str, text_type: str | None) -> str | None:
         model_type: that of the checkpoint.
         text_type: that of its text tower, where its config says so.
     """
-    if model_type not in COMPOSITES:
+    if model_type not in composites():
         tower = f", whose text tower is a {text_type} model" if text_type else ""
         return (
             f"is a composite checkpoint of the architecture {model_type or 'unknown'!r}{tower}; composites whose text "
-            f"tower can be pruned: {', '.join(COMPOSITES)}"
+            f"tower can be pruned: {', '.join(composites())}"
         )
-    families = COMPOSITES[model_type]
+    families = composites()[model_type]
     if text_type not in (None, *families):
         return (
             f"is a composite checkpoint ({model_type}) whose text tower, a {text_type} model, cannot be pruned; "

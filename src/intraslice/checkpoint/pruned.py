@@ -22,6 +22,9 @@ from intraslice.runtime.configuration_intraslice import dense_config, dense_shap
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec, LayerShape
 from intraslice.runtime.modeling_intraslice import pair_channels
 
+_NO_EFFECT = {"weight": 1.0, "bias": 0.0}
+"""What stands for a norm that is not there."""
+
 
 class PrunedCheckpoint:
     """A checkpoint folder written by this package, read one layer at a time; made by `open_pruned`.
@@ -105,17 +108,17 @@ class PrunedCheckpoint:
         spec, found = self.spec, {}
         sizes = spec.linear_sizes(replace(shape, dropped=()), self.config.hidden_size)
         blocks = (
-            (shape.has_attention, spec.attention_paths, spec.attention_norm),
-            (shape.has_ffn, spec.ffn_paths, spec.ffn_norm),
+            (shape.has_attention, spec.attention_paths, (spec.attention_norm, spec.attention_out_norm)),
+            (shape.has_ffn, spec.ffn_paths, (spec.ffn_norm, spec.ffn_out_norm)),
         )
-        for kept, (reading, output), norm in blocks:
+        for kept, (reading, output), norms in blocks:
             if kept:
                 continue
             for path in (*reading, output):
                 for name, size in ((f"{path}.weight", sizes[path]), (f"{path}.bias", sizes[path][:1])):
                     if (like := self._anywhere(name)) is not None:
                         found[name] = torch.zeros(size, dtype=DTYPES[like.dtype])
-            for name, fill in ((f"{norm}.weight", 1.0), (f"{norm}.bias", 0.0)):
+            for name, fill in ((f"{norm}.{kind}", fill) for norm in norms for kind, fill in _NO_EFFECT.items()):
                 if (like := self._anywhere(name)) is not None:
                     found[name] = torch.full(like.shape, fill, dtype=DTYPES[like.dtype])
         return found

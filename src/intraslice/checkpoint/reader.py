@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from intraslice.checkpoint.composite import Composite, take_apart
-from intraslice.checkpoint.folder import COMPOSITES, data_offsets, read_config, read_headers
+from intraslice.checkpoint.folder import composites, data_offsets, read_config, read_headers
 from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor
 from intraslice.errors import CheckpointError, NumericalError, UnsupportedModelError, one_line
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
@@ -260,7 +260,7 @@ def open_folder(folder: Path, *, name: str | None = None, trust_remote_code: boo
     config = read_config(folder, name)
     tensors = read_headers(folder, name)
     composite = None
-    if config.model_type in COMPOSITES:
+    if config.model_type in composites():
         config, tensors, composite = take_apart(name, config, tensors)
     return Checkpoint(
         name,

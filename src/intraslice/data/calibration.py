@@ -14,6 +14,7 @@ import torch
 from intraslice.data.mixture import check_source, parse_source, share_out, short_source
 from intraslice.data.sampling import SAMPLING_VERSION, sample
 from intraslice.data.text import SAMPLED, load_text
+from intraslice.data.windows import begin_windows
 from intraslice.errors import CalibrationError, OutputError
 from intraslice.files import write_text
 from intraslice.placement import choose_device
@@ -56,6 +57,7 @@ def load_calibration(
     text_field: str | None = None,
     device: str = "auto",
     sampled_folder: Path | None = None,
+    starts_with: int | None = None,
 ) -> Calibration:
     """Return `num_samples` sequences of `seqlen` tokens.
 
@@ -75,6 +77,7 @@ def load_calibration(
         text_field: column of a .jsonl or .parquet file.
         device: where "self" samples: "auto", "cpu" or a torch device.
         sampled_folder: keeps what was sampled from this very model; None keeps nothing.
+        starts_with: token in the place of the first one of each sequence, for models that need it.
 
     Raises:
         CalibrationError: the text is unknown, unreadable, empty or too short, or does not fit the model.
@@ -117,6 +120,7 @@ def load_calibration(
     tokens = torch.cat([own for own in blocks if own is not None])  # [N, T]
     if len(parts) > 1:
         tokens = tokens[torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))]
+    tokens = begin_windows(tokens, starts_with)
     if int(tokens.max()) >= vocab_size or int(tokens.min()) < 0:
         worst = int(tokens.max()) if int(tokens.max()) >= vocab_size else int(tokens.min())
         raise CalibrationError(

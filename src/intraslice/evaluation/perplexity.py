@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from intraslice.data.windows import begin_windows, first_token
 from intraslice.errors import CalibrationError, NumericalError, RecipeError
 from intraslice.layers.head import LanguageHead
 from intraslice.progress import Progress, SilentProgress
@@ -119,9 +120,12 @@ def to_perplexity(total: float, num_windows: int, seqlen: int, seconds: float) -
 
 
 def select_windows(config: Any, tokens: Tensor, seqlen: int, windows: int | None, first: int = 0) -> Tensor:
-    """Return the windows of a token stream [N] that are measured, int64 [W, T]; see `check_windows`."""
+    """Return the windows of a token stream [N] that are measured, int64 [W, T]; see `check_windows`.
+
+    Models that need it find their BOS token in the place of the first token of each window, which is not predicted.
+    """
     count = check_windows(config, tokens, seqlen, windows, first=first)
-    return tokens[first * seqlen : (first + count) * seqlen].view(count, seqlen)
+    return begin_windows(tokens[first * seqlen : (first + count) * seqlen].view(count, seqlen), first_token(config))
 
 
 def check_windows(config: Any, tokens: Tensor, seqlen: int, windows: int | None, *, first: int = 0) -> int:

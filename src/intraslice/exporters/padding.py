@@ -92,8 +92,8 @@ def _silent(layer: NeutralLayer, shape: LayerShape) -> AttentionWeights:
         k_bias=bias(attention.k_bias, kv_heads),
         v_bias=bias(attention.v_bias, kv_heads),
         o_bias=attention.o_bias,
-        q_norm=attention.q.new_zeros(heads, width) if normed else None,
-        k_norm=attention.k.new_zeros(kv_heads, width) if normed else None,
+        q_norm=attention.q.new_ones(heads, width) if normed else None,
+        k_norm=attention.k.new_ones(kv_heads, width) if normed else None,
     )
 
 

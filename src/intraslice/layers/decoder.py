@@ -28,6 +28,11 @@ def norms_come_first(spec: FamilySpec, config: Any) -> bool:
     return True if spec.norm_first is None else bool(getattr(config, spec.norm_first))
 
 
+def blocks_are_parallel(spec: FamilySpec, config: Any) -> bool:
+    """Return whether the FFN reads the input of the layer, as attention does."""
+    return bool(getattr(config, spec.parallel)) if isinstance(spec.parallel, str) else spec.parallel
+
+
 class DecoderLayer:
     """Runs a decoder layer in pieces: h1 = h + attention(norm(h)), h2 = h1 + ffn(norm(h1)).
 
@@ -48,7 +53,7 @@ class DecoderLayer:
         self.spec = spec
         self.arguments = dict(arguments or {})
         self.norm_first = norms_come_first(spec, config)
-        self.parallel = bool(getattr(config, spec.parallel)) if isinstance(spec.parallel, str) else spec.parallel
+        self.parallel = blocks_are_parallel(spec, config)
         self.scale = 1.0 if spec.residual_scale is None else float(getattr(config, spec.residual_scale))
         self.activation = self.ffn.get_submodule(spec.act_fn) if self.shape.has_ffn else nn.Identity()
 
@@ -112,7 +117,8 @@ class DecoderLayer:
         """
         norm = self.output_norm(site)
         if norm is None:
-            return None if self.scale == 1.0 else torch.full((self.out_projection.out_features,), self.scale).double()
+            size = self.output_projection(site).out_features
+            return None if self.scale == 1.0 else torch.full((size,), self.scale).double()
         weight = norm.get_parameter("weight").detach().to("cpu", torch.float64)
         return (weight + self.spec.norm_offset) * self.scale
 
@@ -206,8 +212,9 @@ class DecoderLayer:
     def ffn_step(self, hidden_BTD: Tensor) -> Tensor:
         """Return the hidden states after the layer, [B, T, D], of what `attention_step` gave."""
         residual = self.ffn_residual(hidden_BTD)
-        output = self.ffn_output(hidden_BTD) if self.shape.has_ffn else torch.zeros_like(hidden_BTD)
-        return self.add_ffn(residual, output)
+        if not self.shape.has_ffn:
+            return self.add_ffn(residual, torch.zeros_like(residual))
+        return self.add_ffn(residual, self.ffn_output(hidden_BTD))
 
     def run(
         self, hidden_BTD: Tensor, watch: Callable[[Tensor, Tensor], None] | None = None
@@ -228,7 +235,7 @@ class DecoderLayer:
 
     def output_projection(self, site: str) -> nn.Linear:
         """Return the output projection of a site."""
-        return {ATTENTION: self.out_projection, FFN: self.down_projection}[site]
+        return self.out_projection if site == ATTENTION else self.down_projection
 
 
 def norm_eps(norm: nn.Module) -> float:

@@ -160,6 +160,8 @@ class FamilySpec:
         stand_in: another family that computes the same without that check, and without biases; None if there is none.
         gguf: name of the architecture in GGUF files that transformers reads as this family; None when there is none.
         gguf_interleaved: whether such files store the two channels of a rotary pair side by side.
+        starts_with_bos: whether the model is of no use on text that does not begin with the BOS token, so that every
+            window of calibration and evaluation has to begin with it.
         refuse: config attributes that must be unset, because the computation is another one with them.
         renames: (beginning of a name on disk, what stands there in the state dict of the ForCausalLM class), for
             checkpoints whose names are others, for example ("model.language_model.", "model.") or ("embed_out.",
@@ -206,6 +208,7 @@ class FamilySpec:
     stand_in: str | None = None
     gguf: str | None = None
     gguf_interleaved: bool = False
+    starts_with_bos: bool = False
     refuse: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     text_of: tuple[str, ...] = ()
@@ -392,6 +395,7 @@ FAMILIES: dict[str, FamilySpec] = {
         FamilySpec(name="ministral"),
         FamilySpec(
             name="gemma",
+            starts_with_bos=True,
             norm="rms_plus_one",
             qkv_bias="attention_bias",
             o_bias="attention_bias",
@@ -441,6 +445,7 @@ FAMILIES: dict[str, FamilySpec] = {
         ),
         FamilySpec(
             name="vaultgemma",
+            starts_with_bos=True,
             activation="hidden_activation",
             ffn_norm="pre_feedforward_layernorm",
             norm="rms_plus_one",
@@ -473,6 +478,7 @@ FAMILIES: dict[str, FamilySpec] = {
         ),
         FamilySpec(
             name="gemma2",
+            starts_with_bos=True,
             activation="hidden_activation",
             ffn_norm="pre_feedforward_layernorm",
             attention_out_norm="post_attention_layernorm",
@@ -485,6 +491,7 @@ FAMILIES: dict[str, FamilySpec] = {
         ),
         FamilySpec(
             name="gemma3_text",
+            starts_with_bos=True,
             activation="hidden_activation",
             ffn_norm="pre_feedforward_layernorm",
             attention_out_norm="post_attention_layernorm",

@@ -615,13 +615,14 @@ def _drop_ffn(layer: nn.Module, spec: FamilySpec) -> None:
 
 
 def _drop_norms(layer: nn.Module, config: PretrainedConfig, spec: FamilySpec, shape: LayerShape) -> None:
-    """Take away the norms that only dropped blocks read; those that come after the sum stay."""
-    if spec.norm_first is not None and not vars(config)[spec.norm_first]:
-        return
-    read = {spec.attention_norm: shape.has_attention}
-    read[spec.ffn_norm] = read.get(spec.ffn_norm, False) or shape.has_ffn
-    for path, needed in read.items():
-        if path is not None and not needed:
+    """Take away the norms that only dropped blocks have; those that come after the sum stay."""
+    needed = {spec.attention_out_norm: shape.has_attention, spec.ffn_out_norm: shape.has_ffn}
+    if spec.norm_first is None or vars(config)[spec.norm_first]:
+        needed[spec.attention_norm] = shape.has_attention
+        # Parallel blocks may share one.
+        needed[spec.ffn_norm] = needed.get(spec.ffn_norm, False) or shape.has_ffn
+    for path, kept in needed.items():
+        if path is not None and not kept:
             layer.set_submodule(path, nn.Identity())
 
 

@@ -161,10 +161,13 @@ def _prune_attention(
     dense, whole_shape = layer.attention, model.dense_shapes[index]
     gain = layer.output_gain(ATTENTION)
     weights = read_attention(layer, whole_shape)
-    weights = replace(weights, o=with_gain(weights.o, gain))
     stats = attention_stats(model, layer, streams.pruned, SCORES[options.score].needs_full_moment)
     pairs = model.pairs_to_channels(index)
-    edit = choose_qk(weights, stats, budget, options, pairs, plan.heads, plan.rope_pairs)
+    # The factors behind o count where something is chosen or solved; what is written leaves them out, because the trial
+    # shares with the dense attention whatever keeps its size.
+    edit = choose_qk(
+        replace(weights, o=with_gain(weights.o, gain)), stats, budget, options, pairs, plan.heads, plan.rope_pairs
+    )
     trial, per_kv = fuse_qk(weights, edit, pairs, model.spec.interleaved)
     ffn_width = whole_shape.intermediate_size
     # Where all heads share a norm's weight, they may need their own once they are narrower.
@@ -176,7 +179,7 @@ def _prune_attention(
     dense_dims = whole_shape.num_attention_heads * whole_shape.qk_head_dim
     whole = len(edit.heads) * edit.width == dense_dims
     value_edit, error = solve_value(
-        trial.o, per_kv, edit.width, moments, options, v_channels=edit.v_channels, whole=whole
+        with_gain(trial.o, gain), per_kv, edit.width, moments, options, v_channels=edit.v_channels, whole=whole
     )
     fused = fuse_value(trial, _without_gain(value_edit, gain))
     output_bias = value_edit.o_bias is not None

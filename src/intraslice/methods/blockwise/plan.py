@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from intraslice.errors import RecipeError
+from intraslice.layers.decoder import blocks_are_parallel
 from intraslice.methods.base import Context
 from intraslice.methods.blockwise.allocators.base import Allocation, count_units
 from intraslice.methods.blockwise.allocators.drop import choose_dropped
@@ -53,6 +54,11 @@ def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
         NumericalError: activations or gradients are NaN or infinite.
     """
     model, rules = context.model, options.allocation
+    if rules.drop_blocks and blocks_are_parallel(model.spec, model.config):
+        raise RecipeError(
+            f"allocation.drop_blocks was asked for, but attention and FFN of a {model.spec.name} layer run side by "
+            "side, so that neither can make up for the other; leave every layer its blocks."
+        )
     units = count_units(model.sites, context.sparsity, rules)
     grid = _shape_grid(model, options)
     if context.sparsity == 0:

@@ -38,11 +38,16 @@ def size_limits(config: Any, spec: FamilySpec, options: BlockwiseOptions) -> Siz
     indices = [shape.num_key_value_heads * shape.qk_head_dim // 2 + shape.num_attention_heads for shape in shapes]
     repairs = {ATTENTION: options.attention.repair, FFN: options.ffn.repair}
     biased = any(REPAIRS[repair].adds_bias for repair in repairs.values())
+    # A layer has both biases or none.
+    added = 2 * hidden * len(shapes) if biased else 0
+    if spec.qk_norm is not None:
+        # Narrow heads may have norms of their own.
+        heads = (shape.num_attention_heads + shape.num_key_value_heads for shape in shapes)
+        added += sum(count * shape.qk_head_dim for count, shape in zip(heads, shapes, strict=True))
     return SizeLimits(
         most=min(options.allocation.max_site_sparsity * share, MAX_SPARSITY - 0.01),
         slack=slack,
-        # A layer has both biases or none.
-        parameters=2 * hidden * len(shapes) if biased else 0,
+        parameters=added,
         index_bytes=_INDEX_BYTES * sum(indices),
         tensors=(4 if biased else 2) * len(shapes),
     )
