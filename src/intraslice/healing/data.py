@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from intraslice.data.calibration import Calibration, fingerprint, load_calibration
+from intraslice.checkpoint.reader import Checkpoint
+from intraslice.data.calibration import Calibration, fingerprint
+from intraslice.data.mixture import parse_source, share_out
+from intraslice.data.text import SAMPLED
 from intraslice.errors import CalibrationError
 from intraslice.healing.options import HealOptions
+from intraslice.options import CalibrationOptions
 from intraslice.progress import Progress
+from intraslice.pruning import calibrate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,51 +38,45 @@ class HealingText:
 
 
 def load_healing_text(
-    source: str,
-    tokenizer: Any,
-    options: HealOptions,
-    steps: int,
-    *,
-    vocab_size: int,
-    model_folder: Path,
-    device: str,
-    progress: Progress,
-    starts_with: int | None = None,
+    dense: Checkpoint, source: str, options: HealOptions, steps: int, progress: Progress
 ) -> HealingText:
     """Return the sequences for a number of steps: each of them once, or all that the text has.
 
     Args:
+        dense: the teacher; its tokenizer cuts the text, and it is sampled from where the text asks for that.
         source: text, as for `prune`.
-        tokenizer: of teacher and student.
         options: sizes and seed.
         steps: of the optimizer.
-        vocab_size: token ids are below this.
-        model_folder: folder of the dense model; "self" samples from it.
-        device: where "self" samples.
         progress: shows the sampling.
-        starts_with: token in the place of the first one of each sequence, for models that need it.
 
     Raises:
         CalibrationError: the text is missing, empty, or too short for one step beside what is held out.
     """
 
-    def load(num_samples: int) -> Calibration:
-        return load_calibration(
-            source,
-            tokenizer,
+    def load(of: str, num_samples: int) -> Calibration:
+        wanted = CalibrationOptions(
+            source=of,
             num_samples=num_samples,
             seqlen=options.seqlen,
-            seed=options.seed,
-            vocab_size=vocab_size,
-            model_folder=model_folder,
-            progress=progress,
+            # Another choice than that of a prune with the same seed: what judges is not what the prune was fitted to.
+            seed=options.seed + 1,
             text_field=options.text_field,
-            device=device,
-            starts_with=starts_with,
         )
+        return calibrate(dense, wanted, device=options.device, progress=progress)
+
+    def fits(num_samples: int) -> bool:
+        # Only the texts, which can be too short; sampling takes long, and there is always more.
+        parts = parse_source(source)
+        try:
+            for part, share in zip(parts, share_out(parts, num_samples), strict=True):
+                if share and part.source not in SAMPLED:
+                    load(part.source, share)
+        except CalibrationError:
+            return False
+        return True
 
     least = options.held_out + options.batch_size
-    found = _as_many(load, least, options.held_out + steps * options.batch_size)
+    found = load(source, _most(fits, least, options.held_out + steps * options.batch_size))
     # Sequences of a mixture may come source by source; each source must have a part in what is held out.
     order = torch.randperm(len(found.tokens), generator=torch.Generator().manual_seed(options.seed))
     held_out, train = found.tokens[order].tensor_split([options.held_out])
@@ -88,21 +85,15 @@ def load_healing_text(
     )
 
 
-def _as_many(load: Callable[[int], Calibration], least: int, wanted: int) -> Calibration:
-    """Return as many sequences as a text has, up to `wanted`; a sixteenth may be missed."""
-    try:
-        return load(wanted)
-    except CalibrationError:
-        if wanted == least:
-            raise
-    best, low, high = load(least), least, wanted
+def _most(fits: Callable[[int], bool], least: int, wanted: int) -> int:
+    """Return the largest number up to `wanted` that fits, give or take a sixteenth; `least` if not even that does."""
+    if fits(wanted):
+        return wanted
+    low, high = least, wanted
     while high - low > max(1, low // 16):
         middle = (low + high) // 2
-        try:
-            best, low = load(middle), middle
-        except CalibrationError:
-            high = middle
-    return best
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 class Sequences(Dataset):

@@ -18,7 +18,6 @@ from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.tensorfile import DTYPES
 from intraslice.checkpoint.writer import INDEX_FILE, assemble, check_output, publish
 from intraslice.data.mixture import check_source
-from intraslice.data.windows import first_token
 from intraslice.errors import CheckpointError, MissingExtraError, NumericalError, OutputError, RecipeError
 from intraslice.files import write_text, writing
 from intraslice.healing.data import HealingText, load_healing_text
@@ -144,7 +143,7 @@ def _heal(job: _Job, output: str) -> HealingRecord:
     model = _prepare(student, options)
     distillation = Distillation(student, teacher, hidden_weight=options.hidden_weight, task_weight=options.task_weight)
     steps = work.steps or _plan_steps(job, distillation)
-    text = _load_text(job, steps)
+    text = load_healing_text(job.dense, job.source, options, steps, job.progress)
     work.settle(steps, text.fingerprint)
     if work.step:
         job.progress.note(f"resuming: {work.step} of {steps} steps are finished")
@@ -268,20 +267,6 @@ def _plan_steps(job: _Job, distillation: Distillation) -> int:
         )
     job.progress.note(f"{steps} steps of {step_seconds:.2f} seconds fit into {options.budget}")
     return steps
-
-
-def _load_text(job: _Job, steps: int) -> HealingText:
-    return load_healing_text(
-        job.source,
-        job.dense.load_tokenizer(),
-        job.options,
-        steps,
-        vocab_size=job.dense.config.vocab_size,
-        starts_with=first_token(job.dense.config),
-        model_folder=job.dense.folder,
-        device=job.options.device,
-        progress=job.progress,
-    )
 
 
 def _record(job: _Job, steps: int, text: HealingText, stopped: str | None, trained_parameters: int) -> HealingRecord:
