@@ -114,6 +114,7 @@ class SliceGpt:
         before = state.last
         try:
             middle, attention_error = _advance(model, state.hidden, width, layer.attention_step, before)
+            assert middle is not None
             # As in the published code, nothing is sliced behind the last layer: the head reads the whole stream.
             kept = None if last else width
             after, ffn_error = _advance(model, state.hidden, kept, layer.ffn_step, middle)
