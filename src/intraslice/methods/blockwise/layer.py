@@ -161,7 +161,11 @@ def _prune_attention(
     dense, whole_shape = layer.attention, model.dense_shapes[index]
     gain = layer.output_gain(ATTENTION)
     weights = read_attention(layer, whole_shape)
-    stats = attention_stats(model, layer, streams.pruned, SCORES[options.score].needs_full_moment)
+    measured = streams.pruned
+    if options.measured_on == "dense_stream":
+        assert streams.dense is not None
+        measured = streams.dense
+    stats = attention_stats(model, layer, measured, SCORES[options.score].needs_full_moment)
     pairs = model.pairs_to_channels(index)
     # The factors behind o count where something is chosen or solved; what is written leaves them out, because the trial
     # shares with the dense attention whatever keeps its size.
@@ -175,7 +179,7 @@ def _prune_attention(
     headed = headed and plan.rope_pairs is None
     trial_shape = attention_shape(per_kv, trial, ffn_width, headed_qk_norm=headed)
     write_attention(layer, model.config, index, trial_shape, trial, edit.rope_pairs)
-    moments = context_moments(model, layer, streams, dense, options.repair_against)
+    moments = context_moments(model, layer, streams, dense, options.repair_against, options.measured_on)
     dense_dims = whole_shape.num_attention_heads * whole_shape.qk_head_dim
     whole = len(edit.heads) * edit.width == dense_dims
     value_edit, error = solve_value(
@@ -206,12 +210,16 @@ def _prune_ffn(
     options: FFNOptions,
 ) -> tuple[int, float]:
     """Return the kept channels and the error."""
-    moments = ffn_moments(model, layer, streams, dense, options.repair_against)
+    with_input = SCORES[options.score].needs_reading
+    moments = ffn_moments(
+        model, layer, streams, dense, options.repair_against, options.measured_on, with_input=with_input
+    )
     shape = layer.shape
     keep = budget.channels(index, site, wanted)
     weights, gain = read_ffn(layer, shape), layer.output_gain(FFN)
     down = with_gain(weights.down, gain)
-    channels = select_channels(moments, down, keep, options)
+    reading = [matrix for matrix in (weights.up, weights.gate) if matrix is not None]
+    channels = select_channels(moments, down, keep, options, reading)
     edit, error = solve_down(moments, down, channels, options)
     if plan.iter_pca and keep < shape.intermediate_size:
         replay = _Replay(layer, streams, down, options.repair_against)

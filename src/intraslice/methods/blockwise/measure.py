@@ -100,14 +100,24 @@ def context_moments(
     streams: Streams,
     dense: PrunedAttention,
     repair_against: str,
+    measured_on: str = "pruned_stream",
 ) -> OutputMoments:
     """Measure the context of the trial attention in `layer` against its target, and advance the dense stream.
 
     The target is what the site should add to the pruned stream x: the dense site's output on x itself, or what leads
-    from x to the dense model's stream, (h + dense output on h) - x.
+    from x to the dense model's stream, (h + dense output on h) - x. Measured on the dense stream, it is the dense
+    site's output there.
     """
     sums = _OutputSums(model, layer.out_projection.in_features)
     aim = OutputAim(layer, ATTENTION)
+    if measured_on == "dense_stream":
+        assert streams.dense is not None
+        for part in streams.dense.slices():
+            states = streams.dense.read(part)
+            raw = layer.raw_output(dense, states)
+            sums.update(layer.context(layer.attention, layer.attention_input(states)), *aim.own(raw))
+            streams.dense.write(part, layer.before_ffn(states, layer.added(ATTENTION, raw)))
+        return sums.moments()
     for part in streams.pruned.slices():
         states = streams.pruned.read(part)
         target = None
@@ -124,7 +134,13 @@ def context_moments(
 
 
 def ffn_moments(
-    model: StreamedModel, layer: DecoderLayer, streams: Streams, dense: PrunedAttention, repair_against: str
+    model: StreamedModel,
+    layer: DecoderLayer,
+    streams: Streams,
+    dense: PrunedAttention,
+    repair_against: str,
+    measured_on: str = "pruned_stream",
+    with_input: bool = False,
 ) -> OutputMoments:
     """Advance the pruned stream through attention and the dense stream through the FFN; measure the dense FFN.
 
@@ -134,17 +150,29 @@ def ffn_moments(
         streams: as attention left them.
         dense: the dense attention.
         repair_against: what the FFN should give.
+        measured_on: which of the streams it reads; with "dense_layer" the pruned one after the dense attention.
+        with_input: whether the energy of what the FFN reads is wanted.
 
     Raises:
         NumericalError: activations are NaN or infinite.
     """
-    sums = _OutputSums(model, layer.down_projection.in_features)
+    sums = _OutputSums(model, layer.down_projection.in_features, model.config.hidden_size if with_input else None)
     aim = OutputAim(layer, FFN)
-    to_stream = repair_against == "dense_stream" and streams.dense is not None
+    on_pruned = measured_on == "pruned_stream"
+    to_stream = on_pruned and repair_against == "dense_stream" and streams.dense is not None
     for part in streams.pruned.slices():
-        states = layer.attention_step(streams.pruned.read(part))
+        before = streams.pruned.read(part)
+        states = measured = layer.attention_step(before)
+        if measured_on == "dense_layer":
+            measured = layer.before_ffn(before, layer.attention_output(dense, before))
+        elif measured_on == "dense_stream":
+            assert streams.dense is not None
+            measured = streams.dense.read(part)
+        read = layer.ffn_input(measured)
+        sums.update_read(read)
+        # Not before: what was read may be the memory that is written.
         streams.pruned.write(part, states)
-        act = layer.act(layer.ffn_input(states))
+        act = layer.act(read)
         target = (None, None)
         if streams.dense is not None:
             dense_states = streams.dense.read(part)
@@ -214,9 +242,10 @@ class _OutputSums:
     Args:
         model: the streamed model.
         width: inputs of the output projection.
+        read_width: channels of what the site itself reads, where their energy is wanted.
     """
 
-    def __init__(self, model: StreamedModel, width: int) -> None:
+    def __init__(self, model: StreamedModel, width: int, read_width: int | None = None) -> None:
         outputs = model.config.hidden_size
         self._dtype = model.placement.stat_dtype
         self._statistics = Statistics(model.placement.device, self._dtype)
@@ -226,6 +255,12 @@ class _OutputSums:
         self._target_sum = self._statistics.sum("target_sum", outputs)
         self._energy = self._statistics.number("target_energy")
         self._num_tokens = self._statistics.number("num_tokens")
+        self._read_energy = None if read_width is None else self._statistics.sum("read_energy", read_width)
+
+    def update_read(self, read_BTD: Tensor) -> None:
+        """Add what the site itself reads, where it is wanted."""
+        if self._read_energy is not None:
+            self._read_energy.update(read_BTD.flatten(0, 1).to(self._dtype).square().sum(0))
 
     def update(self, inputs_BTP: Tensor, targets_BTD: Tensor | None, counts_BT: Tensor | None = None) -> None:
         """Add a batch.
@@ -261,4 +296,5 @@ class _OutputSums:
             target_sum=sums["target_sum"],
             target_energy=float(sums["target_energy"]),
             num_tokens=float(sums["num_tokens"]),
+            read_energy=sums.get("read_energy"),
         )
