@@ -65,6 +65,14 @@ def _in(model: str = "llama", **options: Any) -> Context:
 _BOTH = (True, False)
 # The error of a random FFN falls little by little: larger steps show every setting sooner.
 _ITERATED = _in(ffn__iter_pca=True, ffn__iter_pca_lr=1e-2, ffn__iter_pca_steps=4)
+# Training changes nothing where it does not help on the sequences held out: without a repair it always does.
+_TRAINED = _in(
+    distill__sites="ffn",
+    distill__learning_rate=0.003,
+    ffn__repair="none",
+    ffn__repair_against="own_output",
+    run__batch_tokens=32,
+)
 _SHAPED = _in(target="vllm", attention__head_multiple=2, ffn__ffn_multiple=4)
 # Blocks of random weights are worth alike: at any price, some go.
 _EAGER = {"allocation.max_drop_price": 1e6, "allocation.max_dropped_share": 0.5}
@@ -84,6 +92,8 @@ TRIALS: dict[str, Trial] = {
     # Of eight blocks, one may go or four; the caps have an effect only on what would go.
     "allocation.max_dropped_share": Trial((0.2,), (_DROPPED,)),
     "allocation.max_drop_price": Trial((1e-9,), (_DROPPED,)),
+    "allocation.rotation": Trial(("exact",), (_in(ffn__ffn_multiple=1),)),
+    "allocation.gradient_group": Trial((2,), (_in(ffn__ffn_multiple=1),)),
     "attention.heads": Trial(("whole", "adaptive")),
     "attention.score": Trial(("fluctuation", "norm")),
     "attention.obs_damping": Trial((50.0,), (_in(attention__score="obs"),)),
@@ -96,6 +106,8 @@ TRIALS: dict[str, Trial] = {
     "attention.damping": Trial((0.7,)),
     "attention.shrink_to": Trial(("zero", "weights")),
     "attention.repair_against": Trial(("own_output", "dense_stream")),
+    "attention.damping_scale": Trial(("channel",)),
+    "attention.drift_share": Trial((0.5,)),
     "attention.gqa_groups": Trial(("uniform",)),
     "ffn.score": Trial(("magnitude", "norm")),
     "ffn.obs_damping": Trial((50.0,), (_in(ffn__score="obs"),)),
@@ -103,6 +115,8 @@ TRIALS: dict[str, Trial] = {
     "ffn.damping": Trial((0.7,), (_ITERATED,)),
     "ffn.shrink_to": Trial(("zero", "weights"), (_ITERATED,)),
     "ffn.repair_against": Trial(("own_output", "dense_stream"), (_ITERATED,)),
+    "ffn.damping_scale": Trial(("channel",), (_ITERATED,)),
+    "ffn.drift_share": Trial((0.5,), (_ITERATED,)),
     "ffn.ffn_multiple": Trial((4,)),
     "ffn.iter_pca": Trial(_BOTH, (_in(ffn__score="magnitude"),)),
     "ffn.iter_pca_fraction": Trial((1.0,), (_ITERATED,)),
@@ -110,6 +124,10 @@ TRIALS: dict[str, Trial] = {
     "ffn.iter_pca_slice": Trial((5,), (_ITERATED,)),
     "ffn.iter_pca_steps": Trial((7,), (_ITERATED,)),
     "ffn.iter_pca_lr": Trial((3e-3,), (_ITERATED,)),
+    "distill.sites": Trial(("ffn",), (_in(ffn__repair="none"), _TRAINED)),
+    "distill.epochs": Trial((8.0,), (_TRAINED,)),
+    "distill.learning_rate": Trial((0.001,), (_TRAINED,)),
+    "distill.held_out": Trial((0.75,), (_TRAINED,)),
 }
 
 
