@@ -11,8 +11,8 @@ import yaml
 
 from intraslice.errors import RecipeError
 from intraslice.methods.blockwise.options import BlockwiseOptions
-from intraslice.methods.svd_llm.options import SvdLlmOptions
 from intraslice.methods.registry import METHODS
+from intraslice.methods.svd_llm.options import SvdLlmOptions
 from intraslice.options import CalibrationOptions, RunOptions
 from intraslice.recipes.recipe import Recipe, fit_to_model, load_recipe, parse_align
 from intraslice.recipes.words import option_names

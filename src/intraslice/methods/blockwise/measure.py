@@ -16,7 +16,9 @@ from intraslice.layers.decoder import DecoderLayer, norm_eps, read_ffn
 from intraslice.layers.sites import ATTENTION, FFN
 from intraslice.methods.blockwise.channels import own_output
 from intraslice.methods.blockwise.heads import AttentionStats, QKNorms
+from intraslice.methods.blockwise.options import AttentionOptions, FFNOptions
 from intraslice.methods.blockwise.repairs import OutputMoments
+from intraslice.methods.blockwise.strategies import SCORES
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 from intraslice.streaming.hidden import HiddenStates, Streams
 from intraslice.streaming.model import StreamedModel
@@ -99,18 +101,17 @@ def context_moments(
     layer: DecoderLayer,
     streams: Streams,
     dense: PrunedAttention,
-    repair_against: str,
-    measured_on: str = "pruned_stream",
+    options: AttentionOptions,
 ) -> OutputMoments:
     """Measure the context of the trial attention in `layer` against its target, and advance the dense stream.
 
     The target is what the site should add to the pruned stream x: the dense site's output on x itself, or what leads
-    from x to the dense model's stream, (h + dense output on h) - x. Measured on the dense stream, it is the dense
-    site's output there.
+    from x to the dense model's stream, (h + dense output on h) - x, or a point between the two (`aimed_between`).
+    Measured on the dense stream, it is the dense site's output there.
     """
     sums = _OutputSums(model, layer.out_projection.in_features)
     aim = OutputAim(layer, ATTENTION)
-    if measured_on == "dense_stream":
+    if options.measured_on == "dense_stream":
         assert streams.dense is not None
         for part in streams.dense.slices():
             states = streams.dense.read(part)
@@ -125,22 +126,20 @@ def context_moments(
             dense_states = streams.dense.read(part)
             raw = layer.raw_output(dense, dense_states)
             output = layer.added(ATTENTION, raw)
-            target = aim.to_stream(dense_states + output - states, raw)
+            if options.repair_against == "dense_stream":
+                missing = dense_states + output - states
+                if options.drift_share < 1.0:
+                    missing = aimed_between(layer.attention_output(dense, states), missing, options.drift_share)
+                target = aim.to_stream(missing, raw)
             streams.dense.write(part, layer.before_ffn(dense_states, output))
-        if target is None or repair_against == "own_output":
+        if target is None:
             target = aim.own(layer.raw_output(dense, states))
         sums.update(layer.context(layer.attention, layer.attention_input(states)), *target)
     return sums.moments()
 
 
 def ffn_moments(
-    model: StreamedModel,
-    layer: DecoderLayer,
-    streams: Streams,
-    dense: PrunedAttention,
-    repair_against: str,
-    measured_on: str = "pruned_stream",
-    with_input: bool = False,
+    model: StreamedModel, layer: DecoderLayer, streams: Streams, dense: PrunedAttention, options: FFNOptions
 ) -> OutputMoments:
     """Advance the pruned stream through attention and the dense stream through the FFN; measure the dense FFN.
 
@@ -149,23 +148,22 @@ def ffn_moments(
         layer: its attention is pruned, its FFN is not.
         streams: as attention left them.
         dense: the dense attention.
-        repair_against: what the FFN should give.
-        measured_on: which of the streams it reads; with "dense_layer" the pruned one after the dense attention.
-        with_input: whether the energy of what the FFN reads is wanted.
+        options: they say what the FFN should give, and which of the streams it reads.
 
     Raises:
         NumericalError: activations are NaN or infinite.
     """
-    sums = _OutputSums(model, layer.down_projection.in_features, model.config.hidden_size if with_input else None)
+    read_width = model.config.hidden_size if SCORES[options.score].needs_reading else None
+    sums = _OutputSums(model, layer.down_projection.in_features, read_width)
     aim = OutputAim(layer, FFN)
-    on_pruned = measured_on == "pruned_stream"
-    to_stream = on_pruned and repair_against == "dense_stream" and streams.dense is not None
+    on_pruned = options.measured_on == "pruned_stream"
+    to_stream = on_pruned and options.repair_against == "dense_stream" and streams.dense is not None
     for part in streams.pruned.slices():
         before = streams.pruned.read(part)
         states = measured = layer.attention_step(before)
-        if measured_on == "dense_layer":
+        if options.measured_on == "dense_layer":
             measured = layer.before_ffn(before, layer.attention_output(dense, before))
-        elif measured_on == "dense_stream":
+        elif options.measured_on == "dense_stream":
             assert streams.dense is not None
             measured = streams.dense.read(part)
         read = layer.ffn_input(measured)
@@ -179,7 +177,11 @@ def ffn_moments(
             raw = layer.raw_ffn_output(dense_states)
             residual, output = layer.ffn_residual(dense_states, dense), layer.added(FFN, raw)
             if to_stream:
-                target = aim.to_stream(residual + output - layer.ffn_residual(states), raw)
+                missing = residual + output - layer.ffn_residual(states)
+                if options.drift_share < 1.0:
+                    own = layer.added(FFN, layer.down_projection(act))
+                    missing = aimed_between(own, missing, options.drift_share)
+                target = aim.to_stream(missing, raw)
             streams.dense.write(part, layer.add_ffn(residual, output))
         sums.update(act, *target)
     moments = sums.moments()
@@ -192,6 +194,20 @@ def ffn_moments(
 def with_gain(weight_DP: Tensor, gain_D: Tensor | None) -> Tensor:
     """Return an output projection with the factors that come after it, [D, P]."""
     return weight_DP if gain_D is None else (weight_DP.double() * gain_D[:, None]).to(weight_DP.dtype)
+
+
+def aimed_between(own_BTD: Tensor, missing_BTD: Tensor, drift_share: float) -> Tensor:
+    """Return what a site should add: its own output and a share of the drift, y + alpha (m - y), [B, T, D].
+
+    The site's own output y is a function of its inputs. The drift m - y, what the sites before have left undone, mostly
+    is not: a regression sees much noise and little of it, and with few tokens a share alpha < 1 estimates it better.
+
+    Args:
+        own_BTD: y, what the dense site adds on the pruned stream.
+        missing_BTD: m, what leads from the pruned stream to the dense one.
+        drift_share: alpha.
+    """
+    return own_BTD + drift_share * (missing_BTD - own_BTD)
 
 
 class OutputAim:
