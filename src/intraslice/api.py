@@ -32,6 +32,7 @@ from intraslice.healing.after_prune import heal_options, prune_and_heal
 from intraslice.healing.options import HealOptions
 from intraslice.healing.run import HealResult, heal_checkpoint
 from intraslice.loading import load_model
+from intraslice.names import expanded
 from intraslice.options import CalibrationOptions
 from intraslice.progress import Progress
 from intraslice.pruning import calibrate, prune_recipe
@@ -152,7 +153,7 @@ def heal(
     named = {"checkpoint": str(checkpoint), "output": str(output), "budget": budget, "teacher": teacher, **options}
     return heal_checkpoint(
         str(checkpoint),
-        Path(output).expanduser(),
+        expanded(output),
         HealOptions(budget=budget, **options),
         teacher=None if teacher is None else str(teacher),
         revision=revision,
@@ -297,7 +298,7 @@ def evaluate_tasks(
     """
     # The tasks come first: a wrong name or line must not cost the loading of the model.
     check_range(limit, batch_size)
-    opened = open_tasks(tasks, None if task_data is None else Path(task_data).expanduser())
+    opened = open_tasks(tasks, None if task_data is None else expanded(task_data))
     loaded, tokenizer = load_model(
         str(model),
         dtype=dtype,
@@ -457,4 +458,4 @@ def export(
         verify=verify,
         overwrite=overwrite,
     )
-    return export_checkpoint(str(checkpoint), to, Path(output).expanduser(), options, progress)
+    return export_checkpoint(str(checkpoint), to, expanded(output), options, progress)

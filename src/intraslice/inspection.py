@@ -13,6 +13,7 @@ from intraslice.checkpoint.composite import is_composite, text_config
 from intraslice.checkpoint.folder import composite_reason
 from intraslice.errors import UnsupportedModelError
 from intraslice.loading import count_parameters, load_whole_config
+from intraslice.names import expanded
 from intraslice.options import RunOptions
 from intraslice.placement import choose_device, dtype_from_name, peak_resident_bytes
 from intraslice.results.result import RESULT_FILE, PruneResult
@@ -103,7 +104,7 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
     dense_hidden_size = dense_config(config).hidden_size if pruned else hidden_size
     dense_sizes = [spec.num_parameters(shape, dense_hidden_size) for shape in whole]
     sizes = [spec.num_parameters(shape, hidden_size) for shape in shapes]
-    errors = _errors(Path(name).expanduser())
+    errors = _errors(expanded(name))
     composite = is_composite(whole_config)
     auto: Any = AutoModelForImageTextToText if composite else AutoModelForCausalLM
     with torch.device("meta"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intraslice.cli.console import INTERRUPTED_STATUS, ConsoleProgress, complain, print_line, print_table, write_json
+from intraslice.names import expanded
 
 if TYPE_CHECKING:
     from intraslice.comparison.run import Planned
@@ -34,7 +35,7 @@ def compare(
     spec = load_spec(file)
     from intraslice.comparison.run import Comparison
 
-    folder = output.expanduser()
+    folder = expanded(output)
     with ConsoleProgress() as progress:
         comparison = Comparison(spec, folder, progress)
         if dry_run:

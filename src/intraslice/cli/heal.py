@@ -16,6 +16,7 @@ from intraslice.cli.console import (
     print_table,
     write_json,
 )
+from intraslice.names import expanded
 from intraslice.numbers import count, duration, number, size
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def heal(
         "resume": resume,
         "command": shlex.join(["intraslice", *context.obj]),
     }
-    output = output.expanduser()
+    output = expanded(output)
     try:
         result = _run(checkpoint, output, options, settings)
     except KeyboardInterrupt:

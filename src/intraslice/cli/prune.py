@@ -22,6 +22,7 @@ from intraslice.cli.console import (
 from intraslice.cli.heal import print_healing
 from intraslice.data.mixture import CALIBRATION_HELP
 from intraslice.methods.registry import METHODS
+from intraslice.names import expanded
 from intraslice.numbers import count, percent, size
 from intraslice.results.sites import list_sites, site_errors
 
@@ -162,7 +163,7 @@ def prune(
     try:
         result = _run(merged, heal, overwrite, resume, context.obj)
     except KeyboardInterrupt:
-        complain(_interrupted(Path(f"{merged.output}.partial").expanduser()))
+        complain(_interrupted(expanded(f"{merged.output}.partial")))
         raise typer.Exit(INTERRUPTED_STATUS) from None
     if as_json:
         write_json(result.to_dict())

@@ -14,6 +14,7 @@ from intraslice.comparison.document import pruned_fields
 from intraslice.comparison.tables import DOCUMENT_FILE
 from intraslice.errors import CheckpointError, ComparisonError, one_line
 from intraslice.methods.registry import METHODS
+from intraslice.names import expanded
 from intraslice.report.document import DENSE, FORMAT
 from intraslice.results.result import RESULT_FILE
 
@@ -59,7 +60,7 @@ def merge_results(paths: Sequence[str]) -> dict[str, Any]:
 
 
 def _load(path: str) -> _Result:
-    given = Path(path).expanduser()
+    given = expanded(path)
     candidates = [given / DOCUMENT_FILE, given / RESULT_FILE] if given.is_dir() else [given]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from intraslice.data.shipped import SHIPPED
 from intraslice.errors import CalibrationError, MissingExtraError, nearest, one_line
+from intraslice.names import expanded
 from intraslice.progress import Progress
 
 SELF = "self"
@@ -115,7 +116,7 @@ def check_text(source: str, names: Sequence[str] = NAMED_TEXTS) -> None:
     """
     if source in NAMED_TEXTS:
         return
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         if path.suffix.lower() not in FILE_TYPES:
             raise CalibrationError(f"text file {source!r} is not of a known type; use one of {', '.join(FILE_TYPES)}")
@@ -163,7 +164,7 @@ def load_text(
     elif source in SHIPPED:
         documents, joiner = SHIPPED[source](min_chars), "\n\n"
     else:
-        documents, joiner = _file_documents(Path(source).expanduser(), text_field), "\n\n"
+        documents, joiner = _file_documents(expanded(source), text_field), "\n\n"
     text, whole = _join(documents, joiner)
     if not text.strip():
         raise CalibrationError(f"text {source!r} is empty")

@@ -14,9 +14,11 @@ from intraslice.checkpoint.folder import StoredTensor, read_headers
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.tensorfile import DTYPES
+from intraslice.checkpoint.tokenizer import open_tokenizer
 from intraslice.errors import CheckpointError, RecipeError, UnsupportedModelError
 from intraslice.inspection import family_of
 from intraslice.loading import load_config
+from intraslice.names import expanded
 from intraslice.progress import Progress
 from intraslice.results.result import RESULT_FILE, PruneResult
 
@@ -66,7 +68,7 @@ def open_student(name: str) -> Student:
         CheckpointError: it is not there or damaged.
         UnsupportedModelError: its architecture is not one of ours.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{name!r} is not a checkpoint folder; give the output folder of 'intraslice prune'.")
     config = load_config(name)
@@ -142,7 +144,7 @@ def _check_pair(student: Student, teacher: Checkpoint) -> None:
             f"teacher {teacher.name!r} has a vocabulary of {theirs} tokens, and {student.name!r} one of {ours}; name "
             "the dense model that it was pruned from."
         )
-    numbers = _vocabulary(teacher.folder)
+    numbers = teacher.load_tokenizer().get_vocab()
     # A class of tokenizers may add tokens of its own behind those of the files.
     if any(numbers.get(token, number) != number for token, number in _vocabulary(student.folder).items()):
         raise CheckpointError(
@@ -152,12 +154,7 @@ def _check_pair(student: Student, teacher: Checkpoint) -> None:
 
 
 def _vocabulary(folder: Path) -> dict[str, int]:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder).get_vocab()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise CheckpointError(f"the tokenizer of {str(folder)!r} cannot be read; it is needed to heal.") from error
+    return open_tokenizer(folder, str(folder)).get_vocab()
 
 
 def check_hidden_states(student: Student, teacher: Checkpoint) -> None:
