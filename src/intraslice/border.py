@@ -141,12 +141,19 @@ def parse_yaml(text: str, what: str, error: _Error) -> Any:
     # The second: a date without such a day, or an integer of too many digits.
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError) as found:
         raise error(f"{what} is not YAML: {reason(found)}") from found
-    check_plain(content, what, error, max_entries=MAX_YAML_ENTRIES)
+    check_plain(content, what, error, max_entries=MAX_YAML_ENTRIES, nul=False)
     return content
 
 
-def check_plain(content: Any, what: str, error: _Error, *, max_entries: int = MAX_ENTRIES) -> None:
+def check_plain(content: Any, what: str, error: _Error, *, max_entries: int = MAX_ENTRIES, nul: bool = True) -> None:
     """Refuse what is not plain data: JSON types, few levels, integers of 64 bits, text that UTF-8 can hold.
+
+    Args:
+        content: what a parser has made.
+        what: what messages call it.
+        error: the class of our error.
+        max_entries: values in it, those that are named twice counted twice.
+        nul: whether a text may hold NUL, which no name of a file can.
 
     Raises:
         IntraSliceError: with the place of the first such value.
@@ -162,21 +169,21 @@ def check_plain(content: Any, what: str, error: _Error, *, max_entries: int = MA
             raise error(f"{what} nests lists and objects deeper than {MAX_DEPTH} levels")
         if isinstance(value, dict):
             for key in value:
-                if not isinstance(key, str | int | float | bool | None) or _is_bad(key):
+                if not isinstance(key, str | int | float | bool | None) or _is_bad(key, nul):
                     raise error(f"{what} has a name{_at(place)} that is no plain text: {_shown(key)}")
             left += [(inner, (*place, key)) for key, inner in value.items()]
         elif isinstance(value, list):
             left += [(inner, (*place, index)) for index, inner in enumerate(value)]
-        elif _is_bad(value):
+        elif _is_bad(value, nul):
             raise error(
                 f"{what} has a value{_at(place)} that is neither text, number, truth value nor a list or object of "
                 f"these: {_shown(value)}"
             )
 
 
-def _is_bad(value: Any) -> bool:
+def _is_bad(value: Any, nul: bool) -> bool:
     if isinstance(value, str):
-        return "\0" in value or not _is_utf8(value)
+        return not (nul or "\0" not in value) or not _is_utf8(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return not -_MAX_INTEGER - 1 <= value <= _MAX_INTEGER
     return not (value is None or isinstance(value, bool | float))

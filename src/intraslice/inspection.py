@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from intraslice.border import foreign
 from intraslice.checkpoint.composite import is_composite, text_config
 from intraslice.checkpoint.folder import composite_reason
-from intraslice.errors import UnsupportedModelError
+from intraslice.errors import CheckpointError, UnsupportedModelError
 from intraslice.loading import count_parameters, load_whole_config
 from intraslice.names import expanded
 from intraslice.options import RunOptions
 from intraslice.placement import choose_device, dtype_from_name, peak_resident_bytes
+from intraslice.quiet import quiet
 from intraslice.results.result import RESULT_FILE, PruneResult
 from intraslice.runtime.configuration_intraslice import dense_config, dense_shapes
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec, LayerShape
@@ -95,20 +97,24 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
         UnsupportedModelError: its architecture is not one of ours.
     """
     whole_config, files = load_whole_config(name, revision=revision, trust_remote_code=trust_remote_code)
-    spec = family_of(whole_config)
-    config = text_config(whole_config)
+    with foreign(f"config.json of {name!r} is not valid", CheckpointError):
+        spec = family_of(whole_config)
+        config = text_config(whole_config)
     pruned = config.model_type.startswith(_PRUNED_PREFIX)
-    whole = dense_shapes(config, spec)
-    hidden_size = config.hidden_size
-    shapes = tuple(map(LayerShape.from_dict, config.intraslice["layers"])) if pruned else whole
-    dense_hidden_size = dense_config(config).hidden_size if pruned else hidden_size
-    dense_sizes = [spec.num_parameters(shape, dense_hidden_size) for shape in whole]
-    sizes = [spec.num_parameters(shape, hidden_size) for shape in shapes]
-    errors = _errors(expanded(name))
     composite = is_composite(whole_config)
     auto: Any = AutoModelForImageTextToText if composite else AutoModelForCausalLM
-    with torch.device("meta"):
-        skeleton = auto.from_config(whole_config, trust_remote_code=trust_remote_code)
+    with foreign(f"config.json of {name!r} is not valid", CheckpointError):
+        whole = dense_shapes(config, spec)
+        hidden_size = config.hidden_size
+        shapes = config.layer_shapes if pruned else whole
+        dense_hidden_size = dense_config(config).hidden_size if pruned else hidden_size
+        dense_sizes = [spec.num_parameters(shape, dense_hidden_size) for shape in whole]
+        sizes = [spec.num_parameters(shape, hidden_size) for shape in shapes]
+        with torch.device("meta"), quiet("transformers"):
+            skeleton = auto.from_config(whole_config, trust_remote_code=trust_remote_code)
+        if min(dense_sizes) < 1:
+            raise ValueError(f"layer {dense_sizes.index(min(dense_sizes))} has no weights")
+    errors = _errors(expanded(name))
     layers = tuple(
         LayerInfo(
             layer=layer,
@@ -123,7 +129,7 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
         model=name,
         family=spec.name,
         composite=whole_config.model_type.removeprefix(_PRUNED_PREFIX) if composite else None,
-        method=config.intraslice["method"] if pruned else None,
+        method=config.intraslice["method"] if pruned and config.intraslice is not None else None,
         sparsity=1 - sum(sizes) / sum(dense_sizes),
         hidden_size=hidden_size,
         dense_hidden_size=dense_hidden_size,

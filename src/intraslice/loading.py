@@ -117,7 +117,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             **arguments,
         )
-    tokenizer = open_tokenizer(folder, name, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(folder, name, config, trust_remote_code=trust_remote_code)
     if arguments["config"] is not config:
         # transformers would save the tower under the names that it had in the composite, which nobody could load.
         model._weight_conversions = None

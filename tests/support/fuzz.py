@@ -207,7 +207,8 @@ class Ground:
     def _left(self, status: int) -> str:
         """Return what a refused command has left behind, and remove it; what a successful one writes is its own."""
         cache = Path(os.environ["INTRASLICE_CACHE"])
-        found = [path for path in self.root.glob("out*")] + list(cache.glob("*" if status else "*.tmp"))
+        # What is whole there is kept for the next command, whatever became of this one.
+        found = [*self.root.glob("out*"), *cache.glob("*.partial-*"), *cache.glob("*.tmp")]
         for path in found:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         wrong = f"left {[path.name for path in found]}" if status and found else ""

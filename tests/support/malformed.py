@@ -26,7 +26,15 @@ EXTRA_FIELDS = (
     *("attn_implementation", "_attn_implementation", "dtype", "torch_dtype", "output_attentions", "per_layer_config"),
     *("quantization_config", "auto_map", "layer_types", "rope_scaling", "rope_parameters", "sliding_window"),
     *("num_experts", "intraslice", "text_config", "head_dim", "tie_word_embeddings", "pad_token_id", "hidden_act"),
-    *("use_cache", "attention_bias", "mlp_bias", "partial_rotary_factor", "num_labels", "pruned_heads", "architectures"),
+    *(
+        "use_cache",
+        "attention_bias",
+        "mlp_bias",
+        "partial_rotary_factor",
+        "num_labels",
+        "pruned_heads",
+        "architectures",
+    ),
     *("max_position_embeddings", "return_dict", "problem_type", "id2label", "is_encoder_decoder", "cross_attention"),
 )
 
@@ -57,7 +65,9 @@ def replaced(content: Any, path: Sequence[Any], change: Callable[[Any], Any]) ->
     key, *rest = path
     inner = replaced(content[key], rest, change)
     if isinstance(content, dict):
-        return {name: inner if name == key else value for name, value in content.items() if name != key or inner is not ...}
+        return {
+            name: inner if name == key else value for name, value in content.items() if name != key or inner is not ...
+        }
     return [inner if at == key else value for at, value in enumerate(content) if at != key or inner is not ...]
 
 
@@ -134,7 +144,7 @@ def spoilt_lines(draw: st.DrawFn, rows: Sequence[Any]) -> bytes:
 YAML_VALUES = (
     *("2024-01-01", "!!binary aGVsbG8=", "!!set {a, b}", "!!python/object/apply:os.system [id]", "&a [*a]"),
     *("[" * 3000 + "]" * 3000, "9" * 10_000, "0x" + "f" * 5000, "1e400", ".nan", ".inf", "null", "~", "[]", "{}", "''"),
-    *("{a: {b: {c: 1}}}", "- 1", "yes", "-1", "18446744073709551616", "1:30:00", "\"\\ud800\"", "\"a\\0b\"", "*b"),
+    *("{a: {b: {c: 1}}}", "- 1", "yes", "-1", "18446744073709551616", "1:30:00", '"\\ud800"', '"a\\0b"', "*b"),
     *("!!omap [a: 1]", "? [1, 2]\n: 3", "<<: 1", "'" + "x" * 100_000 + "'", "{1: 2}", "{[1]: 2}", "|\n  x", "!x y"),
     "[&a [x,x,x,x,x,x,x,x], &b [*a,*a,*a,*a,*a,*a,*a,*a], &c [*b,*b,*b,*b,*b,*b,*b,*b], &d [*c,*c,*c,*c,*c,*c,*c],"
     " &e [*d,*d,*d,*d,*d,*d,*d,*d], &f [*e,*e,*e,*e,*e,*e,*e,*e], &g [*f,*f,*f,*f,*f,*f,*f,*f], [*g,*g,*g,*g,*g,*g]]",
@@ -152,11 +162,40 @@ def spoilt_yaml(draw: st.DrawFn, lines: Sequence[str]) -> bytes:
     return "\n".join([*lines[:at], f"{name}: {draw(st.sampled_from(YAML_VALUES))}", *lines[at + 1 :]]).encode()
 
 
-SETTINGS = ("--set", "--align", "--seed", "--sparsity", "--num-samples", "--seqlen", "--target-size", "--heal", "--device")
+SETTINGS = (
+    "--set",
+    "--align",
+    "--seed",
+    "--sparsity",
+    "--num-samples",
+    "--seqlen",
+    "--target-size",
+    "--heal",
+    "--device",
+)
 WORDS = (
-    *("", "-1", "0", "1e999", "nan", "9" * 10_000, "18446744073709551616", "x", "é", "a=b", "ffn=" + "9" * 60, "head=0"),
-    *("ffn.damping=" + "[" * 5000, "ffn.damping=2024-01-01", "ffn.damping=!!binary aGk=", "run.batch_tokens=" + "9" * 400),
+    *(
+        "",
+        "-1",
+        "0",
+        "1e999",
+        "nan",
+        "9" * 10_000,
+        "18446744073709551616",
+        "x",
+        "é",
+        "a=b",
+        "ffn=" + "9" * 60,
+        "head=0",
+    ),
+    *(
+        "ffn.damping=" + "[" * 5000,
+        "ffn.damping=2024-01-01",
+        "ffn.damping=!!binary aGk=",
+        "run.batch_tokens=" + "9" * 400,
+    ),
+    *("run.batch_tokens=" + "9" * 400, "run.max_shard_bytes=0", "run.hidden_states=tape", "sparsity=[0.3]"),
     *("calibration.seed=18446744073709551616", "run.device=meta", "model=[]", "ffn=1,ffn=2", "head=" + "9" * 5000),
-    *("calibration.source=a:1e400,b:1", "ffn.damping=.nan", "calibration.source=\"\\ud800\"", "a" * 100_000, "cuda:99"),
-    *("allocation.max_site_sparsity=1e308", "run.max_shard_bytes=1e400", "calibration.text_field=\"\\0\"", "1e-320"),
+    *("calibration.source=a:1e400,b:1", "ffn.damping=.nan", 'calibration.source="\\ud800"', "a" * 100_000, "cuda:99"),
+    *("allocation.max_site_sparsity=1e308", "run.max_shard_bytes=1e400", 'calibration.text_field="\\0"', "1e-320"),
 )

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from intraslice.border import foreign
-from intraslice.checkpoint.composite import Composite, take_apart
+from intraslice.checkpoint.composite import Composite, take_apart, text_tensors
 from intraslice.checkpoint.folder import check_architecture, composites, data_offsets, read_config, read_headers
 from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor
 from intraslice.checkpoint.tokenizer import open_tokenizer
@@ -135,7 +135,8 @@ class Checkpoint:
         Raises:
             CheckpointError: there is none, it cannot be read, or it needs code that was not allowed.
         """
-        return open_tokenizer(self.folder, self.name, trust_remote_code=self.trust_remote_code)
+        config = self.config if self.composite is None else self.composite.config
+        return open_tokenizer(self.folder, self.name, config, trust_remote_code=self.trust_remote_code)
 
     def fingerprint(self) -> str:
         """Return a sha256 of the config and of names, dtypes, shapes and sampled bytes of all tensors.
@@ -255,8 +256,11 @@ def open_folder(folder: Path, *, name: str | None = None, trust_remote_code: boo
         CheckpointError: files are missing, corrupt or unsafe, or contradict the config.
     """
     name = name or str(folder)
-    check_architecture(folder, name)
+    model_type = check_architecture(folder, name)["model_type"]
     tensors = read_headers(folder, name)
+    if model_type in composites():
+        # Before layers are counted: that there is no text tower says more than that it has no layers.
+        text_tensors(name, model_type, tensors)
     config = read_config(folder, name, tensors)
     composite = None
     if config.model_type in composites():

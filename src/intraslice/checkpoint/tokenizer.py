@@ -23,12 +23,13 @@ _FILES = (
 _PROBE = "The probe: 3 + 4 = 7.\n"
 
 
-def open_tokenizer(folder: Path, name: str, *, trust_remote_code: bool = False) -> Any:
+def open_tokenizer(folder: Path, name: str, config: Any, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a model folder, which has been seen to work on a short text.
 
     Args:
         folder: of a dense or pruned model.
         name: how messages call the model.
+        config: of the model, so that config.json is not read again behind our back.
         trust_remote_code: whether code that comes with the tokenizer may run.
 
     Raises:
@@ -42,7 +43,7 @@ def open_tokenizer(folder: Path, name: str, *, trust_remote_code: bool = False) 
                 f"{path.name!r} of {name!r} is larger than {MAX_TOKENIZER_BYTES} bytes, and no tokenizer needs to be"
             )
     with foreign(f"the tokenizer of {name!r} is missing or cannot be read", CheckpointError), quiet("transformers"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
         if not is_number(tokenizer.model_max_length):
             raise ValueError(f"model_max_length is {tokenizer.model_max_length!r}")
         ids = tokenizer(_PROBE)["input_ids"]

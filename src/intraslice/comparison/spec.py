@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from intraslice.border import MAX_YAML_BYTES, parse_yaml, read_text
 from intraslice.data.mixture import check_source, map_parts
-from intraslice.errors import RecipeError, nearest, one_line
+from intraslice.errors import RecipeError, nearest
 from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
 from intraslice.evaluation.text_choice import TextChoice, parse_texts, with_base
 from intraslice.methods.registry import METHODS
@@ -197,12 +197,8 @@ def load_spec(path: str | Path) -> ComparisonSpec:
 
 
 def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(expanded(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"the comparison {str(path)!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the comparison {str(path)!r} is not YAML: {one_line(error)}") from None
+    what = f"the comparison {str(path)!r}"
+    content = parse_yaml(read_text(expanded(path), what, RecipeError, max_bytes=MAX_YAML_BYTES), what, RecipeError)
     if not isinstance(content, dict):
         raise RecipeError(
             f"the comparison {str(path)!r} must hold `name: value` lines with models, methods, sparsities"

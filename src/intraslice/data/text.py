@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from intraslice.border import foreign, parse_json
 from intraslice.data.shipped import SHIPPED
 from intraslice.errors import CalibrationError, MissingExtraError, nearest, one_line
 from intraslice.names import expanded
@@ -246,10 +246,7 @@ def _json_lines(path: Path, text_field: str | None) -> Iterator[str]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise CalibrationError(f"line {number} of {str(path)!r} is not JSON: {error}") from error
+            row = parse_json(line, f"line {number} of {str(path)!r}", CalibrationError)
             if not isinstance(row, dict):
                 raise CalibrationError(f"line {number} of {str(path)!r} is not a JSON object")
             if column is None:
@@ -270,7 +267,7 @@ def _parquet_rows(path: Path, text_field: str | None) -> Iterator[str]:
         raise MissingExtraError(
             "reading .parquet files needs the package pyarrow: pip install 'intraslice[data]'"
         ) from error
-    try:
+    with foreign(f"text file {str(path)!r} is not a parquet file", CalibrationError):
         with parquet.ParquetFile(path) as file:
             strings = [
                 column.name
@@ -284,8 +281,6 @@ def _parquet_rows(path: Path, text_field: str | None) -> Iterator[str]:
             column = text_field or _choose_column(strings, path)
             for batch in file.iter_batches(columns=[column]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except pyarrow.ArrowInvalid as error:
-        raise CalibrationError(f"text file {str(path)!r} is not a parquet file: {error}") from error
 
 
 def _choose_column(strings: list[str], path: Path) -> str:

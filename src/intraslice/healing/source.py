@@ -83,10 +83,9 @@ def _result(folder: Path, name: str) -> PruneResult | None:
         return None
     try:
         return PruneResult.load(folder)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{RESULT_FILE} of {name!r} is damaged ({type(error).__name__}); prune again, or delete that file and name "
-            "the dense model with --teacher."
+            f"{error}; prune again, or delete that file and name the dense model with --teacher."
         ) from error
 
 
@@ -145,16 +144,13 @@ def _check_pair(student: Student, teacher: Checkpoint) -> None:
             "the dense model that it was pruned from."
         )
     numbers = teacher.load_tokenizer().get_vocab()
+    own = open_tokenizer(student.folder, student.name, student.config).get_vocab()
     # A class of tokenizers may add tokens of its own behind those of the files.
-    if any(numbers.get(token, number) != number for token, number in _vocabulary(student.folder).items()):
+    if any(numbers.get(token, number) != number for token, number in own.items()):
         raise CheckpointError(
             f"the tokenizers of teacher {teacher.name!r} and of {student.name!r} give other numbers to the same "
             "tokens; name the dense model that it was pruned from."
         )
-
-
-def _vocabulary(folder: Path) -> dict[str, int]:
-    return open_tokenizer(folder, str(folder)).get_vocab()
 
 
 def check_hidden_states(student: Student, teacher: Checkpoint) -> None:

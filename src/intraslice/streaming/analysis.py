@@ -295,7 +295,10 @@ def _eigenvalues(moment: Tensor, layer: int) -> Tensor:
     """Return eigenvalues [..., C], largest first, clipped at 0."""
     if not torch.isfinite(moment).all():
         raise NumericalError(f"layer {layer}: the activations contain NaN or infinite values.")
-    return torch.linalg.eigvalsh(moment).flip(-1).clamp_min(0.0)
+    try:
+        return torch.linalg.eigvalsh(moment).flip(-1).clamp_min(0.0)
+    except torch.linalg.LinAlgError as error:
+        raise NumericalError(f"layer {layer}: the second moments of the activations cannot be decomposed.") from error
 
 
 def _normalized(eigenvalues: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from intraslice.layers.sites import ATTENTION, FFN, ModelSites, Site
 from intraslice.methods.blockwise.allocators.base import split_sparsity
-from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients, channel_importance
+from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients
 from intraslice.methods.blockwise.options import AllocationOptions
 
 
@@ -67,7 +67,7 @@ def _candidates(
     candidates = []
     for kind, lost, rotate in ((ATTENTION, attention, options.pca_attention), (FFN, ffn, options.pca_ffn)):
         found = measured.of(sites, kind)
-        importance = [channel_importance(site.grad, site.moment if rotate else None).flatten() for site in found]
+        importance = [worth.flatten() for worth in measured.importance(sites, kind, rotate=rotate)]
         units = torch.cat(importance).sort().values
         last = float(units[min(round(lost * len(units)), len(units) - 1)]) * len(units) / sum(sites.sizes(kind))
         for (layer, site), gradients, worth in zip(sites.of(kind), found, importance, strict=True):
