@@ -30,6 +30,8 @@ class LayerRecord:
         heads: kept query heads, by their number in the dense model.
         seconds: wall-clock seconds spent on the layer.
         iter_pca: whether Eq. 7 was applied to its FFN.
+        distilled: by the name of the site, what local distillation made of its relative error on the sequences that it
+            held out: the error before and after. `errors` are those before, on all sequences.
     """
 
     layer: int
@@ -39,6 +41,7 @@ class LayerRecord:
     heads: tuple[int, ...]
     seconds: float
     iter_pca: bool = False
+    distilled: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +145,10 @@ class PruneResult:
 
 def layer_record_from_dict(data: dict[str, Any]) -> LayerRecord:
     """Rebuild a `LayerRecord` from its JSON form, of this release or of 0.1, which knew two sites by name."""
-    values = _with_errors(data)
+    values = dict(_with_errors(data))
     shape = LayerShape.from_dict(values["shape"])
-    return LayerRecord(**{**values, "shape": shape, "heads": tuple(values["heads"])})
+    distilled = {site: tuple(errors) for site, errors in values.pop("distilled", {}).items()}
+    return LayerRecord(**{**values, "shape": shape, "heads": tuple(values["heads"]), "distilled": distilled})
 
 
 def _with_errors(record: Any) -> Any:
