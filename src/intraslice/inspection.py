@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from intraslice.border import foreign
 from intraslice.checkpoint.composite import is_composite, text_config
 from intraslice.checkpoint.folder import composite_reason
+from intraslice.checkpoint.shipped_code import CodeState, code_in
 from intraslice.errors import CheckpointError, UnsupportedModelError
 from intraslice.loading import count_parameters, load_whole_config
-from intraslice.names import expanded
+from intraslice.names import NameKind, expanded, kind_of
 from intraslice.options import RunOptions
 from intraslice.placement import choose_device, dtype_from_name, peak_resident_bytes
 from intraslice.quiet import quiet
@@ -63,6 +64,9 @@ class ModelInfo:
         layer_parameters: linear weights of the decoder layers as they are.
         weight_bytes: size of the weight files; 0 when they are not on this machine.
         layers: one entry a layer.
+        code: whether the folder holds code: "none", "shipped" (the files of this release, as they travel with a pruned
+            model) or "other"; None when there is no folder on this machine.
+        code_digest: sha256 of that code; "" when there is none.
     """
 
     model: str
@@ -78,6 +82,8 @@ class ModelInfo:
     weight_bytes: int
     layers: tuple[LayerInfo, ...]
     composite: str | None = None
+    code: CodeState | None = None
+    code_digest: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -115,6 +121,7 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
         if min(dense_sizes) < 1:
             raise ValueError(f"layer {dense_sizes.index(min(dense_sizes))} has no weights")
     errors = _errors(expanded(name))
+    code, digest = code_in(expanded(name)) if kind_of(name) is NameKind.FOLDER else (None, "")
     layers = tuple(
         LayerInfo(
             layer=layer,
@@ -139,6 +146,8 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
         layer_parameters=sum(sizes),
         weight_bytes=sum(file.stat().st_size for file in files),
         layers=layers,
+        code=code,
+        code_digest=digest,
     )
 
 
