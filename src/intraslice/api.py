@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.data.mixture import check_source
 from intraslice.data.text import load_text
+from intraslice.data.windows import token_stream
 from intraslice.errors import RecipeError, nearest
 from intraslice.evaluation.domains import TextScores, check_same_tokens, measure_texts
-from intraslice.evaluation.perplexity import Perplexity, measure_perplexity, tokenize
+from intraslice.evaluation.perplexity import Perplexity, measure_perplexity
 from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
 from intraslice.evaluation.tasks import (
     TaskComparison,
@@ -215,7 +216,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    tokens = tokenize(content, tokenizer)
+    tokens = token_stream(content, tokenizer)
     return measure_perplexity(loaded, tokens, seqlen=seqlen, windows=windows, progress=progress)
 
 
@@ -258,11 +259,11 @@ def evaluate_texts(
     contents = [load_text(choice.source, split="test", text_field=text_field) for choice in choices]
     opened: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded, tokenizer = load_model(str(model), revision=revision, progress=progress, **opened)
-    tokens = [tokenize(content, tokenizer) for content in contents]
+    tokens = [token_stream(content, tokenizer) for content in contents]
     dense = None
     if against is not None:
         dense, other = load_model(str(against), progress=progress, **opened)
-        check_same_tokens(tokens, [tokenize(content, other) for content in contents])
+        check_same_tokens(tokens, [token_stream(content, other) for content in contents])
     named = [
         (replace(choice, source=Path(choice.source).name), own) for choice, own in zip(choices, tokens, strict=True)
     ]

@@ -162,6 +162,10 @@ class Ground:
     def _listing(self) -> dict[str, int]:
         return {str(path): path.stat().st_size for path in self.root.rglob("*") if path.is_file()}
 
+    def unchanged(self) -> bool:
+        """Return whether all files are the ones that were made at the start."""
+        return self._listing() == self.before
+
     def try_file(self, target: Target, content: bytes, command: tuple[str, ...]) -> Outcome:
         """Run a command on a spoilt file, and put the file back."""
         before = target.file.read_bytes() if target.file.is_file() else None

@@ -26,7 +26,7 @@ def decomposing() -> Iterator[None]:
     """
     try:
         yield
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise NumericalError(
             "the second moments of the activations cannot be decomposed; are there weights far beyond all others, or "
             "norms of nearly zero?"

@@ -52,5 +52,6 @@ def open_tokenizer(folder: Path, name: str, config: Any, *, trust_remote_code: b
         for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
             if not (token is None or isinstance(token, int)):
                 raise ValueError(f"{token!r} is no token id")
-        len(tokenizer), tokenizer.all_special_ids
+        if not all(isinstance(token, int) for token in (len(tokenizer), *tokenizer.all_special_ids)):
+            raise ValueError(f"its special tokens are {tokenizer.all_special_ids}")
     return tokenizer

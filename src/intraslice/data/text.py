@@ -20,7 +20,7 @@ SELF_KINDS = (START, "prose", "dialogue", "questions", "code", "mathematics", "l
 SAMPLED = (SELF, *(f"{SELF}-{kind}" for kind in SELF_KINDS))
 FILE_TYPES = (".txt", ".jsonl", ".parquet")
 # A tokenizer holds a whole text several times over; no calibration or evaluation needs more than this.
-MAX_CHARS = 1 << 25
+MAX_CHARS = 1 << 24
 # To judge a model on; to calibrate on, as much as is asked for.
 _STREAMED_CHARS = 1 << 22
 
