@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from intraslice import api
 from intraslice.checkpoint.reader import open_folder
@@ -22,7 +23,7 @@ from intraslice.runtime.configuration_intraslice import dense_shape, family_of_c
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
 from intraslice.runtime.modeling_intraslice import PrunedAttention, apply_layer_shape, model_classes
 from intraslice.streaming.model import StreamedModel
-from support.family_cases import KNOWN_FAMILIES, doubles, family_model
+from support.family_cases import KNOWN_FAMILIES, doubles, family_config, family_model
 from support.tiny import tiny_tokenizer
 
 # Sums of the same float64 terms in another order.
@@ -180,12 +181,61 @@ def test_rope_parameters_of_each_layer_type_are_written_as_they_are():
 
 @pytest.mark.parametrize("family", KNOWN_FAMILIES)
 def test_zero_padding_gives_the_stock_class(family, folders, tmp_path):
-    """The exporter compares the logits itself before it publishes."""
+    """The zero-padded twin; the exporter compares the logits itself, in float32, before it publishes."""
     # Norms of query and key that differ from head to head have no place in stock classes.
     options = FAST if FAMILIES[family].qk_norm is None else {**FAST, "attention.qk_width": "dense"}
     api.prune(str(folders(family)), output=tmp_path / "out", sparsity=0.3, options=options)
     report = api.export(tmp_path / "out", to="padded", output=tmp_path / "padded")
     assert report.max_logit_difference is not None and report.max_logit_difference < 1e-3
+    pruned, twin = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float64).eval() for name in ("out", "padded")
+    )
+    assert twin.config.model_type == family
+    with torch.no_grad(), doubles():
+        torch.testing.assert_close(twin(tokens()).logits, pruned(tokens()).logits, **FLOAT64)
+
+
+@pytest.mark.parametrize("family", KNOWN_FAMILIES)
+def test_perplexity_is_that_of_a_plain_loop(family, folders, tmp_path):
+    """Scales and caps of the logits are the model's own; the windows are longer than those of attention."""
+    text = "The quick brown fox jumps over the lazy dog, and then it sleeps until the evening."
+    (tmp_path / "text.txt").write_text(text)
+    found = api.evaluate(folders(family), text=str(tmp_path / "text.txt"), seqlen=20, windows=3)
+    model = AutoModelForCausalLM.from_pretrained(folders(family)).eval()
+    windows = torch.tensor(AutoTokenizer.from_pretrained(folders(family))(text)["input_ids"])[:60].view(3, 20)
+    if FAMILIES[family].starts_with_bos:
+        windows[:, 0] = model.config.bos_token_id
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(model(window[None]).logits[0, :-1].double(), window[1:])
+            for window in windows
+        ]
+    assert found.perplexity == pytest.approx(math.exp(sum(losses) / 3), rel=1e-6)
+
+
+def test_blocks_may_be_sequential_where_the_config_says_so(tmp_path):
+    """The case of GPT-NeoX has parallel blocks; most models that are parallel by choice exist in both forms."""
+    config = family_config("gpt_neox")
+    config.use_parallel_residual = False
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    api.prune(str(tmp_path / "dense"), output=tmp_path / "out", sparsity=0.0, options=FAST)
+    found, dense = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("out", "dense"))
+    with torch.no_grad():
+        # float32 rounding; logits are of size 1.
+        torch.testing.assert_close(found(tokens()).logits, dense(tokens()).logits, atol=1e-5, rtol=0)
+
+
+def test_a_temperature_changes_only_queries_beyond_the_original_length():
+    """Without it the logits of the later tokens would be others: the case of Ministral 3 switches it on."""
+    model = family_model("ministral3")
+    plain = copy.deepcopy(model)
+    plain.config.rope_parameters["llama_4_scaling_beta"] = 0.0
+    with torch.no_grad():
+        difference = (model(tokens()).logits - plain(tokens()).logits).abs().amax((0, 2))
+    length = model.config.rope_parameters["original_max_position_embeddings"]
+    assert (difference[:length] == 0).all() and (difference[length:] > 1e-3).all()
 
 
 @pytest.mark.parametrize("family", [name for name in KNOWN_FAMILIES if "stock" not in FAMILIES[name].without_targets])
