@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from intraslice.border import foreign
 from intraslice.checkpoint.composite import is_composite, text_config
-from intraslice.checkpoint.folder import composite_reason
+from intraslice.checkpoint.config_file import read_config_data
+from intraslice.checkpoint.folder import check_family, composite_reason, is_pruned_config
 from intraslice.checkpoint.shipped_code import CodeState, code_in
 from intraslice.errors import CheckpointError, UnsupportedModelError
 from intraslice.loading import count_parameters, load_whole_config
@@ -100,9 +101,13 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
 
     Raises:
         CheckpointError: there is no such model.
-        UnsupportedModelError: its architecture is not one of ours.
+        UnsupportedModelError: it cannot be pruned; the message says what is missing.
     """
+    if kind_of(name) is NameKind.FOLDER:
+        # Before transformers reads it, which says less of an architecture that it does not know.
+        _check_dense(read_config_data(expanded(name), name), name)
     whole_config, files = load_whole_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    _check_dense(whole_config.to_dict(), name)
     with foreign(f"config.json of {name!r} is not valid", CheckpointError):
         spec = family_of(whole_config)
         config = text_config(whole_config)
@@ -149,6 +154,11 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
         code=code,
         code_digest=digest,
     )
+
+
+def _check_dense(data: dict[str, Any], name: str) -> None:
+    if not is_pruned_config(data):
+        check_family(data, name)
 
 
 def family_of(config: Any) -> FamilySpec:

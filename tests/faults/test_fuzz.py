@@ -1,4 +1,4 @@
-"""Malformed inputs of every kind through the command line: one sentence or a result, and nothing else whatever comes in.
+"""Malformed inputs of every kind through the command line: a result or one sentence, and nothing else.
 
 500 inputs by default, 10,000 with `-m slow`. What must not happen: a traceback, more than a minute, code of the input
 that runs, a connection, a file that is left behind by a command that was refused, memory beyond that of the program.
@@ -71,11 +71,10 @@ def _run(ground: Ground, inputs: int) -> None:
         one()
     finally:
         _watched = False
-    print(
-        f"{sum(counts.values())} inputs, by exit status {counts}, {(_memory() - before) / 1e6:.0f} MB more at the peak"
-    )
+    more = _memory() - before
+    print(f"{sum(counts.values())} inputs, by exit status {counts}, {more / 1e6:.0f} MB more at the peak")
     assert counts[2] > inputs / 4 and counts[0] > 0
-    assert _memory() - before < EXTRA_MEMORY
+    assert more < EXTRA_MEMORY
     assert ground.unchanged()
 
 

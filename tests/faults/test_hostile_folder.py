@@ -29,21 +29,8 @@ COMMANDS = {
     "prune": ["prune", ".", "-o", "../out", *SMALL],
     "eval": ["eval", ".", *TEXT],
     "eval of the pruned": ["eval", "pruned", *TEXT],
-    "export": ["export", "pruned", "--to", "padded", "-o", "../exported"],
-    "heal": [
-        "heal",
-        "../out",
-        "-o",
-        "../healed",
-        "--budget",
-        "64",
-        "--seqlen",
-        "16",
-        "--held-out",
-        "1",
-        "--lr",
-        "1e-9",
-    ],
+    "export": ["export", "../out", "--to", "padded", "-o", "../exported"],
+    "heal": ["heal", "../out", "-o", "../healed", "--budget", "64", "--seqlen", "16", "--held-out", "1"],
     "bench": ["bench", ".", "--prompt-tokens", "8", "--decode-tokens", "2", "--repetitions", "1"],
     "compare": ["compare", "compare.yaml", "-o", "../compared"],
     "report": ["report", "../compared", "-o", "../page.html"],
@@ -101,4 +88,5 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
 def test_nothing_of_the_folder_is_imported(command: str, found: dict[str, list]) -> None:
     status, imported = found[command]
     assert imported == []
-    assert status == 0, found["stderr"][-3000:]
+    # So short a healing may not help, which is refused at its end.
+    assert status == 0 or (command, status) == ("heal", 2), found["stderr"][-3000:]

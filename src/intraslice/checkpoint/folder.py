@@ -46,15 +46,42 @@ def check_architecture(folder: Path, name: str) -> dict[str, Any]:
         UnsupportedModelError: the architecture is not supported, is quantised, or is pruned already.
         CheckpointError: the file is missing or no plain data.
     """
-    from transformers import CONFIG_MAPPING
-    from transformers import __version__ as transformers_version
-
     data = read_config_data(folder, name)
-    model_type = str(data.get("model_type", ""))
-    if "intraslice" in data or model_type.startswith("intraslice_"):
+    if is_pruned_config(data):
         raise UnsupportedModelError(
             f"{name!r} is already pruned by intraslice; prune the dense model to the sparsity you want"
         )
+    text = check_family(data, name)
+    settings = data.get("quantization_config") or text.get("quantization_config")
+    if settings:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        raise UnsupportedModelError(f"{name!r} is quantised ({method}); give the model in float32, bfloat16 or float16")
+    return data
+
+
+def is_pruned_config(data: dict[str, Any]) -> bool:
+    """Return whether config.json is that of a model that intraslice has pruned."""
+    return "intraslice" in data or str(data.get("model_type", "")).startswith("intraslice_")
+
+
+def check_family(data: dict[str, Any], name: str) -> dict[str, Any]:
+    """Check that a dense model is of a family that can be pruned, and say what is missing where it is not.
+
+    Args:
+        data: config.json.
+        name: how messages call the model.
+
+    Returns:
+        The part of the config that is about the decoder layers: all of it, or that of the text tower of a composite.
+
+    Raises:
+        UnsupportedModelError: the architecture is not supported, needs a newer transformers, or is switched to a
+            computation that is not known.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers import __version__ as transformers_version
+
+    model_type = str(data.get("model_type", ""))
     composite = "text_config" in data or model_type in composites()
     text = _checked_text(data, model_type, name) if composite else data
     family = str(text.get("model_type", "")) if composite else model_type
@@ -65,10 +92,6 @@ def check_architecture(folder: Path, name: str) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"{name!r} has the architecture {model_type or 'unknown'!r}{code}{what}; supported: {', '.join(FAMILIES)}"
         )
-    settings = data.get("quantization_config") or text.get("quantization_config")
-    if settings:
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise UnsupportedModelError(f"{name!r} is quantised ({method}); give the model in float32, bfloat16 or float16")
     spec = FAMILIES[family]
     for needed in dict.fromkeys((model_type, family)):
         if needed not in CONFIG_MAPPING:
@@ -82,7 +105,7 @@ def check_architecture(folder: Path, name: str) -> dict[str, Any]:
                 f"{name!r} has {field} = {text[field]!r} in its config.json, and {family} models with {field} "
                 "cannot be pruned; give one without it"
             )
-    return data
+    return text
 
 
 def composites() -> dict[str, tuple[str, ...]]:
