@@ -18,6 +18,9 @@ from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from intraslice.methods.blockwise import strategies
 from intraslice.methods.choices import OneOf, Row, option_values, read_names
 
+MAX_MULTIPLE = 1 << 16
+"""No model has layers of which this many channels could be a step."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AllocationOptions:
@@ -107,8 +110,8 @@ class AttentionOptions:
     basis: Annotated[str, OneOf(strategies.BASES)] = "pca"
     qk_width: Literal["narrow", "dense"] = "narrow"
     min_head_fraction: Annotated[float, Ge(0), Le(1)] = 0.75
-    head_multiple: Annotated[int, Ge(2), MultipleOf(2)] = 4
-    context_multiple: Annotated[int, Ge(1)] = 1
+    head_multiple: Annotated[int, Ge(2), Le(MAX_MULTIPLE), MultipleOf(2)] = 4
+    context_multiple: Annotated[int, Ge(1), Le(MAX_MULTIPLE)] = 1
     repair: Annotated[str, OneOf(strategies.REPAIRS)] = "ridge"
     damping: Annotated[float, Gt(0)] = 0.05
     damping_scale: Literal["mean", "channel"] = "mean"
@@ -157,7 +160,7 @@ class FFNOptions:
     shrink_to: Literal["weights", "zero"] = "weights"
     repair_against: Annotated[str, OneOf(strategies.REPAIR_AGAINST)] = "dense_stream"
     drift_share: Annotated[float, Gt(0), Le(1)] = 1.0
-    ffn_multiple: Annotated[int, Ge(1)] = 8
+    ffn_multiple: Annotated[int, Ge(1), Le(MAX_MULTIPLE)] = 8
     measured_on: Annotated[str, OneOf(strategies.MEASUREMENTS)] = "pruned_stream"
     iter_pca: bool = False
     iter_pca_fraction: Annotated[float, Ge(0), Le(1)] = 0.1

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from intraslice.algebra.linalg import eigh_descending, rotate_blocks
+from intraslice.errors import NumericalError
 from intraslice.layers.sites import ATTENTION, FFN, ModelSites
 from intraslice.methods.blockwise.allocators.base import Allocation, split_sparsity
 from intraslice.methods.blockwise.options import AllocationOptions
@@ -64,6 +65,26 @@ class MaskGradients:
     def of(self, sites: ModelSites, kind: str) -> list[SiteGradients]:
         """Return the gradients of all sites of a kind, in the order of `ModelSites.of`."""
         return [self.layers[layer][site.name] for layer, site in sites.of(kind)]
+
+    def importance(self, sites: ModelSites, kind: str, rotate: bool, options: AllocationOptions) -> list[Tensor]:
+        """Return the importance of the channels of each site of a kind, [C] or [H, C / H] as they were measured.
+
+        Args:
+            sites: of the model.
+            kind: of the sites.
+            rotate: into the eigenvectors of the second moments; Paper: Eq. 11.
+            options: of the allocation.
+
+        Raises:
+            NumericalError: the second moments of a layer, which it names, have no eigenvectors.
+        """
+        found = []
+        for (layer, _), site in zip(sites.of(kind), self.of(sites, kind), strict=True):
+            try:
+                found.append(site.importance(rotate, options))
+            except NumericalError as error:
+                raise NumericalError(f"layer {layer}: {error}") from error
+        return found
 
 
 def channel_importance(grad_SC: Tensor, moment_bww: Tensor | None) -> Tensor:
@@ -174,6 +195,6 @@ def allocate_by_mask_gradient(
     attention, ffn = split_sparsity(sites, sparsity, options)
     keep = {}
     for kind, lost, rotate in ((ATTENTION, attention, options.pca_attention), (FFN, ffn, options.pca_ffn)):
-        importance = [site.importance(rotate, options) for site in measured.of(sites, kind)]
+        importance = measured.importance(sites, kind, rotate, options)
         keep[kind] = keep_fractions(importance, sites.sizes(kind), lost, options.max_site_sparsity)
     return Allocation.of_kinds(sites, keep)
