@@ -18,7 +18,7 @@ from intraslice.methods.blockwise.channels import own_output, with_own_output
 from intraslice.methods.blockwise.heads import AttentionStats, QKNorms
 from intraslice.methods.blockwise.options import AttentionOptions, FFNOptions
 from intraslice.methods.blockwise.repairs import OutputMoments, merged_halves
-from intraslice.methods.blockwise.strategies import REPAIRS
+from intraslice.methods.blockwise.strategies import REPAIRS, SCORES
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 from intraslice.streaming.hidden import HiddenStates, Streams
 from intraslice.streaming.model import StreamedModel
@@ -107,6 +107,7 @@ def context_moments(
 
     The target is what the site should add to the pruned stream x: the dense site's output on x itself, or what leads
     from x to the dense model's stream, (h + dense output on h) - x, or a point between the two (`aimed_between`).
+    Measured on the dense stream, it is the dense site's output there.
 
     Raises:
         RecipeError: the repair asks for two halves of the sequences, and all are in one batch.
@@ -114,6 +115,15 @@ def context_moments(
     splits, share = REPAIRS[options.repair].splits, share_in_target(options)
     sums = _OutputSums(model, layer.out_projection.in_features, streams, splits)
     aim = OutputAim(layer, ATTENTION)
+    if options.measured_on == "dense_stream":
+        assert streams.dense is not None
+        for part in streams.dense.slices():
+            states = streams.dense.read(part)
+            raw = layer.raw_output(dense, states)
+            target = aim.own(raw)
+            sums.update(layer.context(layer.attention, layer.attention_input(states)), *target, target[0])
+            streams.dense.write(part, layer.before_ffn(states, layer.added(ATTENTION, raw)))
+        return sums.moments()
     for part in streams.pruned.slices():
         states = streams.pruned.read(part)
         target, own = None, None
@@ -146,20 +156,31 @@ def ffn_moments(
         layer: its attention is pruned, its FFN is not.
         streams: as attention left them.
         dense: the dense attention.
-        options: they say what the FFN should give.
+        options: they say what the FFN should give, and which of the streams it reads.
 
     Raises:
         NumericalError: activations are NaN or infinite.
         RecipeError: the repair asks for two halves of the sequences, and all are in one batch.
     """
     splits, share = REPAIRS[options.repair].splits, share_in_target(options)
-    sums = _OutputSums(model, layer.down_projection.in_features, streams, splits)
+    read_width = model.config.hidden_size if SCORES[options.score].needs_reading else None
+    sums = _OutputSums(model, layer.down_projection.in_features, streams, splits, read_width)
     aim = OutputAim(layer, FFN)
-    to_stream = options.repair_against == "dense_stream" and streams.dense is not None
+    on_pruned = options.measured_on == "pruned_stream"
+    to_stream = on_pruned and options.repair_against == "dense_stream" and streams.dense is not None
     for part in streams.pruned.slices():
-        states = layer.attention_step(streams.pruned.read(part))
+        before = streams.pruned.read(part)
+        states = measured = layer.attention_step(before)
+        if options.measured_on == "dense_layer":
+            measured = layer.before_ffn(before, layer.attention_output(dense, before))
+        elif options.measured_on == "dense_stream":
+            assert streams.dense is not None
+            measured = streams.dense.read(part)
+        read = layer.ffn_input(measured)
+        sums.update_read(read)
+        # Not before: what was read may be the memory that is written.
         streams.pruned.write(part, states)
-        act = layer.act(layer.ffn_input(states))
+        act = layer.act(read)
         target = (None, None)
         if streams.dense is not None:
             dense_states = streams.dense.read(part)
@@ -255,19 +276,27 @@ class _OutputSums:
         width: inputs of the output projection.
         streams: what is measured.
         splits: whether halves are wanted.
+        read_width: channels of what the site itself reads, where their energy is wanted.
 
     Raises:
         RecipeError: all sequences are in one batch, which has no halves.
     """
 
-    def __init__(self, model: StreamedModel, width: int, streams: Streams, splits: bool) -> None:
+    def __init__(
+        self, model: StreamedModel, width: int, streams: Streams, splits: bool, read_width: int | None = None
+    ) -> None:
         if splits and streams.pruned.num_batches < 2:
             raise RecipeError(
                 "repair = cross_fit compares two halves of the calibration text, and all of it is in one batch; give "
                 "more --num-samples, lower run.batch_tokens, or set repair = ridge."
             )
         self._splits, self._given = splits, 0
-        self._folds = [_FoldSums(model, width, with_own) for with_own in ((True, True) if splits else (False,))]
+        owns = (True, True) if splits else (False,)
+        self._folds = [_FoldSums(model, width, with_own, read_width) for with_own in owns]
+
+    def update_read(self, read_BTD: Tensor) -> None:
+        """Add what the site itself reads, where it is wanted."""
+        self._folds[self._given % len(self._folds)].update_read(read_BTD)
 
     def update(
         self,
@@ -276,7 +305,7 @@ class _OutputSums:
         counts_BT: Tensor | None = None,
         own_BTD: Tensor | None = None,
     ) -> None:
-        """Add a batch, as `_FoldSums` takes it."""
+        """Add a batch, as `_FoldSums` takes it; after what the site reads of it."""
         self._folds[self._given % len(self._folds)].update(inputs_BTP, targets_BTD, counts_BT, own_BTD)
         self._given += 1
 
@@ -293,9 +322,10 @@ class _FoldSums:
         model: the streamed model.
         width: inputs of the output projection.
         with_own: whether the site's own output is given beside the target.
+        read_width: channels of what the site itself reads, where their energy is wanted.
     """
 
-    def __init__(self, model: StreamedModel, width: int, with_own: bool) -> None:
+    def __init__(self, model: StreamedModel, width: int, with_own: bool, read_width: int | None) -> None:
         outputs = model.config.hidden_size
         self._dtype = model.placement.stat_dtype
         self._statistics = Statistics(model.placement.device, self._dtype)
@@ -306,6 +336,12 @@ class _FoldSums:
         self._target_sum = self._statistics.sum("target_sum", outputs)
         self._energy = self._statistics.number("target_energy")
         self._num_tokens = self._statistics.number("num_tokens")
+        self._read_energy = None if read_width is None else self._statistics.sum("read_energy", read_width)
+
+    def update_read(self, read_BTD: Tensor) -> None:
+        """Add what the site itself reads, where it is wanted."""
+        if self._read_energy is not None:
+            self._read_energy.update(read_BTD.flatten(0, 1).to(self._dtype).square().sum(0))
 
     def update(
         self,
@@ -352,4 +388,5 @@ class _FoldSums:
             target_energy=float(sums["target_energy"]),
             num_tokens=float(sums["num_tokens"]),
             own_cross=sums.get("own_cross"),
+            read_energy=sums.get("read_energy"),
         )

@@ -37,6 +37,7 @@ class OutputMoments:
         num_tokens: N, or the sum of the counts.
         own_cross: Z^T of the dense site's own output on the pruned stream, [P, D]; None where that is Y, or not read.
         halves: the same sums over two halves of the sequences, for repairs that are fitted across them.
+        read_energy: ||x_:,i||^2 of what the site itself reads, [D]; None unless a score needs it.
     """
 
     gram: Tensor
@@ -47,6 +48,7 @@ class OutputMoments:
     num_tokens: float
     own_cross: Tensor | None = None
     halves: tuple[OutputMoments, ...] = ()
+    read_energy: Tensor | None = None
 
     def of_channels(self, channels: Tensor) -> OutputMoments:
         """Return the moments of some of the inputs."""
@@ -73,7 +75,10 @@ class OutputMoments:
 
 def merged_halves(first: OutputMoments, second: OutputMoments) -> OutputMoments:
     """Return the moments of all sequences, from those of two halves."""
-    own = None if first.own_cross is None or second.own_cross is None else first.own_cross + second.own_cross
+
+    def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        return None if a is None or b is None else a + b
+
     return OutputMoments(
         gram=first.gram + second.gram,
         cross=first.cross + second.cross,
@@ -81,8 +86,9 @@ def merged_halves(first: OutputMoments, second: OutputMoments) -> OutputMoments:
         target_sum=first.target_sum + second.target_sum,
         target_energy=first.target_energy + second.target_energy,
         num_tokens=first.num_tokens + second.num_tokens,
-        own_cross=own,
+        own_cross=both(first.own_cross, second.own_cross),
         halves=(first, second),
+        read_energy=both(first.read_energy, second.read_energy),
     )
 
 
