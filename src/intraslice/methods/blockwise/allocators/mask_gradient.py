@@ -151,6 +151,8 @@ def allocate_by_head_search(
 
     For each number of heads that the model may keep, the best heads stay, and the best channels that fit in the rest
     of the budget; the number that keeps most importance wins. A mask on a head has the sum of its channels' gradients.
+    The importance of a channel counts channel_balance times its weights over those of a head; the published search has
+    250. Of attention, what counts is what goes with a query head (`Units`).
     """
     heads = [
         channel_importance(
@@ -166,6 +168,7 @@ def allocate_by_head_search(
     attention_sizes, ffn_sizes = sites.sizes(ATTENTION), sites.sizes(FFN)
     total_attention, total_ffn = sum(attention_sizes), sum(ffn_sizes)
     budget = (1.0 - sparsity) * (total_attention + total_ffn)
+    balance = options.channel_balance * (total_ffn / sum(map(len, channels))) / (total_attention / sum(map(len, heads)))
     cap = options.max_site_sparsity
     best = None
     for count in range(len(ranked_heads)):
@@ -173,7 +176,7 @@ def allocate_by_head_search(
         ffn = (budget - attention * total_attention) / total_ffn
         if not (1.0 - cap - 1e-9 <= attention and 1.0 - cap - 1e-9 <= ffn <= 1.0 + 1e-9):
             continue
-        value = float(ranked_heads[count] + ranked_channels[int(ffn * (len(ranked_channels) - 1))])
+        value = float(ranked_heads[count] + balance * ranked_channels[int(ffn * (len(ranked_channels) - 1))])
         if best is None or value > best[0]:
             best = (value, 1.0 - attention, 1.0 - ffn)
     # No whole number of heads leaves the FFNs a possible rest: both lose the same.
