@@ -93,7 +93,7 @@ class AttentionOptions:
         repair_against: "own_output" (what the dense site makes of the same input), or "dense_stream" (the dense
             model's residual stream there, so that the errors of the layers before are repaired as well).
         drift_share: which share of these errors, alpha, the target of "dense_stream" has in it: it is the dense site's
-            own output plus alpha times what is missing besides.
+            own output plus alpha times what is missing besides. With repair = "cross_fit" the largest share.
         gqa_groups: "ragged" lets the query heads of a kv head go one by one; "uniform" keeps one group size per layer;
             with "whole" a kv head goes with all its query heads.
         measured_on: the input on which scores and repair are measured, a row of MEASUREMENTS.

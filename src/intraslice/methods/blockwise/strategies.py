@@ -96,9 +96,11 @@ class Repair(Row):
 
     Attributes:
         adds_bias: whether output projections get a bias.
+        splits: whether it reads the sums over two halves of the sequences, and the site's own output beside the target.
     """
 
     adds_bias: bool = False
+    splits: bool = False
 
 
 REPAIRS: dict[str, Repair] = {
@@ -107,6 +109,12 @@ REPAIRS: dict[str, Repair] = {
         function=f"{_HERE}.repairs:ridge",
         reads=("damping", "damping_scale", "shrink_to", "repair_against"),
         paper="IntraSlice, Eq. 6 and 8",
+    ),
+    "cross_fit": Repair(
+        summary="ridge regressions of the site's own output and of the drift, chosen across two halves of the text",
+        function=f"{_HERE}.repairs:cross_fit",
+        reads=("damping_scale", "shrink_to", "repair_against"),
+        splits=True,
     ),
     "bias": Repair(
         summary="a bias that adds back the mean of what is missing",
