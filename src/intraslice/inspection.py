@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from intraslice.checkpoint.composite import is_composite, text_config
 from intraslice.checkpoint.folder import composite_reason
-from intraslice.errors import UnsupportedModelError
+from intraslice.checkpoint.ownership import Verification, check_intact, verify_folder
+from intraslice.errors import CheckpointError, UnsupportedModelError
 from intraslice.loading import count_parameters, load_whole_config
 from intraslice.options import RunOptions
 from intraslice.placement import choose_device, dtype_from_name, peak_resident_bytes
@@ -133,6 +134,27 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
         weight_bytes=sum(file.stat().st_size for file in files),
         layers=layers,
     )
+
+
+def verify_model(name: str) -> Verification:
+    """Compare every file of a checkpoint with what was written.
+
+    Args:
+        name: folder of a checkpoint, or of what was exported or healed.
+
+    Raises:
+        CheckpointError: a file has changed or is missing, or the folder does not say what was written.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"{name!r} is no folder, so that there is nothing to verify; give a checkpoint folder.")
+    check_intact(folder, name)
+    found = verify_folder(folder, name)
+    for files, what in ((found.changed, "is not what was written"), (found.missing, "is missing")):
+        if files:
+            more = f", and {len(files) - 1} more" if len(files) > 1 else ""
+            raise CheckpointError(f"{files[0]!r} of {name!r} {what}{more}; the weights are what was written.")
+    return found
 
 
 def family_of(config: Any) -> FamilySpec:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from intraslice.checkpoint.composite import text_arguments, text_config
 from intraslice.checkpoint.folder import config_reason, read_headers, weight_files
+from intraslice.checkpoint.ownership import check_intact
 from intraslice.checkpoint.source import find_built_in, resolve_model
 from intraslice.errors import CheckpointError
 from intraslice.names import NameKind, kind_of
@@ -102,13 +103,15 @@ def load_model(
         progress: shows the conversion of a GGUF file.
 
     Raises:
-        CheckpointError: the model is missing, corrupt, unsafe, or its weights do not fit its config.
+        CheckpointError: the model is missing, corrupt, unsafe, its weights do not fit its config, or a checkpoint that
+            lists its files does not hold what was written.
         RecipeError: dtype or device is unknown.
     """
     register()
     chosen_device = choose_device(device)
     chosen_dtype: Any = "auto" if dtype == "auto" else dtype_from_name(dtype)
     folder = resolve_model(name, revision=revision, progress=progress)
+    check_intact(folder, name)
     # Also finds truncated files, and refuses pickles.
     read_headers(folder, name)
     # The stubs know nothing of output_loading_info, with which a pair is returned.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from intraslice.checkpoint.composite import is_composite, text_config, text_tensors
 from intraslice.checkpoint.folder import StoredTensor, config_reason, read_headers
+from intraslice.checkpoint.ownership import check_intact
 from intraslice.checkpoint.tensorfile import DTYPES
 from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
 from intraslice.layers.state_dict import NeutralLayer, split_layer
@@ -165,6 +166,7 @@ def open_pruned(model: str) -> PrunedCheckpoint:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{model!r} is not a checkpoint folder; give the output folder of 'intraslice prune'.")
+    check_intact(folder, model)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         ours = any("intraslice" in part for part in (data, data.get("text_config") or {}))
