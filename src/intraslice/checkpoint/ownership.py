@@ -29,8 +29,8 @@ CHECKPOINT_FILES = (
 )
 """What a checkpoint may hold, as patterns; 0.1 wrote no list."""
 
-_FREE = ("README.md", "result.json", "healing.json", "LICENSE*", "NOTICE*")
-"""What may be changed or left out without changing what a checkpoint computes."""
+_MAY_CHANGE = ("README.md", "LICENSE*", "NOTICE*")
+_MAY_GO = (*_MAY_CHANGE, "result.json", "healing.json")
 
 
 class FileList(BaseModel):
@@ -140,10 +140,10 @@ def check_intact(folder: Path, name: str) -> None:
     found = verify_folder(folder, name)
     advice = f"get it again, or delete {LIST_FILE} in it if that was done on purpose."
     for file in found.changed:
-        if file == LIST_FILE or not matches(file, _FREE):
+        if not matches(file, _MAY_CHANGE):
             raise CheckpointError(f"{file!r} of {name!r} is not what was written: it is damaged or changed; {advice}")
     for file in found.missing:
-        if not matches(file, _FREE):
+        if not matches(file, _MAY_GO):
             raise CheckpointError(f"{file!r} of {name!r} is missing; {advice}")
     for file in found.others:
         if matches(file, ("model*.safetensors", "model.safetensors.index.json")):
