@@ -70,6 +70,20 @@ def run_forked(work: Callable[[], int], folder: Path, *, kill: tuple[float, int]
         time.sleep(0.002)
 
 
+def kill_when(work: Callable[[], int], folder: Path, reached: Callable[[], bool]) -> None:
+    """Run a function in a forked process and kill it as soon as something is there."""
+    log = folder.parent / f"{folder.name}.log"
+    child = os.fork()
+    if child == 0:
+        _be_the_child(work, folder, log)
+    deadline = time.monotonic() + _TIMEOUT
+    while not reached() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, log.read_text(errors="replace")
+
+
 def _be_the_child(work: Callable[[], int], folder: Path, log: Path) -> None:
     status = _TRACEBACK
     try:

@@ -216,14 +216,17 @@ def delete_ours(folder: Path, ours: Callable[[str], bool], *, last: str | None =
     Args:
         folder: it stays itself.
         ours: whether a file may be deleted, by its name relative to the folder.
-        last: the file that goes after all others: what says that they are ours.
+        last: the file that goes after everything else: what says that it is ours.
     """
-    names = [path.relative_to(folder).as_posix() for path in _files(folder)]
-    for name in sorted(filter(ours, names), key=lambda name: name == last):
-        (folder / name).unlink()
+    names = [name for name in (path.relative_to(folder).as_posix() for path in _files(folder)) if ours(name)]
+    for name in names:
+        if name != last:
+            (folder / name).unlink()
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
             path.rmdir()
+    if last in names:
+        (folder / last).unlink()
 
 
 def _files(folder: Path) -> Iterator[Path]:
