@@ -34,7 +34,7 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scena
     dense = make_tiny("llama", root / "dense", num_hidden_layers=4)
     text = root / "text.txt"
     text.write_text("".join(f"{number}. {TEXT}" for number in range(100)))
-    pruned = save_pruned(root / "pruned", shapes=FREE)
+    pruned = save_pruned(root / "pruned", shapes=FREE[:2])
     sizes = ["--calibration", text, "--num-samples", "8", "--seqlen", "32", "--set", "ffn.ffn_multiple=1"]
     sizes += ["--set", "attention.head_multiple=2", "--set", "run.batch_tokens=64"]
     prune = ["prune", dense, "-o", "out", "--sparsity", "0.3", *sizes]
