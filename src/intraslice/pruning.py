@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from intraslice.checkpoint.composite import text_arguments
+from intraslice.checkpoint.composite import load_arguments
 from intraslice.checkpoint.gguf import cache_folder
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.source import open_checkpoint
@@ -24,6 +24,7 @@ from intraslice.inspection import ModelInfo, compute_width, estimate_peak_bytes,
 from intraslice.layers.decoder import norms_come_first
 from intraslice.loading import load_config
 from intraslice.methods.choices import load
+from intraslice.names import expanded
 from intraslice.options import CalibrationOptions
 from intraslice.placement import Placement, choose_device, dtype_from_name
 from intraslice.progress import Progress, SilentProgress
@@ -47,7 +48,7 @@ def prune_recipe(
     progress = progress or SilentProgress()
     if recipe.output is None:
         raise RecipeError("no output is given; name the folder to write with -o.")
-    output = folder or Path(recipe.output).expanduser()
+    output = folder or expanded(recipe.output)
     check_apart(output, inputs_of(recipe))
     settle(output)
     check_output(output, overwrite)
@@ -199,7 +200,7 @@ def calibrate(
         seed=wanted.seed,
         vocab_size=checkpoint.config.vocab_size,
         model_folder=checkpoint.folder,
-        model_arguments=text_arguments(checkpoint.folder) if checkpoint.composite else None,
+        model_arguments=load_arguments(checkpoint.config, of_composite=checkpoint.composite is not None),
         progress=progress,
         text_field=wanted.text_field,
         device=device,

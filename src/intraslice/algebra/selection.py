@@ -85,13 +85,13 @@ def weakest_unit(heads: Sequence[int], group: int, groups: str, scores: Mapping[
     """Return the query heads to remove next, or None when the group policy allows no removal.
 
     "ragged": the weakest single head. "uniform": every group keeps the same size, so either all heads of one kv head
-    go, or the weakest head of each group; whichever has the lower score per head.
+    go, or the weakest head of each group; whichever has the lower score per head. "whole": all heads of one kv head.
     """
     if groups == "ragged":
         return (min(heads, key=lambda head: scores[head]),)
     members = {kv: [head for head in heads if head // group == kv] for kv in kept_kv_heads(heads, group)}
     units = [tuple(group_heads) for group_heads in members.values()] if len(members) > 1 else []
-    if min(len(group_heads) for group_heads in members.values()) > 1:
+    if groups == "uniform" and min(len(group_heads) for group_heads in members.values()) > 1:
         units.append(tuple(min(group_heads, key=lambda head: scores[head]) for group_heads in members.values()))
     return min(units, key=lambda unit: sum(scores[head] for head in unit) / len(unit), default=None)
 
@@ -105,6 +105,8 @@ def adaptive_heads(
     min_width: float,
     groups: str,
     qk_width: int | None = None,
+    budget: str = "weights",
+    order: str = "kept_score",
 ) -> HeadChoice:
     """Choose the heads to keep by greedy removal; Paper: Eq. 4-5, Algorithm 2.
 
@@ -117,27 +119,42 @@ def adaptive_heads(
         budget_dims: head dimensions to share: query and kv heads times their width.
         group: query heads a kv head in the dense model.
         min_width: heads are removed as long as they would be narrower than this.
-        groups: "ragged" or "uniform".
+        groups: "ragged", "uniform" or "whole".
         qk_width: width that query and key keep whatever happens; None when they are as wide as the value.
+        budget: "weights", or "queries": the same share of the query dimensions alone, as published; p = P / |kappa|
+            with kv heads as wide as query heads, so that fewer weights go.
+        order: which head is tried next, and when that ends. "kept_score": the one with the smallest R_h^p, until one
+            gains nothing. "score": by R_h, each once, and none whose removal leaves more than heads can be wide
+            (Algorithm 2, line 10).
     """
     num_heads, head_dim = spectrum_Hd.shape
+    kv_share = num_heads / (num_heads + num_heads // group)
 
-    def width_of(heads: Sequence[int]) -> float:
-        return min(float(head_dim), shared_width(budget_dims, len(heads) + len(kept_kv_heads(heads, group)), qk_width))
+    def wanted_width(heads: Sequence[int]) -> float:
+        if budget == "queries":
+            return shared_width(budget_dims * kv_share, len(heads), qk_width)
+        return shared_width(budget_dims, len(heads) + len(kept_kv_heads(heads, group)), qk_width)
 
-    kept = list(range(num_heads))
-    width = width_of(kept)
+    kept, tried = list(range(num_heads)), set[int]()
+    width = min(float(head_dim), wanted_width(kept))
     while len(kept) > 1:
         current = reconstruction_score(scores_H, spectrum_Hd, kept, width)
-        by_head = dict(zip(kept, current.tolist(), strict=True))
-        unit = weakest_unit(kept, group, groups, by_head)
+        values = scores_H[kept] if order == "score" else current
+        by_head = dict(zip(kept, values.tolist(), strict=True))
+        candidates = [head for head in kept if head not in tried]
+        unit = weakest_unit(candidates, group, groups, by_head) if candidates else None
         if unit is None:
             break
         rest = [head for head in kept if head not in unit]
-        rest_width = width_of(rest)
+        rest_width = wanted_width(rest)
+        too_wide = order == "score" and rest_width > head_dim
+        rest_width = min(float(head_dim), rest_width)
         gain = float(reconstruction_score(scores_H, spectrum_Hd, rest, rest_width).sum() - current.sum())
-        if gain <= 0 and width >= min_width:
-            break
+        if too_wide or (gain <= 0 and width >= min_width):
+            if order == "kept_score" or groups != "ragged":
+                break
+            tried.update(unit)
+            continue
         kept, width = rest, rest_width
     return HeadChoice(tuple(kept), width)
 
@@ -150,7 +167,7 @@ def whole_heads(scores_H: Tensor, *, budget_dims: float, head_dim: int, group: i
         budget_dims: as in `adaptive_heads`.
         head_dim: d, which every kept head keeps.
         group: query heads a kv head.
-        groups: "ragged" or "uniform".
+        groups: "ragged", "uniform" or "whole".
     """
     by_head = dict(enumerate(scores_H.tolist()))
 

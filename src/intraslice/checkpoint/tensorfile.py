@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from xxhash import xxh3_128
 
+from intraslice.border import foreign
 from intraslice.digests import SEAL, UNSEALED, bytes_digest, is_sealed_file
-from intraslice.errors import CheckpointError, OutputError, one_line
+from intraslice.errors import CheckpointError, OutputError
 from intraslice.files import writing
 
 DTYPES = {
@@ -209,10 +210,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: the file is missing or not a whole safetensors file.
     """
-    try:
+    with foreign(f"{str(path)!r} is truncated or corrupt", CheckpointError):
         return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{str(path)!r} is truncated or corrupt ({one_line(error)})") from error
 
 
 def read_sealed(path: Path, sealed_for: str) -> dict[str, torch.Tensor]:
@@ -245,12 +244,12 @@ def read_stored(stored: StoredTensor) -> torch.Tensor:
     Raises:
         CheckpointError: the file cannot be read, or the tensor is not the one whose digest is known.
     """
-    try:
-        # One opening a tensor: pages of the mapped file count as resident until it is closed.
-        with safe_open(stored.path, framework="pt") as file:
-            tensor = file.get_tensor(stored.name).clone()
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read {stored.name!r} from {str(stored.path)!r}: {one_line(error)}") from error
+    # One opening a tensor: pages of the mapped file count as resident until it is closed.
+    with (
+        foreign(f"cannot read {stored.name!r} from {str(stored.path)!r}", CheckpointError),
+        safe_open(stored.path, framework="pt") as file,
+    ):
+        tensor = file.get_tensor(stored.name).clone()
     if stored.digest is not None and bytes_digest(_raw(tensor)) != stored.digest:
         raise CheckpointError(
             f"{stored.name!r} in {str(stored.path)!r} has changed while it was in use; put the file back, and repeat "

@@ -15,6 +15,7 @@ from intraslice.checkpoint.ownership import check_ours, delete_published, write_
 from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor, TensorFile, TensorSlot, read_slots, read_stored
 from intraslice.errors import OutputError
 from intraslice.files import write_text, writing
+from intraslice.names import expanded
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -212,7 +213,7 @@ def check_apart(output: Path, inputs: Mapping[str, str | Path]) -> None:
     # realpath, because resolve stops at links that go round in circles.
     replaced = [os.path.realpath(folder) for folder in (output, output.with_name(f"{output.name}.partial"))]
     for what, given in inputs.items():
-        path = Path(given).expanduser()
+        path = expanded(str(given))
         real = Path(os.path.realpath(path))
         if os.path.lexists(path) and any(real.is_relative_to(folder) for folder in replaced):
             raise OutputError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from intraslice import __version__
+from intraslice.comparison.code import code_digest
 from intraslice.comparison.spec import ComparisonSpec, Variant
 from intraslice.options import CalibrationOptions
 from intraslice.recipes.recipe import Recipe
@@ -182,7 +183,7 @@ def plan_work(spec: ComparisonSpec, cell: Cell, facts: Facts, texts: TextFacts, 
     measured_on = {"seqlen": spec.evaluation.seqlen, "windows": main.windows, "text": texts.evaluation}
     if main.first:
         measured_on["first"] = main.first
-    loaded = {"model": model, "dtype": spec.evaluation.dtype, "device": device}
+    loaded = {"model": model, "dtype": spec.evaluation.dtype, "device": device, "code": code_digest()}
     identities = {} if recipe is None else {PRUNE: model}
     identities[PERPLEXITY] = {**loaded, **measured_on}
     on = {main.name: measured_on}
@@ -225,4 +226,10 @@ def _prune_identity(recipe: Recipe, facts: Facts) -> dict[str, Any]:
         del decides[name]
     decides["run"] = {name: value for name, value in decides["run"].items() if name not in _WITHOUT_EFFECT}
     calibration = facts.calibrations[calibration_name(recipe.calibration)]
-    return {**decides, "model": facts.fingerprint, "calibration": calibration, "version": __version__}
+    return {
+        **decides,
+        "model": facts.fingerprint,
+        "calibration": calibration,
+        "version": __version__,
+        "code": code_digest(),
+    }

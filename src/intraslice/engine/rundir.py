@@ -12,7 +12,7 @@ from torch import Tensor
 
 from intraslice.checkpoint.tensorfile import read_tensors, write_tensors
 from intraslice.checkpoint.workfolder import MANIFEST, WorkFolder, work_path
-from intraslice.errors import CheckpointError, IntraSliceError
+from intraslice.errors import CheckpointError, IntraSliceError, NumericalError
 from intraslice.results.result import LayerRecord
 
 
@@ -96,6 +96,9 @@ class RunDir:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Let others in, and leave nothing when the run was refused before anything worth keeping was finished."""
         finished = self.records or self.plan is not None or any(self.path.glob("*.safetensors"))
+        # The same gradients would fail in the same way again.
+        if kind is not None and issubclass(kind, NumericalError) and not self.records:
+            finished = False
         if kind is not None and issubclass(kind, IntraSliceError) and not finished:
             self.remove()
         else:

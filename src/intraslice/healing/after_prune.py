@@ -13,6 +13,7 @@ from intraslice.checkpoint.writer import check_apart, check_output
 from intraslice.errors import IntraSliceError, NumericalError, RecipeError
 from intraslice.healing.options import HealOptions, num_steps, parse_budget
 from intraslice.healing.run import check_extras, heal_checkpoint
+from intraslice.names import expanded
 from intraslice.progress import Progress, SilentProgress
 from intraslice.pruning import inputs_of, prune_recipe
 from intraslice.recipes.recipe import Recipe
@@ -71,10 +72,10 @@ def prune_and_heal(
     if recipe.output is None:
         raise RecipeError("no output is given; name the folder to write with -o.")
     check_extras(options)
-    output = Path(recipe.output).expanduser()
+    output = expanded(recipe.output)
     check_apart(output, inputs_of(recipe))
     settle(output)
-    check_output(output, overwrite, source=Path(recipe.model).expanduser())
+    check_output(output, overwrite, source=expanded(recipe.model))
     work = WorkFolder(output, "prune with healing")
     try:
         identity = {"prune": recipe.to_dict(), "heal": options.to_dict()}

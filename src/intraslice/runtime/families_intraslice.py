@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 # Fields of a shape that config.json holds only where they are set.
-_OPTIONAL = ("output_bias", "ranks", "shortcuts", "headed_qk_norm", "dropped")
+_OPTIONAL = ("output_bias", "ranks", "shortcuts", "headed_qk_norm", "dropped", "output_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,8 @@ class LayerShape:
         headed_qk_norm: whether the norms of query and key, where all heads share one weight in the dense model, have
             one weight per head: [num_attention_heads, qk_head_dim] and [num_key_value_heads, qk_head_dim].
         dropped: blocks that the layer does not have, "attention" or "ffn"; their heads, widths and channels are 0.
+        output_size: width of the residual stream behind the layer where that is another one than before it, as behind
+            the last layer of a sliced stream; 0 where it is the same.
     """
 
     heads_per_kv: tuple[int, ...]
@@ -46,6 +48,7 @@ class LayerShape:
     shortcuts: bool = False
     headed_qk_norm: bool = False
     dropped: tuple[str, ...] = ()
+    output_size: int = 0
 
     @property
     def has_attention(self) -> bool:
@@ -96,11 +99,23 @@ class Slot:
         path: name of the Linear relative to the module of the site.
         part: which part of a fused Linear, in the order of its rows.
         parts: names of all parts when fused, for example ("q", "k", "v"); empty when not fused.
+        grouped: whether the rows of a fused Linear go by kv head: its query heads, its key, its value, then those of
+            the next one; otherwise all rows of a part are together.
     """
 
     path: str
     part: int = 0
     parts: tuple[str, ...] = ()
+    grouped: bool = False
+
+
+def grouped_sizes(shape: LayerShape) -> list[tuple[int, int, int]]:
+    """Return how many rows of q, k and v each kv head has in a grouped fused Linear.
+
+    Args:
+        shape: of the layer.
+    """
+    return [(heads * shape.qk_head_dim, shape.qk_head_dim, shape.v_head_dim) for heads in shape.heads_per_kv]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +152,8 @@ class FamilySpec:
         attention_out_norm, ffn_out_norm: norms of the outputs of the sites, before they are added to the residual
             stream; None when there are none.
         residual_scale: config attribute that the output of each site is multiplied by before it is added.
+        query_temperature: whether queries grow with their position, by 1 + beta log(1 + floor(position / length)); beta
+            and the length are in the RoPE parameters of the config.
         parallel: whether the FFN reads the input of the layer, as attention does: a constant, or a config attribute.
         qk_norm: norms of query and key; None when the family has none.
         norm: what the norms compute: "rms" (x / rms(x) * weight), "rms_plus_one" (the same, * (1 + weight)), "layer"
@@ -192,6 +209,7 @@ class FamilySpec:
     residual_scale: str | None = None
     parallel: bool | str = False
     qk_norm: QKNorm | None = None
+    query_temperature: bool = False
     norm: str = "rms"
     norm_first: str | None = None
     rope: bool | str = True
@@ -249,7 +267,7 @@ class FamilySpec:
     def fits_llama_cpp(self) -> bool:
         """Whether llama.cpp's architecture with a shape per layer has a place for everything in a layer."""
         plain = self.qk_norm is None and self.residual_scale is None and self.rope_layout == "half"
-        return plain and self.rope is True and self.gate is not None and self.rotatable
+        return plain and not self.query_temperature and self.rope is True and self.gate is not None and self.rotatable
 
     @property
     def without_targets(self) -> tuple[str, ...]:
@@ -294,7 +312,7 @@ class FamilySpec:
             counts = rows if len(paths) == len(rows) else (sum(rows),)
             sizes |= {path: (count, hidden_size) for path, count in zip(paths, counts, strict=True)}
         sizes[o] = (hidden_size, heads * shape.v_head_dim)
-        sizes[down] = (hidden_size, shape.intermediate_size)
+        sizes[down] = (shape.output_size or hidden_size, shape.intermediate_size)
         gone = (() if shape.has_attention else (*attention, o)) + (() if shape.has_ffn else (*ffn, down))
         return {path: size for path, size in sizes.items() if path not in gone}
 
@@ -303,14 +321,14 @@ class FamilySpec:
 
         Args:
             shape: of the layer.
-            hidden_size: width of its residual stream.
+            hidden_size: width of its residual stream; that behind the layer may be another one (`output_size`).
         """
         ranks = dict(shape.ranks)
         linears = sum(
             ranks[path] * (rows + columns) if path in ranks else rows * columns
             for path, (rows, columns) in self.linear_sizes(shape, hidden_size).items()
         )
-        return linears + (2 * hidden_size**2 if shape.shortcuts else 0)
+        return linears + (hidden_size * (hidden_size + (shape.output_size or hidden_size)) if shape.shortcuts else 0)
 
 
 _QKV = ("q", "k", "v")
@@ -393,6 +411,13 @@ FAMILIES: dict[str, FamilySpec] = {
         ),
         FamilySpec(name="cwm", heads_divide_hidden=True),
         FamilySpec(name="ministral"),
+        FamilySpec(
+            name="ministral3",
+            query_temperature=True,
+            rope_subset=False,
+            sliding_window="sliding_window",
+            text_of=("mistral3",),
+        ),
         FamilySpec(
             name="gemma",
             starts_with_bos=True,
@@ -606,6 +631,27 @@ FAMILIES: dict[str, FamilySpec] = {
             o_bias=True,
             head_dim_field=False,
             refuse=("qk_layernorm",),
+        ),
+        FamilySpec(
+            name="gpt_neox",
+            layers="gpt_neox.layers",
+            attention="attention",
+            q=Slot("query_key_value", 0, _QKV, grouped=True),
+            k=Slot("query_key_value", 1, _QKV, grouped=True),
+            v=Slot("query_key_value", 2, _QKV, grouped=True),
+            o=Slot("dense"),
+            up=Slot("dense_h_to_4h"),
+            gate=None,
+            down=Slot("dense_4h_to_h"),
+            act_fn="act",
+            parallel="use_parallel_residual",
+            norm="layer",
+            rope_subset=False,
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            bias_fields=("attention_bias",),
+            head_dim_field=False,
+            renames=(("embed_out.", "lm_head."),),
         ),
     )
 }

@@ -85,7 +85,9 @@ def iterate_pca(
     act_FF, width = moments.gram, moments.gram.shape[0]
     selection = torch.zeros(width, len(channels))
     selection[channels, torch.arange(len(channels))] = 1.0
-    recon = ridge_solve(act_FF[channels][:, channels], act_FF[channels], options.damping)  # Q_r, [P, F]
+    per_channel = options.damping_scale == "channel"
+    # Q_r, [P, F]
+    recon = ridge_solve(act_FF[channels][:, channels], act_FF[channels], options.damping, per_channel=per_channel)
     up, gate, _ = next(iter(preactivations))
     start = selection.to(up)
     maps = (start, None if gate is None else start)
@@ -95,7 +97,7 @@ def iterate_pca(
         maps = _optimise_slices(preactivations, maps, inverse.to(maps[0]), round_index, options)
         gram, cross_act, cross = _moments(preactivations, maps)
         prior = best.down_weight.T if options.shrink_to == "weights" else None
-        solution = ridge_solve(gram, cross, options.damping, prior)
+        solution = ridge_solve(gram, cross, options.damping, prior, per_channel=per_channel)
         error = residual_energy(moments.target_energy, gram, cross, solution) / max(moments.target_energy, 1e-30)
         if error >= best_error:
             break
@@ -107,7 +109,7 @@ def iterate_pca(
             down_weight=solution.T.contiguous(),
         )
         best_error = error
-        recon = ridge_solve(gram, cross_act, options.damping)
+        recon = ridge_solve(gram, cross_act, options.damping, per_channel=per_channel)
     return best, best_error
 
 
@@ -144,8 +146,8 @@ def _optimise_slices(
 ) -> tuple[Tensor, Tensor | None]:
     """Return maps after a few Adam steps on each slice in turn; Paper: Eq. 7.
 
-    One step sees one batch of tokens; the steps of all slices walk through the calibration tokens in order. The
-    learning rate falls slice by slice, and halves each round.
+    A step sees iter_pca_batches batches of tokens; the steps of all slices walk through the calibration tokens in
+    order. The learning rate falls slice by slice, and halves each round.
     """
     up_map, gate_map = maps[0].clone(), None if maps[1] is None else maps[1].clone()
     width = up_map.shape[0]
@@ -153,12 +155,13 @@ def _optimise_slices(
     slices = [slice(start, min(start + size, width)) for start in range(0, width, size)]
     batches = _endless(preactivations)
     for number, part in enumerate(slices):
-        rate = options.iter_pca_lr * (1.0 - number / len(slices)) * 0.5**round_index
+        share = 0.5**number if options.iter_pca_decay == "halving" else 1.0 - number / len(slices)
+        rate = options.iter_pca_lr * share * 0.5**round_index
         up_part = up_map[part].clone().requires_grad_(True)
         gate_part = None if gate_map is None else gate_map[part].clone().requires_grad_(True)
         parameters = [up_part] if gate_part is None else [up_part, gate_part]
         adam = torch.optim.Adam(parameters, lr=rate)
-        for _ in range(options.iter_pca_steps):
+        for step in range(options.iter_pca_steps * options.iter_pca_batches):
             up, gate, _ = next(batches)
             with torch.no_grad():
                 target = _compressed(preactivations.activation, up, gate) @ inverse_FP  # Y^r, [N, P]
@@ -174,9 +177,10 @@ def _optimise_slices(
                     gate_out = gate[:, part] @ gate_part + gate_rest
                 output = _compressed(preactivations.activation, up_out, gate_out)
                 loss = (output - target).square().sum() / target.square().sum().clamp_min(1e-30)
+                (loss / options.iter_pca_batches).backward()
+            if (step + 1) % options.iter_pca_batches == 0:
+                adam.step()
                 adam.zero_grad()
-                loss.backward()
-            adam.step()
         up_map[part] = up_part.detach()
         if gate_map is not None and gate_part is not None:
             gate_map[part] = gate_part.detach()

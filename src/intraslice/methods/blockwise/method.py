@@ -14,6 +14,7 @@ from intraslice.layers.sites import FFN
 from intraslice.methods.base import Context, LayerOutcome, Outside, Preview
 from intraslice.methods.blockwise.allocators.base import Allocation
 from intraslice.methods.blockwise.budget import Budget
+from intraslice.methods.blockwise.distill import num_held_out
 from intraslice.methods.blockwise.gradient_pass import pass_seconds
 from intraslice.methods.blockwise.layer import LayerPlan, prune_layer
 from intraslice.methods.blockwise.options import BlockwiseOptions
@@ -54,8 +55,11 @@ class Blockwise:
 
         Raises:
             BudgetError: the sparsity cannot be reached under the cap, or with the widths that there are.
+        RecipeError: there is too little calibration text to hold some out.
             NumericalError: activations or gradients are NaN or infinite.
         """
+        if self._options.distill.sites != "none":
+            num_held_out(-(-len(context.tokens) // context.model.batch_shape[0]), self._options.distill)
         allocation = allocate(context, self._options)
         Budget(context.model.sites, allocation, self._options).check(context.sparsity)
         return allocation.to_dict()
@@ -72,6 +76,7 @@ class Blockwise:
         sites = (self._options.attention, self._options.ffn)
         # Where norms come after the sum there is no plain sum to repair: those layouts use the site's own output.
         needs_dense = any(site.repair_against == "dense_stream" for site in sites) and context.model.norm_first
+        needs_dense = needs_dense or any(site.measured_on == "dense_stream" for site in sites)
         streams = Streams(pruned=context.embedded(), dense=context.embedded("hidden-dense") if needs_dense else None)
         return _State(
             allocation=allocation,
@@ -85,9 +90,10 @@ class Blockwise:
         """Return the layers whose FFN loses the most: the share of layers that iter_pca_fraction names."""
         if not self._options.ffn.iter_pca:
             return set()
-        count = max(1, round(self._options.ffn.iter_pca_fraction * len(ffn_fractions)))
+        ffn = self._options.ffn
+        count = max(1, round(ffn.iter_pca_fraction * len(ffn_fractions)))
         # An FFN that goes as a whole keeps nothing to iterate on.
-        kept = [index for index, fraction in enumerate(ffn_fractions) if fraction > 0.0]
+        kept = [index for index, fraction in enumerate(ffn_fractions) if 0.0 < fraction <= ffn.iter_pca_most_kept]
         return set(sorted(kept, key=lambda index: (ffn_fractions[index], index))[:count])
 
     def layer(self, context: Context, state: _State, index: int, layer: DecoderLayer) -> LayerOutcome:
@@ -109,7 +115,10 @@ class Blockwise:
             errors=pruned.errors,
             heads=pruned.heads,
             carry=state.budget.carry,
-            extra={"iter_pca": plan.iter_pca},
+            extra={
+                "iter_pca": plan.iter_pca,
+                "distilled": {name: (found.before, found.after) for name, found in pruned.distilled.items()},
+            },
         )
 
     def _say_when_missed(self, context: Context, state: _State) -> None:

@@ -18,6 +18,9 @@ from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from intraslice.methods.blockwise import strategies
 from intraslice.methods.choices import OneOf, Row, option_values, read_names
 
+MAX_MULTIPLE = 1 << 16
+"""No model has layers of which this many channels could be a step."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AllocationOptions:
@@ -27,10 +30,16 @@ class AllocationOptions:
         rule: a row of ALLOCATION_RULES.
         pca_attention: rotate the mask gradients of `context` into its per-head eigenvectors (Eq. 11).
         pca_ffn: rotate the mask gradients of `act` into the eigenvectors of groups of channels (Eq. 11).
+        rotation: what rotating means: "letter" (Eq. 11: the gradients of masks on the channels are rotated), or "exact"
+            (the gradients of masks on the eigenvectors).
+        gradient_group: gradients of this many sequences are summed before they are squared.
         ffn_share: lambda_b; the FFNs lose ffn_share times the target sparsity, attention the rest.
-        budget_unit: what a site's share counts: its "weights", or the "units" that whole-head methods remove, query
-            heads and FFN channels. A kv head is no unit; it stays until the last of its query heads goes.
+        budget_unit: what a site's share counts: its "weights", the "units" that whole-head methods remove (query heads
+            and FFN channels; a kv head is no unit and stays until the last of its query heads goes), or "groups": kv
+            heads with all their query heads, and FFN channels.
         similarity_scale: alpha of "similarity": layers lose in proportion to exp(alpha * cosine similarity).
+        channel_balance: what a channel counts beside a head in "head_search": this times the ratio of their weights.
+        kept_layers: share of the layers that lose nothing with "similarity", those of the lowest similarity.
         max_site_sparsity: cap on what one site may lose; the excess goes to other layers.
         num_channel_groups: into how many groups the channels of `act` are cut for the rotation.
         shape_freedom: a row of SHAPE_FREEDOMS.
@@ -43,11 +52,15 @@ class AllocationOptions:
     __pydantic_config__ = {"extra": "forbid"}
 
     rule: Annotated[str, OneOf(strategies.ALLOCATION_RULES)] = "mask_gradient"
-    pca_attention: bool = True
-    pca_ffn: bool = True
+    pca_attention: Annotated[bool, OneOf(strategies.PCA_ATTENTION)] = True
+    pca_ffn: Annotated[bool, OneOf(strategies.PCA_FFN)] = True
+    rotation: Literal["letter", "exact"] = "letter"
+    gradient_group: Annotated[int, Ge(1)] = 1
     ffn_share: Annotated[float, Gt(0)] = 1.15
-    budget_unit: Literal["weights", "units"] = "weights"
+    budget_unit: Literal["weights", "units", "groups"] = "weights"
     similarity_scale: Annotated[float, Ge(0)] = 10.0
+    channel_balance: Annotated[float, Gt(0)] = 250.0
+    kept_layers: Annotated[float, Ge(0), Lt(1)] = 0.1875
     max_site_sparsity: Annotated[float, Gt(0), Lt(1)] = 0.9
     num_channel_groups: Annotated[int, Ge(1)] = 32
     shape_freedom: Annotated[str, OneOf(strategies.SHAPE_FREEDOMS)] = "free"
@@ -72,12 +85,21 @@ class AttentionOptions:
         context_multiple: query heads times their width are a multiple of this, where shapes are not free.
         repair: what happens to o_proj afterwards, a row of REPAIRS. "ridge" with shrink_to = "weights" and
             repair_against = "own_output" is the optimal-brain-surgeon update (SoBP).
-        damping: lambda of the ridge regression (Eq. 6), relative to the mean diagonal of the second moment.
+        damping: lambda of the ridge regression (Eq. 6), relative to the diagonal of the second moment.
+        damping_scale: to its "mean", or to the energy of each "channel" that the output projection reads.
         shrink_to: what lambda pulls the solution towards: "weights" (what plain removal would leave), or "zero"
             (Eq. 6 to the letter).
         repair_against: "own_output" (what the dense site makes of the same input), or "dense_stream" (the dense
             model's residual stream there, so that the errors of the layers before are repaired as well).
-        gqa_groups: "ragged" lets the query heads of a kv head go one by one; "uniform" keeps one group size per layer.
+        drift_share: which share of these errors, alpha, the target of "dense_stream" has in it: it is the dense site's
+            own output plus alpha times what is missing besides. With repair = "cross_fit" the largest share.
+        gqa_groups: "ragged" lets the query heads of a kv head go one by one; "uniform" keeps one group size per layer;
+            with "whole" a kv head goes with all its query heads.
+        measured_on: the input on which scores and repair are measured, a row of MEASUREMENTS.
+        head_budget: what the share of attention counts where heads become narrower: all its "weights", or with grouped
+            queries the dimensions of "queries" alone, as published; then the FFN of the layer pays for the kv heads.
+        removal_order: which head is tried next: the one of which the narrower heads keep least ("kept_score"), until
+            one gains nothing, or each once by its whole "score" (Algorithm 2, line 10).
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -88,13 +110,18 @@ class AttentionOptions:
     basis: Annotated[str, OneOf(strategies.BASES)] = "pca"
     qk_width: Literal["narrow", "dense"] = "narrow"
     min_head_fraction: Annotated[float, Ge(0), Le(1)] = 0.75
-    head_multiple: Annotated[int, Ge(2), MultipleOf(2)] = 4
-    context_multiple: Annotated[int, Ge(1)] = 1
+    head_multiple: Annotated[int, Ge(2), Le(MAX_MULTIPLE), MultipleOf(2)] = 4
+    context_multiple: Annotated[int, Ge(1), Le(MAX_MULTIPLE)] = 1
     repair: Annotated[str, OneOf(strategies.REPAIRS)] = "ridge"
     damping: Annotated[float, Gt(0)] = 0.05
+    damping_scale: Literal["mean", "channel"] = "mean"
     shrink_to: Literal["weights", "zero"] = "weights"
-    repair_against: Literal["own_output", "dense_stream"] = "dense_stream"
-    gqa_groups: Literal["ragged", "uniform"] = "ragged"
+    repair_against: Annotated[str, OneOf(strategies.REPAIR_AGAINST)] = "dense_stream"
+    drift_share: Annotated[float, Gt(0), Le(1)] = 1.0
+    gqa_groups: Literal["ragged", "uniform", "whole"] = "ragged"
+    measured_on: Annotated[str, OneOf(strategies.MEASUREMENTS, lambda row: row.of_attention)] = "pruned_stream"
+    head_budget: Literal["weights", "queries"] = "weights"
+    removal_order: Literal["kept_score", "score"] = "kept_score"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,16 +132,22 @@ class FFNOptions:
         score: what a channel is worth, a row of SCORES.
         obs_damping: as for attention.
         repair: what happens to down_proj, a row of REPAIRS.
-        damping: lambda of the ridge regressions (Eq. 7 and 8), relative to the mean diagonal of the second moment.
+        damping: lambda of the ridge regressions (Eq. 7 and 8), relative to the diagonal of the second moment.
+        damping_scale: "mean" or "channel", as for attention.
         shrink_to: "weights" or "zero", as for attention.
         repair_against: "own_output" or "dense_stream", as for attention.
+        drift_share: as for attention.
         ffn_multiple: kept channels are a multiple of this.
+        measured_on: as for attention; "dense_layer" leaves the attention of the same layer dense.
         iter_pca: progressive sliced iterative PCA (Eq. 7) in the layers that lose the most.
         iter_pca_fraction: the share of layers it is applied to, those with the highest FFN sparsity first.
         iter_pca_rounds: how often Eq. 7 and Eq. 8 alternate.
         iter_pca_slice: width of an input slice; 0 cuts the input into four slices.
+        iter_pca_most_kept: only in FFNs that keep at most this fraction of their channels.
         iter_pca_steps: Adam steps per slice.
+        iter_pca_batches: forward batches (run.batch_tokens) that a step sees.
         iter_pca_lr: learning rate of the first slice, relative to the size of Q_c's entries.
+        iter_pca_decay: how it falls from slice to slice: "linear", or "halving" as in the published code.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -123,24 +156,52 @@ class FFNOptions:
     obs_damping: Annotated[float, Gt(0)] = 0.1
     repair: Annotated[str, OneOf(strategies.REPAIRS)] = "ridge"
     damping: Annotated[float, Gt(0)] = 0.1
+    damping_scale: Literal["mean", "channel"] = "mean"
     shrink_to: Literal["weights", "zero"] = "weights"
-    repair_against: Literal["own_output", "dense_stream"] = "dense_stream"
-    ffn_multiple: Annotated[int, Ge(1)] = 8
+    repair_against: Annotated[str, OneOf(strategies.REPAIR_AGAINST)] = "dense_stream"
+    drift_share: Annotated[float, Gt(0), Le(1)] = 1.0
+    ffn_multiple: Annotated[int, Ge(1), Le(MAX_MULTIPLE)] = 8
+    measured_on: Annotated[str, OneOf(strategies.MEASUREMENTS)] = "pruned_stream"
     iter_pca: bool = False
     iter_pca_fraction: Annotated[float, Ge(0), Le(1)] = 0.1
     iter_pca_rounds: Annotated[int, Ge(1)] = 2
     iter_pca_slice: Annotated[int, Ge(0)] = 0
+    iter_pca_most_kept: Annotated[float, Gt(0), Le(1)] = 1.0
     iter_pca_steps: Annotated[int, Ge(1)] = 20
+    iter_pca_batches: Annotated[int, Ge(1)] = 1
     iter_pca_lr: Annotated[float, Gt(0)] = 1e-3
+    iter_pca_decay: Literal["linear", "halving"] = "linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions:
+    """Training of all weights of a site towards its target, after the closed form and before the next site.
+
+    Attributes:
+        sites: which sites are trained, a row of DISTILL_SITES.
+        epochs: how often the training sequences are seen.
+        learning_rate: of Adam at the start, relative to the root mean square of each matrix; it falls to 0.
+        held_out: share of the calibration batches that judge; at least one.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    sites: Annotated[str, OneOf(strategies.DISTILL_SITES)] = "none"
+    epochs: Annotated[float, Gt(0)] = 2.0
+    learning_rate: Annotated[float, Gt(0)] = 5e-3
+    held_out: Annotated[float, Gt(0), Lt(1)] = 0.125
 
 
 ALWAYS_READ = (
+    "distill.sites",
     "allocation.rule",
     "allocation.max_site_sparsity",
     "allocation.budget_unit",
     "attention.heads",
+    "attention.measured_on",
     "attention.repair",
     "ffn.score",
+    "ffn.measured_on",
     "ffn.repair",
     "ffn.ffn_multiple",
     "ffn.iter_pca",
@@ -152,15 +213,21 @@ def choices() -> dict[str, Mapping[Any, Row]]:
     return {
         "allocation.rule": strategies.ALLOCATION_RULES,
         "allocation.shape_freedom": strategies.SHAPE_FREEDOMS,
+        "allocation.pca_attention": strategies.PCA_ATTENTION,
         "allocation.pca_ffn": strategies.PCA_FFN,
         "allocation.drop_blocks": strategies.DROP_BLOCKS,
         "attention.heads": strategies.HEAD_RULES,
         "attention.score": strategies.in_section(strategies.SCORES, "attention"),
         "attention.basis": strategies.BASES,
+        "attention.measured_on": strategies.in_section(strategies.MEASUREMENTS, "attention"),
         "attention.repair": strategies.in_section(strategies.REPAIRS, "attention"),
+        "attention.repair_against": strategies.in_section(strategies.REPAIR_AGAINST, "attention"),
         "ffn.score": strategies.in_section(strategies.SCORES, "ffn"),
+        "ffn.measured_on": strategies.in_section(strategies.MEASUREMENTS, "ffn"),
         "ffn.repair": strategies.in_section(strategies.REPAIRS, "ffn"),
+        "ffn.repair_against": strategies.in_section(strategies.REPAIR_AGAINST, "ffn"),
         "ffn.iter_pca": strategies.ITER_PCA,
+        "distill.sites": strategies.DISTILL_SITES,
     }
 
 
@@ -171,10 +238,15 @@ class BlockwiseOptions:
     allocation: AllocationOptions = AllocationOptions()
     attention: AttentionOptions = AttentionOptions()
     ffn: FFNOptions = FFNOptions()
+    distill: DistillOptions = DistillOptions()
 
     def read(self) -> set[str]:
         """Return the dotted names of the options that have an effect."""
         return read_names(option_values(self), ALWAYS_READ, choices())
+
+    def distills(self, kind: str) -> bool:
+        """Return whether sites of a kind are trained."""
+        return self.distill.sites in (kind, "all")
 
     @property
     def rule(self) -> strategies.AllocationRule:
@@ -207,10 +279,26 @@ class BlockwiseOptions:
                 f"allocation.drop_blocks takes whole blocks out of layers, which --target {target} cannot run; use "
                 "--target transformers or llama.cpp, or leave every layer its blocks."
             )
-        if drops and self.allocation.budget_unit == "units":
+        if drops and self.allocation.budget_unit != "weights":
             return (
-                "allocation.drop_blocks saves weights, which allocation.budget_unit = units does not count; set it to "
-                "weights, or leave every layer its blocks."
+                f"allocation.drop_blocks saves weights, which allocation.budget_unit = {self.allocation.budget_unit} "
+                "does not count; set it to weights, or leave every layer its blocks."
+            )
+        trained = [
+            (name, site.measured_on)
+            for name, site in (("attention", self.attention), ("ffn", self.ffn))
+            if self.distills(name) and site.measured_on != "pruned_stream"
+        ]
+        for name, measured_on in trained:
+            return (
+                f"distill.sites = {self.distill.sites} trains {name} on what the pruned model has, which "
+                f"{name}.measured_on = {measured_on} (method {method}) does not measure; set it to pruned_stream, or "
+                "leave distill.sites = none."
+            )
+        if self.ffn.iter_pca and self.ffn.measured_on != "pruned_stream":
+            return (
+                f"ffn.iter_pca (method {method}) fits maps to what the pruned model has, which ffn.measured_on = "
+                f"{self.ffn.measured_on} does not measure; set it to pruned_stream, or leave iterative PCA off."
             )
         score = strategies.SCORES[self.attention.score]
         if "attention.score" in self.read() and score.head_rules and self.attention.heads not in score.head_rules:

@@ -25,6 +25,7 @@ class Score(Row):
         channels: the same for FFN channels.
         needs_full_moment: whether the second moment of all channels with all others is read. For FFNs it is always
             measured; for attention, where it costs (H d)^2 numbers, only when a score asks for it.
+        needs_reading: whether the weights that read the input of an FFN are looked at, and the energy of that input.
         head_rules: values of attention.heads that the score makes sense with; () means all.
         refine: function that improves the kept heads after they were chosen, or "".
     """
@@ -32,6 +33,7 @@ class Score(Row):
     heads: str = ""
     channels: str = ""
     needs_full_moment: bool = False
+    needs_reading: bool = False
     head_rules: tuple[str, ...] = ()
     refine: str = ""
 
@@ -44,7 +46,7 @@ SCORES: dict[str, Score] = {
         paper="IntraSlice, Eq. 2",
     ),
     "norm": Score(
-        summary="norm of the activations times norm of the weights",
+        summary="norm of the activations times the mean size of the weights",
         heads=f"{_HERE}.scores:norm",
         channels=f"{_HERE}.scores:norm",
         paper="Wanda, summed over a head or channel",
@@ -57,7 +59,7 @@ SCORES: dict[str, Score] = {
         paper="FLAP",
     ),
     "pearson": Score(
-        summary="what the output's correlation with itself loses, then swaps of heads",
+        summary="what the correlation of every output channel with itself loses, then swaps of heads",
         heads=f"{_HERE}.scores:pearson",
         needs_full_moment=True,
         head_rules=("whole",),
@@ -65,8 +67,9 @@ SCORES: dict[str, Score] = {
         paper="SlimLLM",
     ),
     "feature": Score(
-        summary="norm of the activations times the weights in the directions in which the output varies",
+        summary="activations times weights in the directions in which the output varies, and what gate and up read",
         channels=f"{_HERE}.scores:feature",
+        needs_reading=True,
         paper="SlimLLM",
     ),
     "obs": Score(
@@ -87,17 +90,25 @@ class Repair(Row):
 
     Attributes:
         adds_bias: whether output projections get a bias.
+        splits: whether it reads the sums over two halves of the sequences, and the site's own output beside the target.
     """
 
     adds_bias: bool = False
+    splits: bool = False
 
 
 REPAIRS: dict[str, Repair] = {
     "ridge": Repair(
         summary="ridge regression of the output projection",
         function=f"{_HERE}.repairs:ridge",
-        reads=("damping", "shrink_to", "repair_against"),
+        reads=("damping", "damping_scale", "shrink_to", "repair_against"),
         paper="IntraSlice, Eq. 6 and 8",
+    ),
+    "cross_fit": Repair(
+        summary="ridge regressions of the site's own output and of the drift, chosen across two halves of the text",
+        function=f"{_HERE}.repairs:cross_fit",
+        reads=("damping_scale", "shrink_to", "repair_against"),
+        splits=True,
     ),
     "bias": Repair(
         summary="a bias that adds back the mean of what is missing",
@@ -118,11 +129,47 @@ REPAIRS: dict[str, Repair] = {
 """`attention.repair` and `ffn.repair`; a row reads options of the section that names it."""
 
 
+REPAIR_AGAINST: dict[str, Row] = {
+    "own_output": Row(summary="what the dense site makes of the same input"),
+    "dense_stream": Row(summary="what leads to the dense model's residual stream", reads=("drift_share",)),
+}
+"""`attention.repair_against` and `ffn.repair_against`; a row reads options of the section that names it."""
+
+
 def in_section(table: Mapping[str, Row], section: str) -> dict[str, Row]:
     """Return a table that two sections share as one of them reads it: with dotted names."""
-    return {
-        name: replace(row, reads=tuple(f"{section}.{option}" for option in row.reads)) for name, row in table.items()
-    }
+
+    def dotted(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"{section}.{option}" for option in names)
+
+    return {name: replace(row, reads=dotted(row.reads), excludes=dotted(row.excludes)) for name, row in table.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(Row):
+    """On which input a site is measured.
+
+    Attributes:
+        of_attention: whether it says more for attention than another one does.
+    """
+
+    of_attention: bool = True
+
+
+MEASUREMENTS: dict[str, Measurement] = {
+    "pruned_stream": Measurement(summary="what the sites before it leave, pruned already", paper="IntraSlice"),
+    "dense_layer": Measurement(
+        summary="what the dense attention of the same layer leaves, behind layers that are pruned already",
+        excludes=("repair_against", "drift_share"),
+        of_attention=False,
+        paper="Wanda, structured",
+    ),
+    "dense_stream": Measurement(
+        summary="what the dense model has there", excludes=("repair_against", "drift_share"), paper="FLAP"
+    ),
+}
+"""`attention.measured_on` and `ffn.measured_on`: the input on which scores and repairs of a site are measured. Where
+that is not the pruned stream, a site is repaired against its own output there."""
 
 
 HEAD_RULES: dict[str, Row] = {
@@ -135,6 +182,8 @@ HEAD_RULES: dict[str, Row] = {
             "attention.gqa_groups",
             "attention.basis",
             "attention.qk_width",
+            "attention.head_budget",
+            "attention.removal_order",
         ),
         paper="IntraSlice, Algorithm 2",
     ),
@@ -179,6 +228,7 @@ ALLOCATION_RULES: dict[str, AllocationRule] = {
         reads=(
             "allocation.pca_attention",
             "allocation.pca_ffn",
+            "allocation.gradient_group",
             "allocation.ffn_share",
             "allocation.shape_freedom",
             "allocation.drop_blocks",
@@ -200,19 +250,23 @@ ALLOCATION_RULES: dict[str, AllocationRule] = {
         summary="more from layers whose output resembles their input",
         function=f"{_ALLOCATORS}.profile:allocate_by_similarity",
         measures="profile",
-        reads=("allocation.ffn_share", "allocation.similarity_scale"),
+        reads=("allocation.ffn_share", "allocation.similarity_scale", "allocation.kept_layers"),
         paper="SlimLLM",
     ),
     "head_search": AllocationRule(
         summary="whole heads and channels ranked by squared mask gradients, the number of heads searched",
         function=f"{_ALLOCATORS}.mask_gradient:allocate_by_head_search",
         measures="gradients",
+        reads=("allocation.gradient_group", "allocation.channel_balance"),
         paper="SoBP",
     ),
 }
 """`allocation.rule`."""
 
-_SHAPED = ("attention.gqa_groups", "attention.qk_width", "allocation.budget_unit")
+_SHAPED = (
+    *("attention.gqa_groups", "attention.qk_width", "allocation.budget_unit"),
+    *("attention.head_budget", "attention.removal_order"),
+)
 SHAPE_FREEDOMS: dict[str, Row] = {
     "free": Row(summary="every layer its own, groups may be ragged", paper="IntraSlice"),
     "layer": Row(summary="one group size per layer", reads=("attention.context_multiple",), excludes=_SHAPED),
@@ -225,8 +279,16 @@ SHAPE_FREEDOMS: dict[str, Row] = {
 }
 """`allocation.shape_freedom`: which shapes layers may take, for runtimes that want them alike."""
 
+PCA_ATTENTION: dict[bool, Row] = {
+    True: Row(summary="gradients rotated into eigenvectors", reads=("allocation.rotation",)),
+    False: Row(summary="gradients as they are"),
+}
+"""`allocation.pca_attention`."""
+
 PCA_FFN: dict[bool, Row] = {
-    True: Row(summary="gradients rotated into eigenvectors", reads=("allocation.num_channel_groups",)),
+    True: Row(
+        summary="gradients rotated into eigenvectors", reads=("allocation.rotation", "allocation.num_channel_groups")
+    ),
     False: Row(summary="gradients as they are"),
 }
 """`allocation.pca_ffn`."""
@@ -240,6 +302,15 @@ DROP_BLOCKS: dict[bool, Row] = {
 }
 """`allocation.drop_blocks`."""
 
+_DISTILL = ("distill.epochs", "distill.learning_rate", "distill.held_out")
+DISTILL_SITES: dict[str, Row] = {
+    "none": Row(summary="output projections are solved in closed form, and nothing is trained"),
+    "attention": Row(summary="attention", reads=(*_DISTILL, "attention.repair_against")),
+    "ffn": Row(summary="FFNs", reads=(*_DISTILL, "ffn.repair_against")),
+    "all": Row(summary="both", reads=(*_DISTILL, "attention.repair_against", "ffn.repair_against")),
+}
+"""`distill.sites`: which sites are trained towards their target."""
+
 ITER_PCA: dict[bool, Row] = {
     True: Row(
         summary="dense maps of the channels in the FFNs that lose most",
@@ -247,9 +318,13 @@ ITER_PCA: dict[bool, Row] = {
             "ffn.iter_pca_fraction",
             "ffn.iter_pca_rounds",
             "ffn.iter_pca_slice",
+            "ffn.iter_pca_most_kept",
             "ffn.iter_pca_steps",
+            "ffn.iter_pca_batches",
             "ffn.iter_pca_lr",
+            "ffn.iter_pca_decay",
             "ffn.damping",
+            "ffn.damping_scale",
             "ffn.shrink_to",
             "ffn.repair_against",
         ),

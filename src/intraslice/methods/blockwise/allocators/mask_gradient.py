@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from intraslice.algebra.linalg import eigh_descending, rotate_blocks
+from intraslice.errors import NumericalError
 from intraslice.layers.sites import ATTENTION, FFN, ModelSites
 from intraslice.methods.blockwise.allocators.base import Allocation, split_sparsity
 from intraslice.methods.blockwise.options import AllocationOptions
@@ -25,10 +26,27 @@ class SiteGradients:
         grad: gradients of the loss of each sequence with respect to a mask on the channels of the site's tap, [S, C].
         moment: second moment of the tap in blocks of channels, [C / w, w, w]: the heads of `context`, or groups of
             neighboring channels of `act`.
+        rotated: gradients with respect to a mask on the directions of eigenvectors of the blocks, the leading one
+            first, [S, C]; None where they were not measured.
     """
 
     grad: Tensor
     moment: Tensor
+    rotated: Tensor | None = None
+
+    def importance(self, rotate: bool, options: AllocationOptions) -> Tensor:
+        """Return what each unit of the site is worth, [C]: the sum over the sequences of its squared gradient.
+
+        Args:
+            rotate: whether the units are the directions of the eigenvectors, the leading one of each block first
+                (Eq. 11, or the gradients of masks on them); otherwise they are the channels (Eq. 10).
+            options: settings.
+        """
+        rows, moment = self.grad, self.moment if rotate else None
+        if rotate and options.rotation == "exact":
+            assert self.rotated is not None, "the gradient pass was asked for them"
+            rows, moment = self.rotated, None
+        return channel_importance(summed_rows(rows, options.gradient_group), moment)
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,26 @@ class MaskGradients:
         """Return the gradients of all sites of a kind, in the order of `ModelSites.of`."""
         return [self.layers[layer][site.name] for layer, site in sites.of(kind)]
 
+    def importance(self, sites: ModelSites, kind: str, rotate: bool, options: AllocationOptions) -> list[Tensor]:
+        """Return the importance of the channels of each site of a kind, [C] or [H, C / H] as they were measured.
+
+        Args:
+            sites: of the model.
+            kind: of the sites.
+            rotate: into the eigenvectors of the second moments; Paper: Eq. 11.
+            options: of the allocation.
+
+        Raises:
+            NumericalError: the second moments of a layer, which it names, have no eigenvectors.
+        """
+        found = []
+        for (layer, _), site in zip(sites.of(kind), self.of(sites, kind), strict=True):
+            try:
+                found.append(site.importance(rotate, options))
+            except NumericalError as error:
+                raise NumericalError(f"layer {layer}: {error}") from error
+        return found
+
 
 def channel_importance(grad_SC: Tensor, moment_bww: Tensor | None) -> Tensor:
     """Return the sum over sequences of the squared gradient, [C]; Paper: Eq. 10, or Eq. 11 with a moment.
@@ -60,6 +98,14 @@ def channel_importance(grad_SC: Tensor, moment_bww: Tensor | None) -> Tensor:
         _, vectors = eigh_descending(moment_bww)
         grad_SC = rotate_blocks(grad_SC, vectors)
     return grad_SC.square().sum(0)
+
+
+def summed_rows(rows_SC: Tensor, group: int) -> Tensor:
+    """Return the sums of `group` consecutive rows, the last one of what is left, [ceil(S / group), C].
+
+    E[(g_1 + ... + g_n)^2] = n (n mean^2 + variance): sums of several sequences count more of what they have in common.
+    """
+    return torch.stack([part.sum(0) for part in rows_SC.split(group)]) if group > 1 else rows_SC
 
 
 def keep_fractions(importance: Sequence[Tensor], sizes: Sequence[int], sparsity: float, cap: float) -> list[float]:
@@ -105,12 +151,16 @@ def allocate_by_head_search(
 
     For each number of heads that the model may keep, the best heads stay, and the best channels that fit in the rest
     of the budget; the number that keeps most importance wins. A mask on a head has the sum of its channels' gradients.
+    The importance of a channel counts channel_balance times its weights over those of a head; the published search has
+    250. Of attention, what counts is what goes with a query head (`Units`).
     """
     heads = [
-        channel_importance(site.grad.view(len(site.grad), len(site.moment), -1).sum(2), None)
+        channel_importance(
+            summed_rows(site.grad.view(len(site.grad), len(site.moment), -1).sum(2), options.gradient_group), None
+        )
         for site in measured.of(sites, ATTENTION)
     ]
-    channels = [channel_importance(site.grad, None) for site in measured.of(sites, FFN)]
+    channels = [site.importance(False, options) for site in measured.of(sites, FFN)]
     ranked_heads, ranked_channels = (
         torch.cat([torch.zeros(1, dtype=torch.float64), torch.cat(list(units)).sort(descending=True).values.cumsum(0)])
         for units in (heads, channels)
@@ -118,6 +168,7 @@ def allocate_by_head_search(
     attention_sizes, ffn_sizes = sites.sizes(ATTENTION), sites.sizes(FFN)
     total_attention, total_ffn = sum(attention_sizes), sum(ffn_sizes)
     budget = (1.0 - sparsity) * (total_attention + total_ffn)
+    balance = options.channel_balance * (total_ffn / sum(map(len, channels))) / (total_attention / sum(map(len, heads)))
     cap = options.max_site_sparsity
     best = None
     for count in range(len(ranked_heads)):
@@ -125,7 +176,7 @@ def allocate_by_head_search(
         ffn = (budget - attention * total_attention) / total_ffn
         if not (1.0 - cap - 1e-9 <= attention and 1.0 - cap - 1e-9 <= ffn <= 1.0 + 1e-9):
             continue
-        value = float(ranked_heads[count] + ranked_channels[int(ffn * (len(ranked_channels) - 1))])
+        value = float(ranked_heads[count] + balance * ranked_channels[int(ffn * (len(ranked_channels) - 1))])
         if best is None or value > best[0]:
             best = (value, 1.0 - attention, 1.0 - ffn)
     # No whole number of heads leaves the FFNs a possible rest: both lose the same.
@@ -144,8 +195,6 @@ def allocate_by_mask_gradient(
     attention, ffn = split_sparsity(sites, sparsity, options)
     keep = {}
     for kind, lost, rotate in ((ATTENTION, attention, options.pca_attention), (FFN, ffn, options.pca_ffn)):
-        importance = [
-            channel_importance(site.grad, site.moment if rotate else None) for site in measured.of(sites, kind)
-        ]
+        importance = measured.importance(sites, kind, rotate, options)
         keep[kind] = keep_fractions(importance, sites.sizes(kind), lost, options.max_site_sparsity)
     return Allocation.of_kinds(sites, keep)
