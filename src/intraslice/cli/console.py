@@ -165,7 +165,9 @@ class ConsoleProgress:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._bars.stop()
+        # Without a terminal it was not started, and would leave an empty line.
+        if self._bars.live.is_started:
+            self._bars.stop()
 
     @contextmanager
     def step(self, description: str, total: int) -> Iterator[Callable[[int], None]]:

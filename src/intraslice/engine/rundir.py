@@ -96,8 +96,8 @@ class RunDir:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Let others in, and leave nothing when the run was refused before anything worth keeping was finished."""
         finished = self.records or self.plan is not None or any(self.path.glob("*.safetensors"))
-        # The same gradients would fail in the same way again.
-        if kind is not None and issubclass(kind, NumericalError) and not self.records:
+        # A resumed run would do the same and fail in the same way.
+        if kind is not None and issubclass(kind, NumericalError):
             finished = False
         if kind is not None and issubclass(kind, IntraSliceError) and not finished:
             self.remove()
