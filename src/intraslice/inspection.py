@@ -171,10 +171,11 @@ def verify_model(name: str) -> Verification:
         raise CheckpointError(f"{name!r} is no folder, so that there is nothing to verify; give a checkpoint folder.")
     check_intact(folder, name)
     found = verify_folder(folder, name)
-    for files, what in ((found.changed, "is not what was written"), (found.missing, "is missing")):
-        if files:
-            more = f", and {len(files) - 1} more" if len(files) > 1 else ""
-            raise CheckpointError(f"{files[0]!r} of {name!r} {what}{more}; the weights are what was written.")
+    problems = [f"{file!r} of {name!r} is not what was written" for file in found.changed]
+    problems += [f"{file!r} of {name!r} is missing" for file in found.missing]
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise CheckpointError(f"{problems[0]}{more}; the weights are what was written.")
     return found
 
 
