@@ -111,15 +111,26 @@ def _unit_scores(model: StreamedModel, index: int, gradients: Mapping[str, Tenso
     if not all(bool(torch.isfinite(size).all()) for size in sizes.values()):
         raise NumericalError(f"the weight gradients of layer {index} are NaN or infinite.")
     spec: FamilySpec = layer.spec
-    attention = {
-        name: sizes.get(f"{spec.attention}.{name}", tensor) for name, tensor in layer.attention.state_dict().items()
-    }
-    prefix = f"{spec.mlp}." if spec.mlp else ""
-    ffn = {name: sizes.get(f"{prefix}{name}", tensor) for name, tensor in layer.ffn.state_dict().items()}
+    # Norms of query and key are no weights of a unit, but the split asks for them.
+    attention, ffn = (_with_sizes(module, sizes, path) for module, path in _modules(layer, spec))
     return {
         ATTENTION: tuple(head_sums(split_attention(attention, spec, shape)).tolist()),
         FFN: tuple(channel_sums(split_ffn(ffn, spec, shape)).tolist()),
     }
+
+
+def _modules(layer: DecoderLayer, spec: FamilySpec) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
+    """Return attention and FFN with their paths within the layer, a dot behind."""
+    return (layer.attention, f"{spec.attention}."), (layer.ffn, f"{spec.mlp}." if spec.mlp else "")
+
+
+def _with_sizes(module: nn.Module, sizes: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Return the tensors of a module by name, with the sizes in the place of the weights."""
+    found: dict[str, Tensor] = dict(module.state_dict())
+    for name in found:
+        if path + name in sizes:
+            found[name] = sizes[path + name]
+    return found
 
 
 def head_sums(sizes: AttentionWeights) -> Tensor:
