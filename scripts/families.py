@@ -1,6 +1,7 @@
 """Write docs/families.md from the table of families and the outcomes of their tests.
 
     python scripts/families.py            # runs the tests of all families, keeps the outcomes, writes the page
+    python scripts/families.py --only X   # runs those of one family, keeps the other outcomes
     python scripts/families.py --write    # writes the page again from the outcomes that were kept
 
 What the page says of a family was passed by a test, is refused for a reason that the table of families gives, or is
@@ -124,15 +125,18 @@ def _llama_cpp_lacks(spec: FamilySpec) -> str:
     return ", ".join(name for name, missing in lacks.items() if missing)
 
 
-def run_tests() -> dict[str, dict[str, str]]:
-    """Run the tests of the columns; return the outcome of each, by family and title."""
+def run_tests(only: str | None) -> dict[str, dict[str, str]]:
+    """Run the tests of the columns, of one family or all; return the outcome of each, by family and title."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command += [] if only is None else ["-k", only]
         subprocess.run([*command, *(check.test for check in CHECKS)], cwd=ROOT, check=False)
         if not report.exists():
             sys.exit("error: the tests did not run; nothing was written")
-        return read_outcomes(report)
+        found = read_outcomes(report)
+        # -k takes parts of names as well.
+        return found if only is None else {only: found.get(only, {})}
 
 
 def read_outcomes(report: Path) -> dict[str, dict[str, str]]:
@@ -236,15 +240,18 @@ def main() -> None:
     """Run what was asked for; exit status 1 when a test failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="run no tests")
-    if parser.parse_args().write:
+    parser.add_argument("--only", choices=list(FAMILIES), help="run the tests of this family only")
+    arguments = parser.parse_args()
+    data = {"outcomes": {}}
+    if arguments.write or arguments.only:
         data = json.loads(OUTCOMES.read_text(encoding="utf-8"))
-    else:
+    if not arguments.write:
         import torch
         import transformers
 
         versions = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
         tested = f"{date.today().isoformat()}, {versions}, Python {platform.python_version()}"
-        data = {"tested": tested, "outcomes": run_tests()}
+        data = {"tested": tested, "outcomes": {**data["outcomes"], **run_tests(arguments.only)}}
         OUTCOMES.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     PAGE.write_text(page(data), encoding="utf-8")
     failed = [f"{name}: {title}" for name, row in data["outcomes"].items() for title in row if row[title] == "failed"]
