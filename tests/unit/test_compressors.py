@@ -50,6 +50,8 @@ def _stats_of_context(x: torch.Tensor) -> AttentionStats:
         key_sum=nothing,
         query_abs=nothing,
         key_abs=nothing,
+        query_square=nothing,
+        key_square=nothing,
         num_tokens=len(x),
     )
 
@@ -134,6 +136,8 @@ def _stats(weights: AttentionWeights, x: torch.Tensor) -> AttentionStats:
         key_sum=key.sum(0),
         query_abs=query.abs().sum(0),
         key_abs=key.abs().sum(0),
+        query_square=query.square().sum(0),
+        key_square=key.square().sum(0),
         num_tokens=len(x),
     )
 
@@ -276,6 +280,25 @@ def test_iterate_pca_lowers_the_error_and_reports_it_truly(gated):
     target = act @ down.T
     explicit = (target - compressed @ edit.down_weight.T).square().sum() / target.square().sum()
     assert error == pytest.approx(float(explicit), rel=1e-6)
+
+
+def test_a_step_of_several_batches_sees_their_mean():
+    """Three times the same batch in a step are one batch in a step; and slices may halve their rate."""
+    up = _random(50, 8)
+    down = _random(D, 8, seed=1)
+    moments = _block(_Replay.activation(up), down)
+
+    def error_of(**options) -> float:
+        chosen = FFNOptions(iter_pca_lr=1e-2, iter_pca_steps=6, iter_pca_rounds=1, damping=1e-4, **options)
+        start, start_error = solve_down(moments, down, select_channels(moments, down, 5, chosen), chosen)
+        return iterate_pca(_Replay(up, None, down), moments, start, start_error, chosen)[1]
+
+    plain = error_of()
+    assert error_of(iter_pca_batches=3) == pytest.approx(plain, rel=1e-9)
+    assert error_of(iter_pca_decay="halving") != pytest.approx(plain, rel=1e-6)
+    # One slice has no other to be slower than.
+    whole = error_of(iter_pca_slice=8)
+    assert error_of(iter_pca_slice=8, iter_pca_decay="halving") == whole
 
 
 def test_iterate_pca_never_returns_something_worse():

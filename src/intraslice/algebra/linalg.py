@@ -6,6 +6,8 @@ Shapes: P kept channels, C channels, M targets, d head_dim, r kept head_dim.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,9 +17,26 @@ from intraslice.errors import NumericalError
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def decomposing() -> Iterator[None]:
+    """Turn a failure of LAPACK into our error: nothing that it was handed can be decomposed.
+
+    Raises:
+        NumericalError: eigenvalues did not converge, or a matrix has no inverse or factor.
+    """
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NumericalError(
+            "the second moments of the activations cannot be decomposed; are there weights far beyond all others, or "
+            "norms of nearly zero?"
+        ) from error
+
+
 def eigh_descending(moment_CC: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues [..., C] (largest first, clipped at 0) and eigenvectors [..., C, C] (columns)."""
-    values, vectors = torch.linalg.eigh(moment_CC)
+    with decomposing():
+        values, vectors = torch.linalg.eigh(moment_CC)
     return values.flip(-1).clamp_min(0.0), vectors.flip(-1)
 
 
@@ -96,12 +115,31 @@ def low_rank_scores(query_dd: Tensor, key_dd: Tensor, rank: int) -> tuple[Tensor
         scale = moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
         return torch.linalg.cholesky(moment + 1e-8 * scale * identity)
 
-    query_factor, key_factor = factor(query_dd), factor(key_dd)
-    left, singular, right_t = torch.linalg.svd(query_factor.T @ key_factor)
+    with decomposing():
+        query_factor, key_factor = factor(query_dd), factor(key_dd)
+        left, singular, right_t = torch.linalg.svd(query_factor.T @ key_factor)
     root = singular[:rank].sqrt()
     query_basis = torch.linalg.solve_triangular(query_factor.T, left[:, :rank] * root, upper=True)
     key_basis = torch.linalg.solve_triangular(key_factor.T, right_t[:rank].T * root, upper=True)
     return query_basis, key_basis
+
+
+def low_rank_product(moment_dd: Tensor, reader_gram_dd: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A [d, r] and B [r, d] such that V A B W^T is the best approximation of V W^T of this rank.
+
+    With V^T V = R R^T the product is Q R^T W^T with orthonormal Q, so A = R^-T U_r and B = U_r^T R^T with the leading
+    left singular vectors U_r of R^T W^T, which are the eigenvectors of R^T (W^T W) R; B A = I.
+
+    Args:
+        moment_dd: V^T V, the second moment of the values of one kv head.
+        reader_gram_dd: W^T W of the output weights that read them, summed over the query heads of the kv head.
+        rank: r.
+    """
+    width = moment_dd.shape[0]
+    scale = moment_dd.diagonal().mean().clamp_min(torch.finfo(moment_dd.dtype).tiny)
+    root = torch.linalg.cholesky(moment_dd + 1e-8 * scale * torch.eye(width, dtype=moment_dd.dtype))
+    leading = eigh_descending(root.T @ reader_gram_dd @ root)[1][:, :rank]
+    return torch.linalg.solve_triangular(root.T, leading, upper=True), leading.T @ root.T
 
 
 def rotate_blocks(vectors_NC: Tensor, bases_bww: Tensor) -> Tensor:

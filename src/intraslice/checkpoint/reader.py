@@ -6,28 +6,31 @@ is opened; NaN and Inf are found when a tensor is loaded.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from intraslice.checkpoint.composite import Composite, take_apart
-from intraslice.checkpoint.folder import composites, data_offsets, read_config, read_headers
-from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor
+from intraslice.border import foreign
+from intraslice.checkpoint.composite import Composite, take_apart, text_tensors
+from intraslice.checkpoint.folder import check_architecture, composites, read_config, read_headers, with_digests
+from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor, read_stored
+from intraslice.checkpoint.tokenizer import open_tokenizer
+from intraslice.checkpoint.writer import side_files
+from intraslice.digests import bytes_digest, file_digest
 from intraslice.errors import CheckpointError, NumericalError, UnsupportedModelError, one_line
+from intraslice.runtime.configuration_intraslice import dense_shapes
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
 
 OUTPUT_EMBEDDING = "lm_head.weight"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Llama checkpoints of 2023 carry this buffer; every version of transformers since then computes it.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
-_SAMPLE_BYTES = 1024
-_SAMPLES_PER_TENSOR = 4
 
 
 class Checkpoint:
@@ -63,7 +66,10 @@ class Checkpoint:
         self.composite = composite
         self.tied = bool(config.tie_word_embeddings)
         self._tensors = tensors
+        self._identity: dict[str, Any] | None = None
         self._check_against_config()
+        with foreign(f"config.json of {name!r} is not valid", CheckpointError):
+            dense_shapes(config, spec)
         matrices = [
             tensor.dtype
             for key, tensor in self._tensors.items()
@@ -130,51 +136,79 @@ class Checkpoint:
         Raises:
             CheckpointError: there is none, it cannot be read, or it needs code that was not allowed.
         """
-        from transformers import AutoTokenizer
+        config = self.config if self.composite is None else self.composite.config
+        return open_tokenizer(self.folder, self.name, config, trust_remote_code=self.trust_remote_code)
 
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise CheckpointError(
-                f"the tokenizer of {self.name!r} is missing or cannot be read: {one_line(error)[:150]}"
-            ) from error
+    def identity(self) -> dict[str, Any]:
+        """Return digests of everything that decides what the model is: "config", "weights" and the other "files".
+
+        All bytes of all weights are read, the first time; independent of the folder's name and of how tensors are
+        sharded. What is loaded from then on is compared with it.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        if self._identity is None:
+            self._identity = self._read_identity()
+        return self._identity
 
     def fingerprint(self) -> str:
-        """Return a sha256 of the config and of names, dtypes, shapes and sampled bytes of all tensors.
+        """Return the digest of `identity`.
 
-        Cheap on a checkpoint of any size; independent of the folder's name and of how tensors are sharded.
+        Raises:
+            CheckpointError: a file cannot be read.
         """
-        digest = hashlib.sha256()
+        return bytes_digest(json.dumps(self.identity(), sort_keys=True).encode())
+
+    def _read_identity(self) -> dict[str, Any]:
         config = self.config if self.composite is None else self.composite.config
-        digest.update(json.dumps(_plain_config(config), sort_keys=True).encode())
+        try:
+            self._tensors = with_digests(self._tensors)
+            if self.composite is not None:
+                self.composite = replace(self.composite, tensors=with_digests(self.composite.tensors))
+            files = self._side_files()
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.name!r} cannot be read any more: {one_line(error)}") from error
         tensors = {**self._tensors, **self.carried}
-        by_file: dict[Path, list[str]] = {}
-        for name in sorted(tensors):
-            by_file.setdefault(tensors[name].path, []).append(name)
-        samples: dict[str, bytes] = {}
-        for path, names in by_file.items():
-            offsets = data_offsets(path)
-            with open(path, "rb") as file:
-                for name in names:
-                    begin, end = offsets[tensors[name].name]
-                    step = max((end - begin - _SAMPLE_BYTES) // (_SAMPLES_PER_TENSOR - 1), 1)
-                    for k in range(_SAMPLES_PER_TENSOR):
-                        position = min(begin + k * step, max(end - _SAMPLE_BYTES, begin))
-                        file.seek(position)
-                        samples[name] = samples.get(name, b"") + file.read(min(_SAMPLE_BYTES, end - position))
-        for name in sorted(tensors):
-            tensor = tensors[name]
-            digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + samples[name])
-        return digest.hexdigest()
+        lines = [f"{name} {found.dtype} {found.shape} {found.digest}" for name, found in sorted(tensors.items())]
+        return {
+            "config": bytes_digest(json.dumps(_plain_config(config), sort_keys=True).encode()),
+            "weights": bytes_digest("\n".join(lines).encode()),
+            "files": files,
+        }
+
+    def _side_files(self) -> dict[str, str]:
+        paths = side_files(self.folder, composite=self.composite is not None)
+        return {path.name: file_digest(path) for path in paths}
+
+    def check_side_files(self) -> None:
+        """Refuse to copy files that are not those that `identity` has found.
+
+        Raises:
+            CheckpointError: with the first one that has changed.
+        """
+        before, now = self.identity()["files"], self._side_files()
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise CheckpointError(
+                    f"{name!r} of {self.name!r} has changed during the run; put it back, and repeat the command with "
+                    "--resume."
+                )
+
+    def check_unchanged(self) -> None:
+        """Read everything again, and refuse to go on if anything has changed since `identity`.
+
+        Raises:
+            CheckpointError: the model is another one now.
+        """
+        before, self._identity = self.identity(), None
+        if self.identity() != before:
+            raise CheckpointError(
+                f"{self.name!r} has changed while it was in use; put it back, and repeat the command with --resume."
+            )
 
     def _load(self, name: str, where: str = "") -> torch.Tensor:
-        stored = self._tensors[name]
-        try:
-            # One opening a tensor: pages of the mapped file count as resident until it is closed.
-            with safe_open(stored.path, framework="pt") as file:
-                tensor = file.get_tensor(stored.name).clone()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {name!r} from {str(stored.path)!r}: {error}") from error
+        tensor = read_stored(self._tensors[name])
         if tensor.numel():
             # The extremes are NaN if any element is, and need no memory, unlike isfinite on the whole tensor.
             low, high = torch.aminmax(tensor)
@@ -257,8 +291,12 @@ def open_folder(folder: Path, *, name: str | None = None, trust_remote_code: boo
         CheckpointError: files are missing, corrupt or unsafe, or contradict the config.
     """
     name = name or str(folder)
-    config = read_config(folder, name)
+    model_type = check_architecture(folder, name)["model_type"]
     tensors = read_headers(folder, name)
+    if model_type in composites():
+        # Before layers are counted: that there is no text tower says more than that it has no layers.
+        text_tensors(name, model_type, tensors)
+    config = read_config(folder, name, tensors)
     composite = None
     if config.model_type in composites():
         config, tensors, composite = take_apart(name, config, tensors)
@@ -283,16 +321,11 @@ def build_skeleton(config: Any, name: str, dtype: torch.dtype) -> Any:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    attention = "sdpa" if model_class._supports_sdpa else "eager"
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
-    # Values that only a model finds impossible, such as an unknown activation.
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
-        raise CheckpointError(
-            f"config.json of {name!r} is not valid: {type(error).__name__} {one_line(error)}"
-        ) from error
+    # Some values only a model finds impossible, such as an unknown activation.
+    with foreign(f"config.json of {name!r} is not valid", CheckpointError), torch.device("meta"):
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        attention = "sdpa" if model_class._supports_sdpa else "eager"
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
 
 
 def _plain_config(config: Any) -> dict[str, Any]:

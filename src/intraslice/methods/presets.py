@@ -56,7 +56,7 @@ TRANSACT = {
     "ffn": {"score": "magnitude", "repair": "none", "repair_against": "own_output"},
 }
 SOBP = {
-    "allocation": {"rule": "head_search", "budget_unit": "units"},
+    "allocation": {"rule": "head_search", "budget_unit": "units", "max_site_sparsity": 0.8},
     "attention": {
         "score": "obs",
         "obs_damping": 0.01,
@@ -66,9 +66,36 @@ SOBP = {
     },
     "ffn": {"score": "obs", "obs_damping": 0.01, "damping": 0.01, "repair_against": "own_output"},
 }
+MODEGPT = {
+    "allocation": {"rule": "similarity", "ffn_share": 1.0, "kept_layers": 0.0, "similarity_scale": 10.0},
+    "attention": {
+        "heads": "all",
+        "basis": "output",
+        "pair_score": "energy",
+        "measured_on": "dense_stream",
+        "repair": "none",
+        "repair_against": "own_output",
+    },
+    "ffn": {
+        "score": "leverage",
+        "obs_damping": 0.01,
+        "measured_on": "dense_stream",
+        "repair": "ridge",
+        "shrink_to": "zero",
+        "damping": 0.0001,
+        "repair_against": "own_output",
+    },
+}
 PAPER = {
     "allocation": {"ffn_share": 1.0},
-    "attention": {"shrink_to": "zero", "damping": 0.01, "repair_against": "own_output"},
+    "attention": {
+        "head_multiple": 2,
+        "head_budget": "queries",
+        "removal_order": "score",
+        "shrink_to": "zero",
+        "damping": 0.01,
+        "repair_against": "own_output",
+    },
     "ffn": {"shrink_to": "zero", "damping": 0.01, "repair_against": "own_output", "iter_pca": True},
 }
 

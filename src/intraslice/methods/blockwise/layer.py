@@ -30,10 +30,11 @@ from intraslice.methods.blockwise.measure import (
     attention_stats,
     context_moments,
     ffn_moments,
+    share_in_target,
     with_gain,
 )
 from intraslice.methods.blockwise.options import AttentionOptions, BlockwiseOptions, FFNOptions
-from intraslice.methods.blockwise.strategies import SCORES
+from intraslice.methods.blockwise.strategies import BASES, SCORES
 from intraslice.runtime.families_intraslice import LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 from intraslice.streaming.hidden import Streams
@@ -189,7 +190,9 @@ def _prune_attention(
     if options.measured_on == "dense_stream":
         assert streams.dense is not None
         measured = streams.dense
-    stats = attention_stats(model, layer, measured, SCORES[options.score].needs_full_moment)
+    stats = attention_stats(
+        model, layer, measured, SCORES[options.score].needs_full_moment, BASES[options.basis].needs_values
+    )
     pairs = model.pairs_to_channels(index)
     # The factors behind o count where something is chosen or solved; what is written leaves them out, because the trial
     # shares with the dense attention whatever keeps its size.
@@ -207,7 +210,14 @@ def _prune_attention(
     dense_dims = whole_shape.num_attention_heads * whole_shape.qk_head_dim
     whole = len(edit.heads) * edit.width == dense_dims
     value_edit, error = solve_value(
-        with_gain(trial.o, gain), per_kv, edit.width, moments, options, v_channels=edit.v_channels, whole=whole
+        with_gain(trial.o, gain),
+        per_kv,
+        edit.width,
+        moments,
+        options,
+        v_channels=edit.v_channels,
+        v_maps=edit.v_maps,
+        whole=whole,
     )
     fused = fuse_value(trial, _without_gain(value_edit, gain))
     output_bias = value_edit.o_bias is not None
@@ -284,9 +294,8 @@ class _Replay:
             if self._options.repair_against == "dense_stream" and dense is not None:
                 # `ffn_moments` has already advanced the dense stream past this layer.
                 missing = dense.read(part) - layer.ffn_residual(states)
-                if self._options.drift_share < 1.0:
-                    own = layer.added(FFN, layer.down_projection(act))
-                    missing = aimed_between(own, missing, self._options.drift_share)
+                if (share := share_in_target(self._options)) < 1.0:
+                    missing = aimed_between(layer.added(FFN, layer.down_projection(act)), missing, share)
                 target, _ = self._aim.to_stream(missing, None)
             else:
                 target = act @ self._down_weight.to(act).T

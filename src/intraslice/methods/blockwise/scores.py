@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intraslice.algebra.linalg import eigh_descending, ridge_solve
+from intraslice.algebra.linalg import decomposing, eigh_descending, ridge_solve
 from intraslice.algebra.selection import heads_per_kv, kept_kv_heads
 
 
@@ -110,6 +110,11 @@ def elimination(site: ScoreInput) -> Tensor:
     return elimination_ranks(site.full_moment, site.weight, site.units, site.removed, site.damping)
 
 
+def leverage(site: ScoreInput) -> Tensor:
+    """Return `leverage_scores`, [C]."""
+    return leverage_scores(site.full_moment, site.damping)
+
+
 def _correlation(site: ScoreInput) -> HeadCorrelation:
     return HeadCorrelation(site.full_moment, site.total, site.num_tokens, site.weight, site.units)
 
@@ -181,6 +186,17 @@ def reading_scores(read_energy_D: Tensor, reading: Sequence[Tensor]) -> Tensor:
     """
     norms_D = read_energy_D.sqrt()
     return torch.stack([(weight_CD.double() * norms_D).norm(dim=1) for weight_CD in reading]).sum(0)
+
+
+def leverage_scores(moment_CC: Tensor, damping: float) -> Tensor:
+    """Return the ridge leverage of each channel, diag(G (G + lambda I)^-1), [C]. Paper: MoDeGPT, Type I.
+
+    Args:
+        moment_CC: G = X^T X.
+        damping: lambda relative to the mean diagonal.
+    """
+    # Symmetric, and G and (G + lambda I)^-1 commute.
+    return ridge_solve(moment_CC, moment_CC, damping).diagonal().clone()
 
 
 def head_products(moment_CC: Tensor, weight_DC: Tensor, num_heads: int) -> Tensor:
@@ -278,11 +294,13 @@ def elimination_ranks(moment_CC: Tensor, weight_DC: Tensor, units: int, count: i
         # What is gone has zero rows in H^-1; any invertible block does, because its cost is masked.
         blocks = blocks + torch.eye(width, dtype=torch.float64) * gone[:, None, None]
         parts = weight_CD.view(units, width, -1)
-        costs = (torch.linalg.inv(blocks) * (parts @ parts.transpose(1, 2))).sum((1, 2))
+        with decomposing():
+            costs = (torch.linalg.inv(blocks) * (parts @ parts.transpose(1, 2))).sum((1, 2))
         unit = int(costs.masked_fill(gone, torch.inf).argmin())
         ranks[unit] = rank
         rows = slice(unit * width, (unit + 1) * width)
-        update = torch.linalg.solve(blocks[unit], inverse[rows])  # [width, C]
+        with decomposing():
+            update = torch.linalg.solve(blocks[unit], inverse[rows])  # [width, C]
         weight_CD.addmm_(update.T, weight_CD[rows].clone(), alpha=-1.0)
         inverse.addmm_(inverse[:, rows].clone(), update, alpha=-1.0)
         weight_CD[rows] = 0.0

@@ -72,6 +72,12 @@ SCORES: dict[str, Score] = {
         needs_reading=True,
         paper="SlimLLM",
     ),
+    "leverage": Score(
+        summary="ridge leverage: how little the other channels can say of the channel",
+        channels=f"{_HERE}.scores:leverage",
+        reads=("obs_damping",),
+        paper="MoDeGPT, Type I",
+    ),
     "obs": Score(
         summary="order of greedy optimal-brain-surgeon elimination",
         heads=f"{_HERE}.scores:elimination",
@@ -90,9 +96,11 @@ class Repair(Row):
 
     Attributes:
         adds_bias: whether output projections get a bias.
+        splits: whether it reads the sums over two halves of the sequences, and the site's own output beside the target.
     """
 
     adds_bias: bool = False
+    splits: bool = False
 
 
 REPAIRS: dict[str, Repair] = {
@@ -101,6 +109,12 @@ REPAIRS: dict[str, Repair] = {
         function=f"{_HERE}.repairs:ridge",
         reads=("damping", "damping_scale", "shrink_to", "repair_against"),
         paper="IntraSlice, Eq. 6 and 8",
+    ),
+    "cross_fit": Repair(
+        summary="ridge regressions of the site's own output and of the drift, chosen across two halves of the text",
+        function=f"{_HERE}.repairs:cross_fit",
+        reads=("damping_scale", "shrink_to", "repair_against"),
+        splits=True,
     ),
     "bias": Repair(
         summary="a bias that adds back the mean of what is missing",
@@ -173,7 +187,10 @@ HEAD_RULES: dict[str, Row] = {
             "attention.head_multiple",
             "attention.gqa_groups",
             "attention.basis",
+            "attention.pair_score",
             "attention.qk_width",
+            "attention.head_budget",
+            "attention.removal_order",
         ),
         paper="IntraSlice, Algorithm 2",
     ),
@@ -184,17 +201,48 @@ HEAD_RULES: dict[str, Row] = {
     ),
     "all": Row(
         summary="no head goes, all become narrower",
-        reads=("attention.head_multiple", "attention.basis", "attention.qk_width"),
+        reads=("attention.head_multiple", "attention.basis", "attention.pair_score", "attention.qk_width"),
         paper="TransAct",
     ),
 }
 """`attention.heads`."""
 
-BASES: dict[str, Row] = {
-    "pca": Row(summary="the leading directions of the context", paper="IntraSlice, Algorithm 2"),
-    "channels": Row(summary="the channels of q, k and v with the largest activations", paper="TransAct"),
+
+@dataclass(frozen=True, kw_only=True)
+class Basis(Row):
+    """What narrower heads keep.
+
+    Attributes:
+        needs_values: whether the second moments of the values are read.
+    """
+
+    needs_values: bool = False
+
+
+BASES: dict[str, Basis] = {
+    "pca": Basis(summary="the leading directions of the context", paper="IntraSlice, Algorithm 2"),
+    "channels": Basis(summary="the channels of q, k and v with the largest activations", paper="TransAct"),
+    "output": Basis(
+        summary="the directions of the values that say most of what value and output projection give together",
+        needs_values=True,
+        paper="MoDeGPT, Type III",
+    ),
 }
 """`attention.basis`: what narrower heads keep."""
+
+PAIR_SCORES: dict[str, Row] = {
+    "mean_product": Row(
+        summary="mean |q k| over all pairs of tokens",
+        function="intraslice.algebra.scores:rope_pair_scores",
+        paper="IntraSlice, appendix C.1",
+    ),
+    "energy": Row(
+        summary="root of the product of the energies of q and k",
+        function="intraslice.algebra.scores:pair_energy_scores",
+        paper="MoDeGPT, Type II",
+    ),
+}
+"""`attention.pair_score`: which pairs of channels narrower queries and keys keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,13 +295,16 @@ ALLOCATION_RULES: dict[str, AllocationRule] = {
         summary="whole heads and channels ranked by squared mask gradients, the number of heads searched",
         function=f"{_ALLOCATORS}.mask_gradient:allocate_by_head_search",
         measures="gradients",
-        reads=("allocation.gradient_group",),
+        reads=("allocation.gradient_group", "allocation.channel_balance"),
         paper="SoBP",
     ),
 }
 """`allocation.rule`."""
 
-_SHAPED = ("attention.gqa_groups", "attention.qk_width", "allocation.budget_unit")
+_SHAPED = (
+    *("attention.gqa_groups", "attention.qk_width", "allocation.budget_unit"),
+    *("attention.head_budget", "attention.removal_order"),
+)
 SHAPE_FREEDOMS: dict[str, Row] = {
     "free": Row(summary="every layer its own, groups may be ragged", paper="IntraSlice"),
     "layer": Row(summary="one group size per layer", reads=("attention.context_multiple",), excludes=_SHAPED),
@@ -305,8 +356,11 @@ ITER_PCA: dict[bool, Row] = {
             "ffn.iter_pca_fraction",
             "ffn.iter_pca_rounds",
             "ffn.iter_pca_slice",
+            "ffn.iter_pca_most_kept",
             "ffn.iter_pca_steps",
+            "ffn.iter_pca_batches",
             "ffn.iter_pca_lr",
+            "ffn.iter_pca_decay",
             "ffn.damping",
             "ffn.damping_scale",
             "ffn.shrink_to",
