@@ -753,7 +753,8 @@ class _HoldsTower(_ModelBase):
     def __init__(self, config: Any):
         # Not the constructor of the class whose head it is, which would build another decoder.
         PreTrainedModel.__init__(self, config)
-        self.model = MODEL_MAPPING[stock_config_class(self._family)](config)
+        decoder: Any = MODEL_MAPPING[stock_config_class(self._family)]
+        self.model = decoder(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -766,8 +767,9 @@ def causal_lm_class(family: str) -> type[Any]:
     Otherwise the decoder of the family with the head, and the forward pass, of the class of another family.
     """
     config, head_of = stock_config_class(family), FAMILIES[family].head_of
+    head: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config_class(head_of or family)]
     if head_of is None:
-        return MODEL_FOR_CAUSAL_LM_MAPPING[config]
+        return head
     name = f"{class_stem(family)}ForCausalLM"
     fields = {
         "__module__": __name__,
@@ -776,7 +778,7 @@ def causal_lm_class(family: str) -> type[Any]:
         "config_class": config,
         "_family": family,
     }
-    return type(name, (_HoldsTower, MODEL_FOR_CAUSAL_LM_MAPPING[stock_config_class(head_of)]), fields)
+    return type(name, (_HoldsTower, head), fields)
 
 
 @cache
