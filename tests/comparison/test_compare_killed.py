@@ -8,9 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from support.small_comparison import document_of, write_yaml
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
 def test_kill_and_go_on(make_folder, tmp_path: Path):
     model = make_folder("llama", num_hidden_layers=24)
     calibration = {"num_samples": 64, "seqlen": 128}
