@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from intraslice.comparison.cells import PRUNE, Work, digest
+from intraslice.comparison.cells import HEAL, PRUNE, Work, digest
 from intraslice.errors import CheckpointError, OutputError
 from intraslice.files import write_text
 from intraslice.results.result import RESULT_FILE, PruneResult
@@ -73,18 +73,27 @@ class Store:
         if PRUNE in found and found[PRUNE] is None and (self.checkpoint(work) / RESULT_FILE).is_file():
             # Killed between the checkpoint and the file of the part.
             found[PRUNE] = PruneResult.load(self.checkpoint(work)).to_dict()
+        if HEAL in found and found[HEAL] is None and (self.healed(work) / RESULT_FILE).is_file():
+            healing = PruneResult.load(self.healed(work)).healing
+            found[HEAL] = None if healing is None else healing.to_dict()
         return {name: result for name, result in found.items() if result is not None}
 
     def checkpoint(self, work: Work) -> Path:
         """Return the folder of the pruned model: readable, and named by all that decides it."""
-        words = re.sub(r"[^A-Za-z0-9.+-]+", "-", work.cell.title).strip("-")
+        words = re.sub(r"[^A-Za-z0-9.+-]+", "-", work.cell.pruned_title).strip("-")
         return self.folder / "checkpoints" / f"{words}-{digest(work.identities[PRUNE])[:8]}"
 
+    def healed(self, work: Work) -> Path:
+        """Return the folder of the healed model of a cell that has one."""
+        pruned = self.checkpoint(work)
+        return pruned.with_name(f"{pruned.name}-healed-{digest(work.identities[HEAL])[:8]}")
+
     def drop_checkpoint(self, work: Work) -> None:
-        """Delete the pruned model of a cell, whole or unfinished."""
-        folder = self.checkpoint(work)
-        for path in (folder, folder.with_name(folder.name + ".partial")):
-            shutil.rmtree(path, ignore_errors=True)
+        """Delete the models of a cell, whole or unfinished."""
+        folders = [self.checkpoint(work), *([self.healed(work)] if HEAL in work.identities else [])]
+        for folder in folders:
+            for path in (folder, folder.with_name(folder.name + ".partial")):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _part_path(self, name: str, identity: dict[str, Any]) -> Path:
         return self.folder / "parts" / f"{name}-{digest(identity)}.json"

@@ -13,7 +13,7 @@ from intraslice.checkpoint.writer import check_output, publish
 from intraslice.engine.rundir import check_identity, flatten
 from intraslice.errors import CheckpointError, IntraSliceError, NumericalError, OutputError, RecipeError
 from intraslice.files import write_text
-from intraslice.healing.options import HealOptions, num_steps, parse_budget
+from intraslice.healing.options import HealOptions
 from intraslice.healing.run import check_extras, heal_checkpoint
 from intraslice.progress import Progress, SilentProgress
 from intraslice.pruning import prune_recipe
@@ -21,30 +21,6 @@ from intraslice.recipes.recipe import Recipe
 from intraslice.results.result import PruneResult
 
 _MANIFEST = "manifest.json"
-
-
-def heal_options(recipe: Recipe, budget: str) -> HealOptions:
-    """Return the settings of a healing that follows a prune: its text, its seed, its device.
-
-    Raises:
-        RecipeError: the budget is none, or smaller than one step.
-    """
-    calibration, run = recipe.calibration, recipe.run
-    # Sequences that are short enough to prune with are not too long for the model.
-    seqlen = min(HealOptions.seqlen, calibration.seqlen)
-    options = HealOptions(
-        budget=budget,
-        calibration=calibration.source,
-        text_field=calibration.text_field,
-        seqlen=seqlen,
-        batch_size=HealOptions.batch_size * HealOptions.seqlen // seqlen,
-        seed=calibration.seed,
-        device=run.device,
-    )
-    tokens = parse_budget(budget).tokens
-    if tokens is not None:
-        num_steps(tokens, options)
-    return options
 
 
 def prune_and_heal(
