@@ -39,7 +39,10 @@ def test_the_budget_counts_stored_tensors_and_the_model_runs(method, family, tin
     assert sum(tensor.numel() for tensor in stored.values()) == result.pruned_parameters
     assert PruneResult.load(out).to_dict() == result.to_dict()
     assert all(record.errors.keys() == {"attention", "ffn"} for record in result.layers)
-    assert all(0 < error < 1 for record in result.layers for error in record.errors.values())
+    errors = [error for record in result.layers for error in record.errors.values()]
+    if method == "slicegpt":
+        assert errors.pop() == 0.0  # behind the last layer nothing is sliced
+    assert all(0 < error < 1 for error in errors)
     info = inspect_model(str(out))
     assert info.sparsity == pytest.approx(result.sparsity) and info.num_parameters == result.pruned_parameters
     assert (info.dense_hidden_size, info.dense_layer_parameters) == (96, result.dense_layer_parameters)
@@ -70,7 +73,8 @@ def test_a_rotated_model_of_which_nothing_is_deleted_is_the_dense_model(family, 
     biases = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     folder = make_tiny(family, tmp_path / "m", dtype=torch.float64, tie_word_embeddings=tied, **biases)
     monkeypatch.setattr(
-        "intraslice.methods.slicegpt.method.slice_width", lambda per_channel, hidden_size, sparsity: hidden_size
+        "intraslice.methods.slicegpt.method.slice_width",
+        lambda layers, per_channel, channels, hidden_size, sparsity: hidden_size,
     )
     prune(folder, tmp_path / "out", "slicegpt")
     stored = load_file(tmp_path / "out/model.safetensors")
@@ -81,11 +85,28 @@ def test_a_rotated_model_of_which_nothing_is_deleted_is_the_dense_model(family, 
     assert torch.allclose(logits(tmp_path / "out", tokens, dtype=torch.float64), expected, atol=1e-5)
 
 
+def test_only_the_stream_between_the_ends_of_a_sliced_model_is_sliced(tmp_path):
+    """Behind the last layer the model has the dense stream, its norm with the dense epsilon, and the dense head."""
+    folder = make_tiny("llama", tmp_path / "m", **WIDE)
+    prune(folder, tmp_path / "out", "slicegpt")
+    model, dense = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "out", folder))
+    width = model.config.hidden_size
+    last = model.model.layers[-1]
+    assert model.model.embed_tokens.weight.shape[1] == width < 96
+    assert (last.mlp.down_proj.out_features, tuple(last.mlp_shortcut.weight.shape)) == (96, (96, width))
+    # The matrix beside the last FFN is the basis itself, with orthonormal columns.
+    basis = last.mlp_shortcut.weight.double()
+    torch.testing.assert_close(basis.T @ basis, torch.eye(width, dtype=torch.float64), atol=1e-6, rtol=0)
+    for name in ("model.norm.weight", "lm_head.weight", "model.layers.1.mlp.down_proj.weight"):
+        assert torch.equal(model.get_parameter(name), dense.get_parameter(name))
+    assert model.model.norm.variance_epsilon == dense.model.norm.variance_epsilon
+    assert last.input_layernorm.variance_epsilon > dense.model.norm.variance_epsilon
+
+
 @pytest.mark.parametrize("method", ["svd-llm", "slicegpt"])
 def test_the_saved_model_is_what_the_layers_were_measured_on(method, tmp_path, monkeypatch):
-    """The states that the engine has after the last layer are those of the reloaded model (rotated back)."""
+    """The states that the engine has after the last layer are those of the reloaded model."""
     from intraslice.methods.base import Context
-    from intraslice.methods.slicegpt import method as slicegpt
     from intraslice.streaming.hidden import HiddenStates
 
     kept = {}
@@ -93,8 +114,6 @@ def test_the_saved_model_is_what_the_layers_were_measured_on(method, tmp_path, m
     monkeypatch.setattr(Context, "embedded", lambda *args: kept.setdefault("hidden", original(*args)))
     # The engine frees them after the last layer.
     monkeypatch.setattr(HiddenStates, "release", lambda states: None)
-    rest = slicegpt.rotate_rest
-    monkeypatch.setattr(slicegpt, "rotate_rest", lambda *args: rest(*args[:2], kept.setdefault("bases", args[2])))
     folder = make_tiny("llama", tmp_path / "m", dtype=torch.float64, **WIDE)
     prune(folder, tmp_path / "out", method)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64).eval()
@@ -103,8 +122,6 @@ def test_the_saved_model_is_what_the_layers_were_measured_on(method, tmp_path, m
     with torch.no_grad():
         model(calibration().tokens[:2])
     states = kept["hidden"].read(slice(0, 2))
-    if method == "slicegpt":
-        states = states @ kept["bases"][1]
     # The norms of transformers compute in float32.
     assert torch.allclose(seen[0], states, atol=1e-4)
 
@@ -114,8 +131,8 @@ def test_tied_embeddings_become_untied_and_are_counted(tmp_path):
     result = prune(folder, tmp_path / "out", "slicegpt")
     config = json.loads((tmp_path / "out/config.json").read_text())
     width = config["hidden_size"]
-    norms = (2 * len(result.layers) + 1) * width
-    assert result.pruned_parameters == result.pruned_layer_parameters + 2 * VOCAB_SIZE * width + norms
+    norms = 2 * len(result.layers) * width + 96
+    assert result.pruned_parameters == result.pruned_layer_parameters + VOCAB_SIZE * (width + 96) + norms
     assert config["tie_word_embeddings"] is False
     assert "stored apart" in (tmp_path / "out/README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -189,7 +206,7 @@ def test_nan_activations_name_the_layer(method, tmp_path):
 
 def test_a_stream_too_narrow_for_the_budget_is_refused(tiny_folder, tmp_path):
     with pytest.raises(BudgetError, match=r"32 channels can be sliced only to 0\.\d+; choose a sparsity near that"):
-        prune(tiny_folder("llama", num_hidden_layers=1), tmp_path / "out", "slicegpt", sparsity=0.31)
+        prune(tiny_folder("llama", num_hidden_layers=1), tmp_path / "out", "slicegpt", sparsity=0.32)
     assert not (tmp_path / "out").exists()
 
 

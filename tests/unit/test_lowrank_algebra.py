@@ -82,10 +82,12 @@ def test_weights_too_small_for_the_budget_are_refused():
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.3, 0.5, 0.7])
 def test_the_slice_width_pays_for_the_matrices_on_the_residual_connections(sparsity):
-    per_channel, hidden_size = 6144, 576
-    width = slice_width(per_channel, hidden_size, sparsity)
-    kept = (per_channel * width + 2 * width**2) / (per_channel * hidden_size)
-    assert abs(1 - kept - sparsity) <= 0.005
+    layers, per_channel, channels, hidden_size = 30, 6144, 1536, 576
+    width = slice_width(layers, per_channel, channels, hidden_size, sparsity)
+    kept = layers * (per_channel * width + 2 * width**2)
+    # The last layer writes the whole stream.
+    kept += (hidden_size - width) * (channels + width)
+    assert abs(1 - kept / (layers * per_channel * hidden_size) - sparsity) <= 0.005
     assert width < (1 - sparsity) * hidden_size
 
 

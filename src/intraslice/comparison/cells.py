@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from intraslice import __version__
+from intraslice.comparison.code import code_digest
 from intraslice.comparison.spec import ComparisonSpec, Variant
 from intraslice.healing.options import HealOptions
 from intraslice.options import CalibrationOptions
@@ -208,7 +209,7 @@ def plan_work(spec: ComparisonSpec, cell: Cell, facts: Facts, texts: TextFacts, 
         model = {"pruned": model, "heal": cell.heal.to_dict(), "text": texts.calibration}
         del model["heal"]["calibration"]
         identities[HEAL] = model
-    loaded = {"model": model, "dtype": spec.evaluation.dtype, "device": device}
+    loaded = {"model": model, "dtype": spec.evaluation.dtype, "device": device, "code": code_digest()}
     identities[PERPLEXITY] = {**loaded, **measured_on}
     on = {main.name: measured_on}
     for choice in others:
@@ -251,4 +252,10 @@ def _prune_identity(recipe: Recipe, facts: Facts) -> dict[str, Any]:
         del decides[name]
     decides["run"] = {name: value for name, value in decides["run"].items() if name not in _WITHOUT_EFFECT}
     calibration = facts.calibrations[calibration_name(recipe.calibration)]
-    return {**decides, "model": facts.fingerprint, "calibration": calibration, "version": __version__}
+    return {
+        **decides,
+        "model": facts.fingerprint,
+        "calibration": calibration,
+        "version": __version__,
+        "code": code_digest(),
+    }

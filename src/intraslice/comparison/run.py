@@ -22,6 +22,7 @@ from intraslice.comparison.cells import (
     list_cells,
     plan_work,
 )
+from intraslice.comparison.code import code_digest
 from intraslice.comparison.document import build_cell, build_document, build_protocol, failed_cell
 from intraslice.comparison.spec import ComparisonSpec, check_names
 from intraslice.comparison.store import Store
@@ -166,7 +167,9 @@ class Comparison:
         folder = self.facts[cell.model].folder if cell.recipe is None else str(store.checkpoint(work))
         if PRUNE in missing and not Path(folder).is_dir():
             assert cell.recipe is not None
-            run = cell.recipe.run.__class__(**{**asdict(cell.recipe.run), "gradient_folder": str(store.scans)})
+            run = cell.recipe.run.__class__(
+                **{**asdict(cell.recipe.run), "gradient_folder": str(store.scans / code_digest())}
+            )
             recipe = cell.recipe.model_copy(update={"output": folder, "run": run})
             result = run_job({"job": "prune", "recipe": recipe.to_dict(), "command": command}, self._progress)
             self._check_calibration(work, result)
@@ -227,6 +230,7 @@ class Comparison:
                     "text": self._texts.evaluation,
                     "seqlen": evaluation.seqlen,
                     "windows": evaluation.windows,
+                    "code": code_digest(),
                 },
             )
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 # Fields of a shape that config.json holds only where they are set.
-_OPTIONAL = ("output_bias", "ranks", "shortcuts", "headed_qk_norm", "dropped")
+_OPTIONAL = ("output_bias", "ranks", "shortcuts", "headed_qk_norm", "dropped", "output_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,8 @@ class LayerShape:
         headed_qk_norm: whether the norms of query and key, where all heads share one weight in the dense model, have
             one weight per head: [num_attention_heads, qk_head_dim] and [num_key_value_heads, qk_head_dim].
         dropped: blocks that the layer does not have, "attention" or "ffn"; their heads, widths and channels are 0.
+        output_size: width of the residual stream behind the layer where that is another one than before it, as behind
+            the last layer of a sliced stream; 0 where it is the same.
     """
 
     heads_per_kv: tuple[int, ...]
@@ -46,6 +48,7 @@ class LayerShape:
     shortcuts: bool = False
     headed_qk_norm: bool = False
     dropped: tuple[str, ...] = ()
+    output_size: int = 0
 
     @property
     def has_attention(self) -> bool:
@@ -294,7 +297,7 @@ class FamilySpec:
             counts = rows if len(paths) == len(rows) else (sum(rows),)
             sizes |= {path: (count, hidden_size) for path, count in zip(paths, counts, strict=True)}
         sizes[o] = (hidden_size, heads * shape.v_head_dim)
-        sizes[down] = (hidden_size, shape.intermediate_size)
+        sizes[down] = (shape.output_size or hidden_size, shape.intermediate_size)
         gone = (() if shape.has_attention else (*attention, o)) + (() if shape.has_ffn else (*ffn, down))
         return {path: size for path, size in sizes.items() if path not in gone}
 
@@ -303,14 +306,14 @@ class FamilySpec:
 
         Args:
             shape: of the layer.
-            hidden_size: width of its residual stream.
+            hidden_size: width of its residual stream; that behind the layer may be another one (`output_size`).
         """
         ranks = dict(shape.ranks)
         linears = sum(
             ranks[path] * (rows + columns) if path in ranks else rows * columns
             for path, (rows, columns) in self.linear_sizes(shape, hidden_size).items()
         )
-        return linears + (2 * hidden_size**2 if shape.shortcuts else 0)
+        return linears + (hidden_size * (hidden_size + (shape.output_size or hidden_size)) if shape.shortcuts else 0)
 
 
 _QKV = ("q", "k", "v")

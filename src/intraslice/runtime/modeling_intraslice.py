@@ -588,7 +588,8 @@ def apply_layer_shape(
             if slot is not None:
                 rows = ffn * max(1, len(slot.parts))
                 mlp.set_submodule(slot.path, _resized(mlp.get_submodule(slot.path), rows, hidden))
-        mlp.set_submodule(spec.down.path, _resized(mlp.get_submodule(spec.down.path), hidden, ffn))
+        down = _resized(mlp.get_submodule(spec.down.path), shape.output_size or hidden, ffn)
+        mlp.set_submodule(spec.down.path, down)
         if spec.mlp:
             mlp.intermediate_size = ffn
     if shape.dropped:
@@ -600,7 +601,7 @@ def apply_layer_shape(
     for path, rank in shape.ranks:
         layer.set_submodule(path, FactoredLinear.like(layer.get_submodule(path), rank))  # type: ignore[arg-type]
     if shape.shortcuts:
-        add_shortcuts(layer, spec, hidden)
+        add_shortcuts(layer, spec, hidden, shape.output_size or hidden)
 
 
 def _drop_ffn(layer: nn.Module, spec: FamilySpec) -> None:
@@ -664,6 +665,10 @@ def _shape_layers(model: Any, config: Any) -> None:
         # Where other buffers are made: vLLM builds parameters on the meta device, but no buffers.
         if shape.has_attention:
             layer.get_submodule(spec.attention).register_indices()
+    width = config.layer_shapes[-1].output_size
+    if width:
+        # Behind the last layer the stream is that of the dense model, and so is its norm.
+        model.norm = type(model.norm)(width, eps=dense_config(config).rms_norm_eps)
     model._no_split_modules = {type(layer).__name__ for layer in model.layers}
     if spec.rope:
         # Scaled RoPE recomputes its frequencies while the model runs, from the dense head_dim.
@@ -702,10 +707,10 @@ class _HoldsHead(_ModelBase):
         with torch.device("meta"), dense_sizes(config):
             super().__init__(config)
         self.model = _model_class(config.family, "Model")(config)
-        # As wide as the embeddings, which may be another width than that of the layers.
+        # As wide as the embeddings, which may be another width than that of the layers, or as the stream at the end.
         embeddings: Any = self.get_input_embeddings()
-        biased = self.lm_head.bias is not None
-        self.lm_head = nn.Linear(embeddings.embedding_dim, config.vocab_size, bias=biased)
+        width = config.layer_shapes[-1].output_size or embeddings.embedding_dim
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=self.lm_head.bias is not None)
         self.post_init()
 
 

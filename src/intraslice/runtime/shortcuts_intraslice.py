@@ -37,7 +37,7 @@ class _Shortcuts(_LayerBase):
     mlp_shortcut: nn.Linear
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Return the hidden states after the layer [B, T, D], of [B, T, D] before it.
+        """Return the hidden states after the layer, of [B, T, D] before it; the last layer may give wider ones.
 
         Args:
             hidden_states: [B, T, D].
@@ -73,7 +73,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"{__name__} has no class {name!r}")
 
 
-def add_shortcuts(layer: nn.Module, spec: FamilySpec, hidden_size: int) -> None:
+def add_shortcuts(layer: nn.Module, spec: FamilySpec, hidden_size: int, output_size: int) -> None:
     """Turn a stock decoder layer into one with a matrix on each residual connection, in place.
 
     The matrices get the device and dtype of the layer and are not initialised.
@@ -82,11 +82,12 @@ def add_shortcuts(layer: nn.Module, spec: FamilySpec, hidden_size: int) -> None:
         layer: decoder layer of the stock class.
         spec: the family.
         hidden_size: width of the residual stream.
+        output_size: its width behind the layer.
     """
     like = next(layer.parameters())
-    for name in ("attn_shortcut", "mlp_shortcut"):
+    for name, width in (("attn_shortcut", hidden_size), ("mlp_shortcut", output_size)):
         # Under the meta device nothing is initialised, to_empty allocates only.
-        shortcut = nn.Linear(hidden_size, hidden_size, bias=False, device="meta", dtype=like.dtype)
+        shortcut = nn.Linear(hidden_size, width, bias=False, device="meta", dtype=like.dtype)
         shortcut = shortcut if like.device.type == "meta" else shortcut.to_empty(device=like.device)
         layer.add_module(name, shortcut.requires_grad_(like.requires_grad))
     # The modules are already there; only what `forward` does with them is another.

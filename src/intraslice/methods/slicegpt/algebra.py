@@ -19,26 +19,38 @@ from intraslice.errors import BudgetError, NumericalError
 from intraslice.runtime.families_intraslice import FamilySpec
 
 
-def slice_width(weights_per_channel: int, hidden_size: int, sparsity: float) -> int:
+def slice_width(
+    num_layers: int, weights_per_channel: int, intermediate_size: int, hidden_size: int, sparsity: float
+) -> int:
     """Return the width of the sliced stream that meets the budget, the matrices on the residual connections counted.
 
     A layer has weights_per_channel * d + 2 d^2 weights, which is more than the dense layer's at d = D: a small sparsity
-    already costs many directions.
+    already costs many directions. Behind the last layer the stream is whole: its down projection and the matrix beside
+    it have (D - d) (F + d) weights more.
 
     Args:
+        num_layers: layers of the model.
         weights_per_channel: linear weights of a layer that belong to one channel of the residual stream.
+        intermediate_size: F.
         hidden_size: D.
-        sparsity: fraction of the layer's weights to remove.
+        sparsity: fraction of the layers' weights to remove.
 
     Raises:
         BudgetError: the stream is too narrow to come close to the budget.
     """
-    dense, per = weights_per_channel * hidden_size, weights_per_channel
-    exact = ((per**2 + 8 * (1 - sparsity) * dense) ** 0.5 - per) / 4
+    D, F, per = hidden_size, intermediate_size, num_layers * weights_per_channel
+    dense = per * D
+
+    def stored(width: int) -> int:
+        return per * width + 2 * num_layers * width**2 + (D - width) * (F + width)
+
+    # stored(d) = square d^2 + linear d + D F
+    square, linear = 2 * num_layers - 1, per + D - F
+    exact = ((linear**2 + 4 * square * max(0.0, (1 - sparsity) * dense - D * F)) ** 0.5 - linear) / (2 * square)
     reached = 0.0
     for multiple in MULTIPLES:
         width = max(multiple, multiple * round(exact / multiple))
-        reached = 1 - (per * width + 2 * width**2) / dense
+        reached = 1 - stored(width) / dense
         if abs(reached - sparsity) <= TOLERANCE:
             return width
     raise BudgetError(
@@ -75,21 +87,24 @@ def rotate_rows(weight_OD: Tensor, basis_Dd: Tensor, norm_D: Tensor | None = Non
 
 
 def rotate_layer(
-    tensors: Mapping[str, Tensor], spec: FamilySpec, bases: tuple[Tensor, Tensor, Tensor]
+    tensors: Mapping[str, Tensor], spec: FamilySpec, bases: tuple[Tensor, Tensor, Tensor | None]
 ) -> dict[str, Tensor]:
     """Return the tensors of a dense layer for the sliced stream, with the matrices of its residual connections.
 
     Args:
         tensors: by name relative to the layer.
         spec: the family.
-        bases: directions of the stream before the layer, between its blocks, and after it, each [D, d].
+        bases: directions of the stream before the layer, between its blocks, and after it, each [D, d]; None where
+            the stream after it is the dense one.
     """
     rotated = dict(tensors)
     halves = (
         (spec.attention_norm, spec.attention_paths, "attn_shortcut"),
         (spec.ffn_norm, spec.ffn_paths, "mlp_shortcut"),
     )
-    for (norm, (reading, writing), shortcut), before, after in zip(halves, bases, bases[1:], strict=False):
+    first, middle, last = bases
+    pairs = ((first, middle), (middle, torch.eye(len(first), dtype=first.dtype) if last is None else last))
+    for (norm, (reading, writing), shortcut), (before, after) in zip(halves, pairs, strict=True):
         norm_weight = tensors[f"{norm}.weight"]
         for path in reading:
             rotated[f"{path}.weight"] = rotate_rows(tensors[f"{path}.weight"], before, norm_weight)

@@ -27,13 +27,16 @@ from intraslice.runtime.configuration_intraslice import dense_head_dim
 from intraslice.streaming.hidden import HiddenStates
 from intraslice.streaming.model import StreamedModel
 
-# The families with RMSNorm share these names.
-_EMBEDDING, _FINAL_NORM = "model.embed_tokens.weight", "model.norm.weight"
+# The families with RMSNorm share this name.
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass
 class _State:
-    """The stream, and its directions before the first layer and after the last finished one, [D, d]."""
+    """The stream, and its directions before the first layer and after the last finished one, [D, d].
+
+    Without directions nothing is sliced there: at sparsity 0, and behind the last layer.
+    """
 
     hidden: HiddenStates
     first: Tensor | None = None
@@ -58,9 +61,12 @@ class SliceGpt:
         """Count embeddings and an output head of its own, and the norms."""
         if sparsity == 0:
             return Preview()
-        layers = len(dense.layers)
-        width = slice_width(dense.dense_layer_parameters // layers // dense.hidden_size, dense.hidden_size, sparsity)
-        return Preview(outside_parameters=(2 * dense.vocab_size + 2 * layers + 1) * width)
+        layers, hidden_size = len(dense.layers), dense.hidden_size
+        per_channel = dense.dense_layer_parameters // layers // hidden_size
+        width = slice_width(layers, per_channel, dense.layers[-1].shape.intermediate_size, hidden_size, sparsity)
+        # Embeddings and the norms of the layers are sliced, the final norm and the head are not.
+        sliced = (dense.vocab_size + 2 * layers) * width
+        return Preview(outside_parameters=sliced + (dense.vocab_size + 1) * hidden_size)
 
     def plan(self, context: Context) -> dict[str, Any]:
         """Return the width of the stream; at sparsity 0 it stays what it is, and nothing is rotated.
@@ -73,8 +79,8 @@ class SliceGpt:
             # A rotation would only add the matrices on the residual connections.
             return {"width": hidden_size}
         total = sum(model.spec.num_parameters(shape, hidden_size) for shape in model.dense_shapes)
-        per_channel = total // model.num_layers // hidden_size
-        return {"width": slice_width(per_channel, hidden_size, context.sparsity)}
+        per_channel, width = total // model.num_layers // hidden_size, model.dense_shapes[-1].intermediate_size
+        return {"width": slice_width(model.num_layers, per_channel, width, hidden_size, context.sparsity)}
 
     def plan_seconds(self, context: Context) -> float:
         """Return 0: nothing is measured."""
@@ -94,7 +100,10 @@ class SliceGpt:
     def layer(self, context: Context, state: _State, index: int, layer: DecoderLayer) -> LayerOutcome:
         """Rotate and slice the stored tensors of the layer, and advance the stream through it."""
         model, width = context.model, self._width
+        last = index == model.num_layers - 1
         shape = replace(model.dense_shapes[index], shortcuts=context.sparsity > 0)
+        if shape.shortcuts and last:
+            shape = replace(shape, output_size=model.config.hidden_size)
         outcome = {
             "shape": shape,
             "num_weights": model.spec.num_parameters(shape, width),
@@ -105,7 +114,10 @@ class SliceGpt:
         before = state.last
         try:
             middle, attention_error = _advance(model, state.hidden, width, layer.attention_step, before)
-            after, ffn_error = _advance(model, state.hidden, width, layer.ffn_step, middle)
+            assert middle is not None
+            # As in the published code, nothing is sliced behind the last layer: the head reads the whole stream.
+            kept = None if last else width
+            after, ffn_error = _advance(model, state.hidden, kept, layer.ffn_step, middle)
         except NumericalError as error:
             raise NumericalError(f"layer {index}: {error}") from error
         state.last = after
@@ -117,23 +129,30 @@ class SliceGpt:
         raise AssertionError("the stream after a layer cannot be had from its stored tensors")
 
     def finish(self, context: Context, state: _State, outside: dict[str, Tensor]) -> Outside:
-        """Return embeddings, final norm and an output head of the sliced stream."""
-        if state.first is None or state.last is None:
+        """Return the embeddings of the sliced stream; final norm and output head are those of the dense model."""
+        if state.first is None:
             return Outside(tensors=outside)
         if context.model.checkpoint.tied:
-            context.progress.note("the output head is rotated otherwise than the embeddings, so they are stored apart")
-        changes, tensors = rotate_rest(context.model.config, outside, (state.first, state.last))
+            context.progress.note("the embeddings are sliced and the output head is not, so they are stored apart")
+        changes, tensors = rotate_rest(context.model.config, outside, state.first)
         return Outside(tensors=tensors, config=changes)
 
 
 def _advance(
     model: StreamedModel,
     hidden: HiddenStates,
-    width: int,
+    width: int | None,
     step: Callable[[Tensor], Tensor],
     basis_Dd: Tensor | None = None,
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor | None, float]:
     """Run half a layer on the states, projected on their basis, and overwrite them with what comes out.
+
+    Args:
+        model: the dense model.
+        hidden: the states; overwritten.
+        width: directions to keep of what comes out; None keeps all of it as it is.
+        step: half a layer.
+        basis_Dd: of the states; None leaves them as they are.
 
     Returns:
         The leading directions of the new states, and the share of their energy that is deleted. As in the published
@@ -147,23 +166,21 @@ def _advance(
         states = step(states if basis is None else states @ basis @ basis.T)
         hidden.write(part, states)
         moment.update(states.flatten(0, 1))
-    return leading_directions(moment.value, width)
+    directions, lost = leading_directions(moment.value, width or model.config.hidden_size)
+    return (directions, lost) if width else (None, 0.0)
 
 
-def rotate_rest(
-    config: Any, rest: dict[str, Tensor], bases: tuple[Tensor, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def rotate_rest(config: Any, rest: dict[str, Tensor], first: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what the sliced stream changes outside of the decoder layers.
 
     Args:
         config: of the dense model.
         rest: tensors outside of the decoder layers, by full name; a tied head is left out.
-        bases: directions of the stream before the first and after the last layer.
+        first: directions of the stream before the first layer, [D, d].
 
     Returns:
         Fields of the config, and all tensors of the sliced model; its head is its own.
     """
-    first, last = bases
     hidden_size, width = first.shape
     changes = {
         "hidden_size": width,
@@ -172,11 +189,5 @@ def rotate_rest(
         "rms_norm_eps": config.rms_norm_eps * hidden_size / width,
         "tie_word_embeddings": False,
     }
-    norm = rest[_FINAL_NORM]
     head = rest.get(OUTPUT_EMBEDDING, rest[_EMBEDDING])
-    return changes, {
-        **rest,
-        _EMBEDDING: rotate_rows(rest[_EMBEDDING], first),
-        _FINAL_NORM: torch.ones(width, dtype=norm.dtype),
-        OUTPUT_EMBEDDING: rotate_rows(head, last, norm),
-    }
+    return changes, {**rest, _EMBEDDING: rotate_rows(rest[_EMBEDDING], first), OUTPUT_EMBEDDING: head}
