@@ -14,7 +14,7 @@ MAX_SPARSITY = 0.95
 """Sparsities are below this."""
 
 
-DEFAULT_CALIBRATION = "builtin"
+DEFAULT_CALIBRATION = "offline-mix"
 """The text that is taken where none is named; the only place that says which one it is."""
 
 

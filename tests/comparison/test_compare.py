@@ -330,7 +330,7 @@ def test_a_mixture_with_text_of_the_model(small: Small, tmp_path: Path, jobs: Jo
 HEAL = {"budget": "512", "seqlen": 32, "batch_size": 4, "held_out": 4, "lr": 1e-3, "evaluate_every": 2}
 
 
-def test_every_method_is_healed_with_one_budget(finished: Path, small: Small, jobs: Jobs, tmp_path: Path, capfd):
+def test_every_method_is_healed_with_one_budget(small: Small, jobs: Jobs, tmp_path: Path, capfd):
     text = tmp_path / "own.txt"
     text.write_text("".join(f"{number}. the quick brown fox jumps over the lazy dog; " for number in range(300)))
     wanted: dict[str, Any] = {
@@ -356,7 +356,7 @@ def test_every_method_is_healed_with_one_budget(finished: Path, small: Small, jo
         assert seconds["total"] == pytest.approx(pruned["prune"]["seconds"]["total"] + seconds["healing"])
         assert healed["speed"] is None and healed["layers"] == pruned["layers"]
     table = (out / "table.md").read_text()
-    assert "healed, perplexity" in table and "- heal: budget 512" in table
+    assert "healed, perplexity" in table and "- heal: " in table and "budget 512" in table
     assert "mean log gap" in (out / "report.html").read_text()
     assert list((out / "checkpoints").iterdir()) == []
     # Finished work is not repeated, and the cells without healing know nothing of it.
