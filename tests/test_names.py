@@ -58,7 +58,8 @@ def test_a_file_that_is_no_model_is_named_when_only_its_config_is_wanted(tmp_pat
 
 
 def test_the_package_offers_what_the_interface_has():
-    public = {name for name, value in vars(api).items() if callable(value) and value.__module__ == api.__name__}
+    own = {name for name, value in vars(api).items() if callable(value) and value.__module__ == api.__name__}
+    public = {name for name in own if not name.startswith("_")}
     assert public - {"analyse"} == set(intraslice.__all__) - {"__version__"}
     assert all(getattr(intraslice, name) is getattr(api, name) for name in public - {"analyse"})
     with pytest.raises(AttributeError):

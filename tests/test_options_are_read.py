@@ -49,11 +49,13 @@ PLAIN = Context()
 class Trial:
     """Values of an option, of which the first one that the method does not have anyway is given; and contexts.
 
-    Every method is tried without a context, and then in each of these that it takes.
+    Every method is tried without a context, and then in each of these that it takes. `beside` are options that are
+    read only because this one is given, and that are given with it.
     """
 
     values: tuple[Any, ...]
     contexts: tuple[Context, ...] = ()
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _in(model: str = "llama", **options: Any) -> Context:
@@ -63,7 +65,18 @@ def _in(model: str = "llama", **options: Any) -> Context:
 _BOTH = (True, False)
 # The error of a random FFN falls little by little: larger steps show every setting sooner.
 _ITERATED = _in(ffn__iter_pca=True, ffn__iter_pca_lr=1e-2, ffn__iter_pca_steps=4)
+# Training changes nothing where it does not help on the sequences held out: without a repair it always does.
+_TRAINED = _in(
+    distill__sites="ffn",
+    distill__learning_rate=0.003,
+    ffn__repair="none",
+    ffn__repair_against="own_output",
+    run__batch_tokens=32,
+)
 _SHAPED = _in(target="vllm", attention__head_multiple=2, ffn__ffn_multiple=4)
+# Blocks of random weights are worth alike: at any price, some go.
+_EAGER = {"allocation.max_drop_price": 1e6, "allocation.max_dropped_share": 0.5}
+_DROPPED = Context({"allocation.drop_blocks": True, **_EAGER})
 TRIALS: dict[str, Trial] = {
     "allocation.rule": Trial(("uniform", "similarity")),
     "allocation.pca_attention": Trial(_BOTH),
@@ -75,10 +88,17 @@ TRIALS: dict[str, Trial] = {
     "allocation.max_site_sparsity": Trial((0.6,), (_in(allocation__ffn_share=1.6),)),
     "allocation.num_channel_groups": Trial((4,), (_in(allocation__pca_ffn=True),)),
     "allocation.shape_freedom": Trial(("layer",)),
+    "allocation.drop_blocks": Trial(_BOTH, beside=_EAGER),
+    # Of eight blocks, one may go or four; the caps have an effect only on what would go.
+    "allocation.max_dropped_share": Trial((0.2,), (_DROPPED,)),
+    "allocation.max_drop_price": Trial((1e-9,), (_DROPPED,)),
+    "allocation.rotation": Trial(("exact",), (_in(ffn__ffn_multiple=1),)),
+    "allocation.gradient_group": Trial((2,), (_in(ffn__ffn_multiple=1),)),
     "attention.heads": Trial(("whole", "adaptive")),
     "attention.score": Trial(("fluctuation", "norm")),
     "attention.obs_damping": Trial((50.0,), (_in(attention__score="obs"),)),
     "attention.basis": Trial(("channels", "pca"), (_in("opt"),)),
+    "attention.qk_width": Trial(("dense", "narrow")),
     "attention.min_head_fraction": Trial((1.0, 0.25)),
     "attention.head_multiple": Trial((2,)),
     "attention.context_multiple": Trial((24,), (_SHAPED,)),
@@ -86,6 +106,8 @@ TRIALS: dict[str, Trial] = {
     "attention.damping": Trial((0.7,)),
     "attention.shrink_to": Trial(("zero", "weights")),
     "attention.repair_against": Trial(("own_output", "dense_stream")),
+    "attention.damping_scale": Trial(("channel",)),
+    "attention.drift_share": Trial((0.5,)),
     "attention.gqa_groups": Trial(("uniform",)),
     "ffn.score": Trial(("magnitude", "norm")),
     "ffn.obs_damping": Trial((50.0,), (_in(ffn__score="obs"),)),
@@ -93,6 +115,8 @@ TRIALS: dict[str, Trial] = {
     "ffn.damping": Trial((0.7,), (_ITERATED,)),
     "ffn.shrink_to": Trial(("zero", "weights"), (_ITERATED,)),
     "ffn.repair_against": Trial(("own_output", "dense_stream"), (_ITERATED,)),
+    "ffn.damping_scale": Trial(("channel",), (_ITERATED,)),
+    "ffn.drift_share": Trial((0.5,), (_ITERATED,)),
     "ffn.ffn_multiple": Trial((4,)),
     "ffn.iter_pca": Trial(_BOTH, (_in(ffn__score="magnitude"),)),
     "ffn.iter_pca_fraction": Trial((1.0,), (_ITERATED,)),
@@ -100,6 +124,10 @@ TRIALS: dict[str, Trial] = {
     "ffn.iter_pca_slice": Trial((5,), (_ITERATED,)),
     "ffn.iter_pca_steps": Trial((7,), (_ITERATED,)),
     "ffn.iter_pca_lr": Trial((3e-3,), (_ITERATED,)),
+    "distill.sites": Trial(("ffn",), (_in(ffn__repair="none"), _TRAINED)),
+    "distill.epochs": Trial((8.0,), (_TRAINED,)),
+    "distill.learning_rate": Trial((0.001,), (_TRAINED,)),
+    "distill.held_out": Trial((0.75,), (_TRAINED,)),
 }
 
 
@@ -175,8 +203,9 @@ def test_an_option_is_refused_or_changes_the_weights(method: str, option: str, p
         if _refusal(method, base) is not None:
             continue  # the method does not take the context
         has = flatten({section: vars(value) for section, value in vars(_recipe(method, base).options).items()})
-        given = {**base, option: next(value for value in TRIALS[option].values if has.get(option) != value)}
-        refusal = _refusal(method, given)
+        value = next(value for value in TRIALS[option].values if has.get(option) != value)
+        given = {**base, **TRIALS[option].beside, option: value}
+        refusal = _refusal(method, {**base, option: value})
         if refusal is not None:
             assert option in refusal and f"method {method}" in refusal, refusal
             refused = True
@@ -194,7 +223,7 @@ def test_an_option_is_refused_or_changes_the_weights(method: str, option: str, p
 @pytest.mark.parametrize("option", ALL)
 def test_every_option_is_read_by_some_method(option: str):
     assert any(
-        _refusal(method, {**context.options, option: value}) is None
+        _refusal(method, {**context.options, **TRIALS[option].beside, option: value}) is None
         for method in METHODS
         for context in (PLAIN, *TRIALS[option].contexts)
         for value in TRIALS[option].values

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from intraslice.algebra.linalg import eigh_descending
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.errors import NumericalError, OutputError, ResumeMismatchError
 from intraslice.methods.blockwise.gradient_pass import measure_gradients, pass_seconds
+from intraslice.methods.blockwise.options import AttentionOptions, FFNOptions
 from intraslice.progress import SilentProgress
 from intraslice.results.result import PruneResult
 from support.family_cases import family_model
@@ -69,7 +71,7 @@ def test_pruned_model_beats_removal_without_repair(family, tiny_folder, tmp_path
 
 
 def test_streaming_gives_the_gradients_of_the_whole_model(tiny_folder, tmp_path):
-    """Mask gradients of the layer-streamed pass equal autograd through the resident model."""
+    """Mask gradients of the layer-streamed pass, on channels and on directions, equal autograd through the model."""
     from intraslice.placement import Placement
     from intraslice.streaming.model import StreamedModel
 
@@ -82,26 +84,36 @@ def test_streaming_gives_the_gradients_of_the_whole_model(tiny_folder, tmp_path)
         tokens,
         boundary_bytes=1,  # one batch a chunk
         num_channel_groups=8,
+        rotated=True,
         save_path=tmp_path / "gradients.safetensors",
         progress=SilentProgress(),
     )
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     masks: dict[str, torch.Tensor] = {}
 
-    def masked(name: str, width: int):
+    def masked(name: str, width: int, moment: torch.Tensor):
+        # All four sequences decide the directions, so they are the eigenvectors of the whole moments.
+        basis = torch.block_diag(*eigh_descending(moment)[1])
         masks[name] = torch.ones(width, dtype=torch.float64, requires_grad=True)
-        return lambda module, inputs: (inputs[0] * masks[name],)
+        masks[f"{name} rotated"] = torch.ones(width, dtype=torch.float64, requires_grad=True)
+        return lambda module, inputs: ((inputs[0] * masks[name] @ basis * masks[f"{name} rotated"]) @ basis.T,)
 
     for index, layer in enumerate(stock.model.layers):
-        layer.self_attn.o_proj.register_forward_pre_hook(masked(f"context{index}", 32))
-        layer.mlp.down_proj.register_forward_pre_hook(masked(f"act{index}", 64))
+        sites = measured.layers[index]
+        attention, ffn = sites["attention"].moment, sites["ffn"].moment
+        layer.self_attn.o_proj.register_forward_pre_hook(masked(f"attention{index}", 32, attention))
+        layer.mlp.down_proj.register_forward_pre_hook(masked(f"ffn{index}", 64, ffn))
     for sequence in range(4):
         row = tokens[sequence : sequence + 1]
         loss = stock(row, labels=row).loss
         grads = dict(zip(masks, torch.autograd.grad(loss, list(masks.values())), strict=True))
         for index, sites in enumerate(measured.layers):
-            assert torch.allclose(sites["attention"].grad[sequence], grads[f"context{index}"], rtol=1e-4, atol=1e-7)
-            assert torch.allclose(sites["ffn"].grad[sequence], grads[f"act{index}"], rtol=1e-4, atol=1e-7)
+            # The pass sums them in float32.
+            for site, found in sites.items():
+                assert found.rotated is not None
+                wanted = grads[f"{site}{index}"], grads[f"{site}{index} rotated"]
+                assert torch.allclose(found.grad[sequence], wanted[0], rtol=1e-4, atol=1e-7)
+                assert torch.allclose(found.rotated[sequence], wanted[1], rtol=1e-4, atol=1e-7)
 
 
 def test_chunks_and_disk_change_nothing(tiny_folder, tmp_path):
@@ -222,9 +234,9 @@ def test_existing_output_is_kept_unless_overwrite(tiny_folder, tmp_path):
     assert (out / "model.safetensors").read_bytes() != before
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, tmp_path):
-    """Against the dense stream the FFN is fitted to (dense stream after the layer) - (pruned stream before the FFN)."""
+@pytest.mark.parametrize(("family", "share"), [("llama", 1.0), ("opt", 1.0), ("llama", 0.3), ("opt", 0.3)])
+def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, share, tmp_path):
+    """The FFN is fitted to its own output and a share of what leads from there to the dense stream after the layer."""
     from intraslice.methods.blockwise.measure import context_moments, ffn_moments
     from intraslice.placement import Placement
     from intraslice.streaming.hidden import HiddenStates, Streams
@@ -244,20 +256,23 @@ def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, t
         hidden[0].write(part, drifted[part])
         hidden[1].write(part, before[part])
     block = model.load_layer(0)
+    options = AttentionOptions(drift_share=share), FFNOptions(drift_share=share)
     with torch.no_grad():
-        attention = context_moments(model, block, streams, block.attention, "dense_stream")
+        attention = context_moments(model, block, streams, block.attention, options[0])
         middle = block.attention_step(before)
-        ffn = ffn_moments(model, block, streams, block.attention, "dense_stream")
+        ffn = ffn_moments(model, block, streams, block.attention, options[1])
         pruned_middle = block.attention_step(drifted)
         context = block.context(block.attention, block.attention_input(drifted)).flatten(0, 1)
         act = block.act(block.ffn_input(pruned_middle)).flatten(0, 1)
         zero = torch.zeros((), dtype=torch.float64)
         out_bias = block.out_projection.bias if block.out_projection.bias is not None else zero
         down_bias = block.down_projection.bias if block.down_projection.bias is not None else zero
-    wanted = (middle - drifted - out_bias).flatten(0, 1)
+        own = block.attention_output(block.attention, drifted)
+        own_ffn = block.ffn_output(pruned_middle)
+    wanted = (own + share * (middle - drifted - own) - out_bias).flatten(0, 1)
     assert torch.allclose(attention.cross, context.T @ wanted, atol=1e-8)
     assert attention.target_energy == pytest.approx(float(wanted.square().sum()))
-    wanted = (after - pruned_middle - down_bias).flatten(0, 1)
+    wanted = (own_ffn + share * (after - pruned_middle - own_ffn) - down_bias).flatten(0, 1)
     assert torch.allclose(ffn.cross, act.T @ wanted, atol=1e-8)
     assert ffn.target_energy == pytest.approx(float(wanted.square().sum()))
 
@@ -300,12 +315,12 @@ def test_moments_count_what_comes_after_the_projection(family, tmp_path):
         assert found.num_tokens == pytest.approx(float((1 / root**2).sum()), rel=1e-5)
 
     with torch.no_grad():
-        attention = context_moments(model, block, streams, block.attention, "dense_stream")
+        attention = context_moments(model, block, streams, block.attention, AttentionOptions())
         raw = block.raw_output(block.attention, before)
         middle = before + block.added("attention", raw)
         context = block.context(block.attention, block.attention_input(drifted))
         check(attention, context, middle - drifted, raw, block.out_projection, spec.attention_out_norm)
-        ffn = ffn_moments(model, block, streams, block.attention, "dense_stream")
+        ffn = ffn_moments(model, block, streams, block.attention, FFNOptions())
         after = block.run(before)[0]
         reads, dense_reads = drifted, before
         pruned_middle = drifted + block.attention_output(block.attention, drifted)

@@ -11,8 +11,7 @@ import pytest
 from intraslice.healing.options import HealOptions
 from intraslice.healing.run import HealResult, heal_checkpoint
 from support.prune import prune
-
-WORDS = "the quick brown fox jumps over the lazy dog and runs away from 3 bears; "
+from support.text import WORDS
 
 
 @pytest.fixture(scope="session")

@@ -102,7 +102,8 @@ def test_commands(tiny_folder, text, tmp_path, capsys):
     assert main([*command, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["healing"]["steps"] == 2 and "--heal" in printed["healing"]["command"]
-    assert main(["heal", str(pruned), "-o", str(healed), "--budget", "512", *shared, "--held-out", "4"]) == 0
+    settings = ["--budget", "2048", "--lr", "1e-3", "--held-out", "4"]
+    assert main(["heal", str(pruned), "-o", str(healed), *shared, *settings]) == 0
     out = capsys.readouterr()
     assert "held-out KL" in out.out and "held-out KL" in out.err and str(healed) in out.out
     assert main(["heal", str(pruned), "-o", str(healed), "--budget", "ten"]) == 2

@@ -18,6 +18,7 @@ from intraslice.methods.blockwise.allocators.mask_gradient import (
     keep_fractions,
 )
 from intraslice.methods.blockwise.allocators.uniform import allocate_uniform
+from intraslice.methods.blockwise.gradient_pass import rotated_mask_gradient
 from intraslice.methods.blockwise.options import AllocationOptions
 from support.model_sites import kept_share, sites
 
@@ -91,6 +92,30 @@ def test_rotation_moves_importance_but_keeps_the_total_of_each_block():
     blocks = torch.stack([part.T @ part for part in x.split(6, 1)])
     plain, rotated = channel_importance(grads, None), channel_importance(grads, blocks)
     assert torch.allclose(plain.view(2, 6).sum(1), rotated.view(2, 6).sum(1))
+
+
+def test_exact_importance_is_that_of_the_rotated_rows_in_groups_of_sequences():
+    grads, rotated, blocks = _random(5, 12), _random(5, 12, seed=2), torch.eye(6).double().repeat(2, 1, 1)
+    site = SiteGradients(grads, blocks, rotated)
+    exact = AllocationOptions(rotation="exact")
+    torch.testing.assert_close(site.importance(True, exact), rotated.square().sum(0))
+    torch.testing.assert_close(site.importance(False, exact), grads.square().sum(0))
+    grouped = AllocationOptions(rotation="exact", gradient_group=2)
+    pairs = rotated[0:2].sum(0).square() + rotated[2:4].sum(0).square() + rotated[4].square()
+    torch.testing.assert_close(site.importance(True, grouped), pairs)
+
+
+def test_a_mask_on_a_direction_has_the_gradient_q_t_m_q():
+    x, g = _random(2, 9, 12), _random(2, 9, 12, seed=1)
+    bases = torch.stack([torch.linalg.qr(_random(6, 6, seed=seed))[0] for seed in (2, 3)])
+    found = rotated_mask_gradient(x, g, bases)
+    for sequence in range(2):
+        for block in range(2):
+            part = slice(6 * block, 6 * block + 6)
+            m = x[sequence, :, part].T @ g[sequence, :, part]
+            wanted = torch.stack([q @ m @ q for q in bases[block].T])
+            # The rows are float32.
+            torch.testing.assert_close(found[sequence, part].double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_ffn_share_shifts_the_loss_between_attention_and_ffn():

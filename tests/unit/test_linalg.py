@@ -41,6 +41,25 @@ def test_ridge_towards_a_prior_is_augmented_least_squares():
     assert torch.allclose(ridge_solve(gram, gram @ prior, damping, prior), prior, atol=1e-12)
 
 
+def test_ridge_per_channel_is_scaled_augmented_least_squares():
+    z, y, prior, damping = _random(40, 5), _random(40, 7, seed=1), _random(5, 7, seed=2), 0.3
+    z *= torch.tensor([100.0, 1.0, 1.0, 0.5, 1e-3], dtype=z.dtype)
+    gram = z.T @ z
+    energy = gram.diagonal().clamp_min(1e-3 * gram.diagonal().mean())
+    root = torch.diag((damping * energy).sqrt())
+    stacked = torch.cat([z, root])
+    expected = torch.linalg.lstsq(stacked, torch.cat([y, root @ prior])).solution
+    found = ridge_solve(gram, z.T @ y, damping, prior, per_channel=True)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_ridge_per_channel_does_not_depend_on_the_scale_of_a_channel():
+    z, y, scale = _random(40, 5), _random(40, 7, seed=1), torch.tensor([9.0, 1, 1, 1, 0.5], dtype=torch.float64)
+    plain = ridge_solve(z.T @ z, z.T @ y, 0.3, per_channel=True)
+    scaled = ridge_solve((z * scale).T @ (z * scale), (z * scale).T @ y, 0.3, per_channel=True)
+    torch.testing.assert_close(scaled * scale[:, None], plain)
+
+
 def test_ridge_retries_a_singular_system_with_more_damping():
     z = _random(40, 3)
     z = torch.cat([z, z], dim=1)  # rank 3 of 6

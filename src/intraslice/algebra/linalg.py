@@ -21,17 +21,32 @@ def eigh_descending(moment_CC: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(-1).clamp_min(0.0), vectors.flip(-1)
 
 
-def ridge_solve(gram_PP: Tensor, cross_PM: Tensor, damping: float, prior_PM: Tensor | None = None) -> Tensor:
+_WEAKEST = 1e-3
+"""Where damping is relative to each channel's own energy: the least energy that counts, relative to the mean."""
+
+
+def ridge_solve(
+    gram_PP: Tensor,
+    cross_PM: Tensor,
+    damping: float,
+    prior_PM: Tensor | None = None,
+    *,
+    per_channel: bool = False,
+) -> Tensor:
     """Return W [P, M] that minimises ||Y - Z W||^2 + lambda ||W - W_0||^2; Paper: Eq. 6 and Eq. 8 with W_0 = 0.
 
-    W = W_0 + (G + lambda I)^-1 (B - G W_0). With W_0 the weights that plain removal would leave, directions of
-    which the calibration tokens say little keep their weights instead of being shrunk to zero.
+    W = W_0 + (G + lambda I)^-1 (B - G W_0), or with diag(G) in the place of I: then every channel is as uncertain as
+    its own energy says, and a few channels of huge activations do not decide how much the others are damped. With W_0
+    the weights that plain removal would leave, directions of which the calibration tokens say little keep their weights
+    instead of being shrunk to zero.
 
     Args:
         gram_PP: second moment G = Z^T Z of the kept channels.
         cross_PM: cross moment B = Z^T Y with the target.
-        damping: lambda relative to the mean diagonal of the second moment.
+        damping: lambda, relative to the mean diagonal of the second moment, or to each entry of the diagonal.
         prior_PM: W_0; None is zero.
+        per_channel: whether it is relative to each entry, no less than a thousandth of the mean: a channel without
+            energy has to have some damping.
 
     Raises:
         NumericalError: the system stays singular with a thousand times the damping.
@@ -43,9 +58,12 @@ def ridge_solve(gram_PP: Tensor, cross_PM: Tensor, damping: float, prior_PM: Ten
     if scale <= 0:
         return prior  # dead channels: nothing to reconstruct from
     missing = cross_PM - gram_PP @ prior
-    identity = torch.eye(gram_PP.shape[0], dtype=gram_PP.dtype)
+    if per_channel:
+        unit = torch.diag(gram_PP.diagonal().clamp_min(_WEAKEST * scale))
+    else:
+        unit = scale * torch.eye(gram_PP.shape[0], dtype=gram_PP.dtype)
     for attempt in (damping, max(damping, 1e-6) * 1e3):
-        factor, info = torch.linalg.cholesky_ex(gram_PP + attempt * scale * identity)
+        factor, info = torch.linalg.cholesky_ex(gram_PP + attempt * unit)
         if int(info) == 0:
             return prior + torch.cholesky_solve(missing, factor)
         logger.warning("second moment is singular with damping %g; trying more", attempt)

@@ -26,6 +26,7 @@ from intraslice.errors import CalibrationError, NumericalError
 from intraslice.placement import choose_device
 from intraslice.progress import Progress
 from intraslice.quiet import quiet
+from intraslice.runtime.configuration_intraslice import CACHE_ARGUMENT
 
 SAMPLING_VERSION = 2
 """Part of what decides the tokens: raise it when other tokens come out."""
@@ -100,7 +101,9 @@ def sample(
             tokens = torch.tensor([row.first() for row in part])  # [B]
             advance(len(part))
             for column in range(1, seqlen):
-                logits = model(tokens[:, None].to(model.device), past_key_values=cache, use_cache=True).logits[:, -1]
+                logits = model(tokens[:, None].to(model.device), **{CACHE_ARGUMENT: cache}, use_cache=True).logits[
+                    :, -1
+                ]
                 temperatures = torch.tensor([row.temperature for row in part], device=logits.device)
                 sampled = _draw(logits / temperatures[:, None], draws[start : start + batch, column])
                 tokens = torch.tensor([row.next(token) for row, token in zip(part, sampled, strict=True)])

@@ -30,6 +30,7 @@ from intraslice.loading import load_model
 from intraslice.placement import dtype_from_name
 from intraslice.progress import Progress
 from intraslice.quiet import quiet
+from intraslice.runtime.configuration_intraslice import CACHE_ARGUMENT
 
 PREFILL_FILE = "prefill.onnx"
 DECODE_FILE = "decode.onnx"
@@ -160,7 +161,7 @@ class _Step(nn.Module):
         # Nothing is past in the prefill graph.
         for layer, key, value in zip(self.layers, past[::2], past[1::2], strict=False):
             cache.update(key, value, layer)
-        logits = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True).logits
+        logits = self.model(input_ids=input_ids, **{CACHE_ARGUMENT: cache}, use_cache=True).logits
         kept = [cache.layers[layer] for layer in self.layers]
         return (logits, *(tensor for layer in kept for tensor in (layer.keys, layer.values)))
 

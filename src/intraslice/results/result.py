@@ -27,6 +27,8 @@ class LayerRecord:
         heads: kept query heads, by their number in the dense model.
         seconds: wall-clock seconds spent on the layer.
         iter_pca: whether Eq. 7 was applied to its FFN.
+        distilled: by the name of the site, what local distillation made of its relative error on the sequences that it
+            held out: the error before and after. `errors` are those before, on all sequences.
     """
 
     layer: int
@@ -36,6 +38,7 @@ class LayerRecord:
     heads: tuple[int, ...]
     seconds: float
     iter_pca: bool = False
+    distilled: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,4 +125,5 @@ def layer_record_from_dict(data: dict[str, Any]) -> LayerRecord:
     if "errors" not in values:
         values["errors"] = {"attention": values.pop("attention_error"), "ffn": values.pop("ffn_error")}
     shape = LayerShape.from_dict(values["shape"])
-    return LayerRecord(**{**values, "shape": shape, "heads": tuple(values["heads"])})
+    distilled = {site: tuple(errors) for site, errors in values.pop("distilled", {}).items()}
+    return LayerRecord(**{**values, "shape": shape, "heads": tuple(values["heads"]), "distilled": distilled})

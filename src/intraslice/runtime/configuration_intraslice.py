@@ -30,6 +30,13 @@ if [int(part) for part in transformers.__version__.split(".")[:2]] < [
         "upgrade it, or export the checkpoint with `intraslice export --to stock` or `--to padded`."
     )
 
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+"""What a layer or a model calls the cache that it is handed: from transformers 5.24, before that, and in the layers of
+GPT-NeoX and Falcon."""
+_CALLS_IT_CACHE = [int(part) for part in transformers.__version__.split(".")[:2]] >= [5, 24]
+CACHE_ARGUMENT = "cache" if _CALLS_IT_CACHE else "past_key_values"
+"""What models of the installed transformers call it."""
+
 FORMAT_VERSION = 1
 
 

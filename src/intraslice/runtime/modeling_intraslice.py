@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from .configuration_intraslice import (
+    CACHE_NAMES,
     PREFIX,
     class_stem,
     composite_config_class,
@@ -123,6 +124,12 @@ def eager_attention_forward(
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def take_cache(kwargs: dict[str, Any]) -> Cache | None:
+    """Take the cache out of the arguments of a layer, whatever it is called there; None where there is none."""
+    caches = [kwargs.pop(name, None) for name in CACHE_NAMES]
+    return next((cache for cache in caches if cache is not None), None)
 
 
 # What an attention function sees instead of the module when the heads of a group are laid out as tokens.
@@ -424,7 +431,6 @@ class PrunedAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the output of attention [B, T, D], and the weights if the kernel has them.
@@ -433,12 +439,13 @@ class PrunedAttention(nn.Module):
             hidden_states: [B, T, D].
             position_embeddings: cos and sin of the model; None without RoPE.
             attention_mask: what the attention function of the config takes.
-            past_key_values: cache to read and to extend.
-            kwargs: passed on to the attention function.
+            kwargs: the cache to read and to extend, under one of `CACHE_NAMES`; the rest is passed on to the attention
+                function.
         """
+        cache = take_cache(kwargs)
         query, key, value = self.project(hidden_states, position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         if self.config._attn_implementation == "vllm":
             # vLLM keeps the cache itself. It recognises an attention layer by this look-up, this one call and its
             # `scaling`, in the source of this very function.
@@ -480,21 +487,19 @@ class DroppedAttention(nn.Module):
         self.layer_idx = layer_idx
         self.shape = shape
 
-    def forward(
-        self, hidden_states: torch.Tensor, *args: Any, past_key_values: Cache | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, None]:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         """Return zeros [B, T, D], and no attention weights.
 
         Args:
             hidden_states: [B, T, D].
             args: not read; other attention modules take more.
-            past_key_values: cache to extend.
-            kwargs: not read.
+            kwargs: the cache to extend, under one of `CACHE_NAMES`; the rest is not read.
         """
-        if past_key_values is not None and self._counts(past_key_values):
+        cache = take_cache(kwargs)
+        if cache is not None and self._counts(cache):
             B, T, _ = hidden_states.shape
             token_B1T1 = hidden_states.new_zeros(B, 1, T, 1)
-            past_key_values.update(token_B1T1, token_B1T1, self.layer_idx)
+            cache.update(token_B1T1, token_B1T1, self.layer_idx)
         return _nothing(hidden_states), None
 
     def _counts(self, cache: Cache) -> bool:

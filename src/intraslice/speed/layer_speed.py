@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from intraslice.placement import Placement
+from intraslice.runtime.configuration_intraslice import CACHE_ARGUMENT
+from intraslice.runtime.modeling_intraslice import take_cache
 
 
 class _Skipped(nn.Module):
@@ -29,10 +31,11 @@ class _Skipped(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> Tensor:
-        if past_key_values is not None:
+    def forward(self, hidden_states: Tensor, *_: Any, **kwargs: Any) -> Tensor:
+        cache = take_cache(kwargs)
+        if cache is not None:
             empty = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)  # [B, K, T, d]
-            past_key_values.update(empty, empty, self.layer_idx)
+            cache.update(empty, empty, self.layer_idx)
         return hidden_states
 
 
@@ -91,7 +94,7 @@ class LayerHost:
         """Return the seconds that `layer` takes for new tokens, in the place of layer `index`; extends the cache."""
         timed = _Timed(layer, self.placement)
         self._put({index: timed})
-        self._model.base_model(input_ids=tokens_BT, past_key_values=cache, use_cache=True)
+        self._model.base_model(input_ids=tokens_BT, **{CACHE_ARGUMENT: cache}, use_cache=True)
         self._put({})
         return timed.seconds
 
@@ -104,7 +107,7 @@ class LayerHost:
     def rest_seconds(self, tokens_BT: Tensor, cache: Any) -> float:
         """Return the seconds of everything but the layers, logits of the last token included; extends the cache."""
         seconds, _ = self.placement.timed(
-            lambda: self._model(input_ids=tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            lambda: self._model(input_ids=tokens_BT, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
         )
         return seconds
 

@@ -17,6 +17,7 @@ from intraslice.errors import RecipeError
 from intraslice.loading import count_parameters, load_model
 from intraslice.placement import Placement
 from intraslice.process import Parent
+from intraslice.runtime.configuration_intraslice import CACHE_ARGUMENT
 
 
 def serve(requests: Iterator[dict[str, Any]], parent: Parent) -> None:
@@ -82,7 +83,7 @@ class _CompiledDecoding:
         dynamo_config.recompile_limit += 1
         self.step: Callable[..., Any] = torch.compile(model, dynamic=False)
         try:
-            self.step(input_ids=prompt_BT[:, :1], past_key_values=self.cache(None), use_cache=True)
+            self.step(input_ids=prompt_BT[:, :1], **{CACHE_ARGUMENT: self.cache(None)}, use_cache=True)
         except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise RecipeError(
@@ -92,7 +93,7 @@ class _CompiledDecoding:
     def cache(self, prefilled: Any) -> Any:
         del prefilled
         self._cache.reset()
-        self._model(input_ids=self._prompt, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._model(input_ids=self._prompt, **{CACHE_ARGUMENT: self._cache}, use_cache=True, logits_to_keep=1)
         return self._cache
 
 
@@ -144,7 +145,7 @@ class _Bench:
 
     @staticmethod
     def _next_token(step: Callable[..., Any], ids_BT: torch.Tensor, cache: Any, **kwargs: Any) -> torch.Tensor:
-        output = step(input_ids=ids_BT, past_key_values=cache, use_cache=True, **kwargs)
+        output = step(input_ids=ids_BT, **{CACHE_ARGUMENT: cache}, use_cache=True, **kwargs)
         return output.logits[:, -1:].argmax(-1)  # [B, 1]
 
 

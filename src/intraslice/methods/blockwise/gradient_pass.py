@@ -9,7 +9,7 @@ Shapes: S sequences, B sequences of a batch, T tokens, D hidden_size, C channels
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from intraslice.algebra.linalg import eigh_descending
 from intraslice.algebra.scores import rope_pair_scores
 from intraslice.algebra.statistics import Statistics
 from intraslice.checkpoint.tensorfile import write_tensors
@@ -32,25 +33,36 @@ from intraslice.streaming.model import StreamedModel
 PASS_VERSION = 4
 """Part of the name of a kept gradient pass: raise it when what is measured changes."""
 
+BASIS_TOKENS = 8192
+"""How many tokens, in whole batches, decide the directions whose masks are differentiated exactly."""
+
 
 class _Sums:
     """What the pass has gathered so far; saved after each chunk so that an interrupted run goes on from there.
 
     Attributes:
         layers: for each layer `<site>.grad` [S, C] and `<site>.moment` [C / w, w, w] of each site, and the sums of |q|
-            [H, d] and |k| [K, d] after RoPE.
+            [H, d] and |k| [K, d] after RoPE; with bases also `<site>.rotated` [S, C].
+        bases: for each layer, the directions [C / w, w, w] of each site whose masks are differentiated; None for none.
         done: sequences that are in the sums.
         seconds: spent on them.
     """
 
-    def __init__(self, model: StreamedModel, num_sequences: int, num_groups: int) -> None:
+    def __init__(self, model: StreamedModel, num_sequences: int, num_groups: int, rotated: bool) -> None:
         self.done, self.seconds = 0, 0.0
         self.layers = [_statistics(model, i, num_groups, None, num_sequences) for i in range(model.num_layers)]
+        self.bases: list[dict[str, Tensor]] | None = None
+        if rotated:
+            for statistics in self.layers:
+                for site, moment in _blocks(statistics).items():
+                    statistics.rows(f"{site}.rotated", num_sequences, moment.shape[0] * moment.shape[1])
 
     def save(self, path: Path) -> None:
         """Write the sums and how many sequences they cover."""
         tensors = {f"{i}.{name}": sum_ for i, layer in enumerate(self.layers) for name, sum_ in layer.finish().items()}
         numbers = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("done", "seconds")}
+        for index, layer in enumerate(self.bases or ()):
+            tensors |= {f"basis.{index}.{site}": basis for site, basis in layer.items()}
         write_tensors(path, {**tensors, **numbers})
 
     def load(self, path: Path) -> None:
@@ -60,6 +72,11 @@ class _Sums:
         for index, layer in enumerate(self.layers):
             prefix = f"{index}."
             layer.add({name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)})
+        if any(name.startswith("basis.") for name in tensors):
+            self.bases = [
+                {site: tensors[f"basis.{index}.{site}"] for site in _blocks(layer)}
+                for index, layer in enumerate(self.layers)
+            ]
 
     def gradients(self, num_tokens: int, pairs_to_channels: Sequence[Tensor | None]) -> MaskGradients:
         """Return what the allocation rules read.
@@ -73,13 +90,24 @@ class _Sums:
         for statistics, pairs in zip(self.layers, pairs_to_channels, strict=True):
             sums = statistics.finish()
             sites = dict.fromkeys(name.partition(".")[0] for name in sums if name.endswith(".grad"))
-            layers.append({site: SiteGradients(sums[f"{site}.grad"], sums[f"{site}.moment"]) for site in sites})
+            layers.append(
+                {
+                    site: SiteGradients(sums[f"{site}.grad"], sums[f"{site}.moment"], sums.get(f"{site}.rotated"))
+                    for site in sites
+                }
+            )
             scores = None
             if pairs is not None:
                 scores = rope_pair_scores(sums["query_abs"], sums["key_abs"], num_tokens, pairs).sum(0)
             pair_scores.append(scores)
         rotates = any(scores is not None for scores in pair_scores)
         return MaskGradients(tuple(layers), tuple(pair_scores) if rotates else None)
+
+
+def _blocks(statistics: Statistics) -> dict[str, Tensor]:
+    """Return the second moments of a layer by site, [C / w, w, w]."""
+    sums = statistics.finish()
+    return {name.partition(".")[0]: sum_ for name, sum_ in sums.items() if name.endswith(".moment")}
 
 
 def _statistics(
@@ -122,6 +150,7 @@ def measure_gradients(
     *,
     boundary_bytes: int,
     num_channel_groups: int,
+    rotated: bool = False,
     save_path: Path,
     progress: Progress,
 ) -> MaskGradients:
@@ -132,6 +161,7 @@ def measure_gradients(
         tokens_ST: calibration token ids, [S, T].
         boundary_bytes: memory for the states at the layer boundaries of one chunk.
         num_channel_groups: into how many groups the channels of `act` are cut.
+        rotated: whether masks on the eigenvectors of the blocks are differentiated as well.
         save_path: file that holds the sums of the finished chunks.
         progress: shows the passes.
 
@@ -140,13 +170,17 @@ def measure_gradients(
     """
     num_sequences, seqlen = tokens_ST.shape
     layers, batch = model.num_layers, model.batch_shape[0]
-    sums = _Sums(model, num_sequences, num_channel_groups)
+    sums = _Sums(model, num_sequences, num_channel_groups, rotated)
     if save_path.exists():
         sums.load(save_path)
     states = boundary_states_bytes(layers, seqlen, model.config.hidden_size, model.placement.compute_dtype.itemsize)
     chunk = chunk_size(boundary_bytes, states, batch)
     with progress.step("mask gradients", total=num_sequences * layers * 2) as advance:
         advance(sums.done * layers * 2)
+        if rotated and sums.bases is None:
+            started = time.monotonic()
+            sums.bases = _leading_bases(model, tokens_ST, num_channel_groups)
+            sums.seconds += time.monotonic() - started
         while sums.done < num_sequences:
             started = time.monotonic()
             stop = min(sums.done + chunk, num_sequences)
@@ -161,6 +195,25 @@ def measure_gradients(
                 name = "FFN" if site == FFN else site
                 raise NumericalError(f"the {name} mask gradients of layer {index} are NaN or infinite.")
     return gradients
+
+
+def _leading_bases(model: StreamedModel, tokens_ST: Tensor, num_groups: int) -> list[dict[str, Tensor]]:
+    """Return the eigenvectors of the blocks of each site, [C / w, w, w] of each layer, from the first sequences.
+
+    A direction has to be the same for all sequences and known before the first backward pass; it need not be the
+    eigenvector of all tokens to the last digit, and some thousand tokens decide well in so few dimensions.
+    """
+    batch, seqlen = model.batch_shape
+    starts = range(0, max(1, min(len(tokens_ST), BASIS_TOKENS // seqlen)), batch)
+    parts = [tokens_ST[start : start + batch] for start in starts]
+    states = [model.embed(part) for part in parts]
+    bases = []
+    for index in range(model.num_layers):
+        layer = model.load_layer(index)
+        statistics = _statistics(model, index, num_groups, model.placement)
+        states = [_forward(layer, part, statistics) for part in states]
+        bases.append({site: eigh_descending(moment)[1] for site, moment in _blocks(statistics).items()})
+    return bases
 
 
 def _measure_chunk(
@@ -187,10 +240,12 @@ def _measure_chunk(
         gradients.append(model.loss_gradient(tokens_ST[part], states.pop())[1])
     for index in reversed(range(model.num_layers)):
         layer = model.load_layer(index)
+        placement, bases = model.placement, {} if sums.bases is None else sums.bases[index]
+        placed = {site: basis.to(placement.device, placement.compute_dtype) for site, basis in bases.items()}
         for number, part in enumerate(parts):
-            gradients[number], masks = _backward(layer, boundaries[number].pop(), gradients[number])
-            for site, gradient in masks.items():
-                sums.layers[index].of(f"{site}.grad").write(part, gradient)
+            gradients[number], masks = _backward(layer, boundaries[number].pop(), gradients[number], placed)
+            for name, gradient in masks.items():
+                sums.layers[index].of(name).write(part, gradient)
             advance(part.stop - part.start)
 
 
@@ -206,18 +261,39 @@ def _forward(layer: DecoderLayer, hidden_BTD: Tensor, statistics: Statistics) ->
     return output
 
 
-def _backward(layer: DecoderLayer, hidden_BTD: Tensor, gradient_BTD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return gradients of the loss at the layer's input, and of a mask on each site's tap, [B, C].
+def _backward(
+    layer: DecoderLayer, hidden_BTD: Tensor, gradient_BTD: Tensor, bases: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return gradients of the loss at the layer's input, and of masks on each site's tap: `<site>.grad`, [B, C].
 
-    A mask m multiplies every token's channel, so dL/dm_c is the sum over tokens of x_tc * dL/dx_tc.
+    A mask m multiplies every token's channel, so dL/dm_c is the sum over tokens of x_tc * dL/dx_tc. Masks on the
+    directions q_i of a basis [C / w, w, w] multiply the components x q_i of a block of channels, so that their
+    gradients are the sums over tokens of (x_t q_i) (dL/dx_t q_i): `<site>.rotated`, [B, C].
     """
     with torch.enable_grad():
         hidden = hidden_BTD.detach().requires_grad_(True)
         output, taps = layer.run(hidden)
         at_input, *at_taps = torch.autograd.grad(output, (hidden, *taps.values()), gradient_BTD)
     with torch.no_grad():
-        masks = {
-            site: (tap.detach() * gradient).float().sum(1)
-            for (site, tap), gradient in zip(taps.items(), at_taps, strict=True)
-        }
+        masks = {}
+        for (site, tap), gradient in zip(taps.items(), at_taps, strict=True):
+            masks[f"{site}.grad"] = (tap.detach() * gradient).float().sum(1)
+            if site in bases:
+                masks[f"{site}.rotated"] = rotated_mask_gradient(tap.detach(), gradient, bases[site])
         return at_input, masks
+
+
+def rotated_mask_gradient(tap_BTC: Tensor, gradient_BTC: Tensor, basis_bww: Tensor) -> Tensor:
+    """Return the gradient of a mask on each direction of block-diagonal bases, q_i^T (X^T G) q_i, [B, C], float32.
+
+    Args:
+        tap_BTC: X, activations of B sequences.
+        gradient_BTC: G, the gradient of the loss at them.
+        basis_bww: directions of each block of channels as columns, [C / w, w, w].
+    """
+    blocks, width, _ = basis_bww.shape
+    x, g = (
+        torch.einsum("btnw,nwv->btnv", tensor.unflatten(2, (blocks, width)), basis_bww)
+        for tensor in (tap_BTC, gradient_BTC)
+    )
+    return (x * g).float().sum(1).flatten(1)

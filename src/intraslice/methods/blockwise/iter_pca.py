@@ -85,7 +85,9 @@ def iterate_pca(
     act_FF, width = moments.gram, moments.gram.shape[0]
     selection = torch.zeros(width, len(channels))
     selection[channels, torch.arange(len(channels))] = 1.0
-    recon = ridge_solve(act_FF[channels][:, channels], act_FF[channels], options.damping)  # Q_r, [P, F]
+    per_channel = options.damping_scale == "channel"
+    # Q_r, [P, F]
+    recon = ridge_solve(act_FF[channels][:, channels], act_FF[channels], options.damping, per_channel=per_channel)
     up, gate, _ = next(iter(preactivations))
     start = selection.to(up)
     maps = (start, None if gate is None else start)
@@ -95,7 +97,7 @@ def iterate_pca(
         maps = _optimise_slices(preactivations, maps, inverse.to(maps[0]), round_index, options)
         gram, cross_act, cross = _moments(preactivations, maps)
         prior = best.down_weight.T if options.shrink_to == "weights" else None
-        solution = ridge_solve(gram, cross, options.damping, prior)
+        solution = ridge_solve(gram, cross, options.damping, prior, per_channel=per_channel)
         error = residual_energy(moments.target_energy, gram, cross, solution) / max(moments.target_energy, 1e-30)
         if error >= best_error:
             break
@@ -107,7 +109,7 @@ def iterate_pca(
             down_weight=solution.T.contiguous(),
         )
         best_error = error
-        recon = ridge_solve(gram, cross_act, options.damping)
+        recon = ridge_solve(gram, cross_act, options.damping, per_channel=per_channel)
     return best, best_error
 
 

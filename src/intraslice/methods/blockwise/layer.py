@@ -21,9 +21,17 @@ from intraslice.layers.surgery import drop_block, write_attention, write_ffn
 from intraslice.layers.weights import FFNEdit, ValueEdit, attention_shape, fuse_ffn, fuse_qk, fuse_value
 from intraslice.methods.blockwise.budget import Budget
 from intraslice.methods.blockwise.channels import select_channels, solve_down
+from intraslice.methods.blockwise.distill import Distilled, distill_site
 from intraslice.methods.blockwise.heads import choose_qk, solve_value
 from intraslice.methods.blockwise.iter_pca import iterate_pca
-from intraslice.methods.blockwise.measure import OutputAim, attention_stats, context_moments, ffn_moments, with_gain
+from intraslice.methods.blockwise.measure import (
+    OutputAim,
+    aimed_between,
+    attention_stats,
+    context_moments,
+    ffn_moments,
+    with_gain,
+)
 from intraslice.methods.blockwise.options import AttentionOptions, BlockwiseOptions, FFNOptions
 from intraslice.methods.blockwise.strategies import SCORES
 from intraslice.runtime.families_intraslice import LayerShape
@@ -60,11 +68,13 @@ class PrunedLayer:
         shape: its new shape.
         heads: kept query heads.
         errors: relative squared error of each site, by its name.
+        distilled: what training has made of the sites that were trained.
     """
 
     shape: LayerShape
     heads: tuple[int, ...]
     errors: dict[str, float]
+    distilled: dict[str, Distilled]
 
 
 @torch.no_grad()
@@ -92,6 +102,7 @@ def prune_layer(
         NumericalError: activations are NaN or infinite, or a system cannot be solved.
     """
     errors: dict[str, float] = {}
+    distilled: dict[str, Distilled] = {}
     heads: tuple[int, ...] = ()
     granted, spent = 0.0, 0
     dense = layer.attention
@@ -110,6 +121,8 @@ def prune_layer(
                 pruned = _prune_attention(model, layer, index, streams, planned, plan, options.attention)
                 heads, errors[site.name] = pruned.heads, pruned.error
                 granted, spent = granted + planned, spent + _attention_cost(model, pruned.shape)
+                if options.distills(site.kind):
+                    distilled[site.name] = _distill(model, layer, index, site, streams, options)
                 continue
             # An FFN gets what was left over before it as well, and leaves the rest to the next one.
             available = planned + budget.carry + granted
@@ -119,10 +132,21 @@ def prune_layer(
             errors[site.name] = error
             budget.carry = available - (spent + keep * site.unit_weights)
             granted, spent = 0.0, 0
+            if options.distills(site.kind):
+                distilled[site.name] = _distill(model, layer, index, site, streams, options)
         propagate_ffn(layer, streams.pruned)
     except NumericalError as error:
         raise NumericalError(f"layer {index}: {error}") from error
-    return PrunedLayer(layer.shape, heads, errors)
+    return PrunedLayer(layer.shape, heads, errors, distilled)
+
+
+def _distill(
+    model: StreamedModel, layer: DecoderLayer, index: int, site: Site, streams: Streams, options: BlockwiseOptions
+) -> Distilled:
+    of_site = options.attention if site.kind == ATTENTION else options.ffn
+    found = distill_site(model, layer, index, site, streams, of_site, options.distill)
+    _round_to_saved(model, layer.attention if site.kind == ATTENTION else layer.ffn)
+    return found
 
 
 def _drop_site(
@@ -175,7 +199,7 @@ def _prune_attention(
     headed = headed and plan.rope_pairs is None
     trial_shape = attention_shape(per_kv, trial, ffn_width, headed_qk_norm=headed)
     write_attention(layer, model.config, index, trial_shape, trial, edit.rope_pairs)
-    moments = context_moments(model, layer, streams, dense, options.repair_against)
+    moments = context_moments(model, layer, streams, dense, options)
     dense_dims = whole_shape.num_attention_heads * whole_shape.qk_head_dim
     whole = len(edit.heads) * edit.width == dense_dims
     value_edit, error = solve_value(
@@ -206,7 +230,7 @@ def _prune_ffn(
     options: FFNOptions,
 ) -> tuple[int, float]:
     """Return the kept channels and the error."""
-    moments = ffn_moments(model, layer, streams, dense, options.repair_against)
+    moments = ffn_moments(model, layer, streams, dense, options)
     shape = layer.shape
     keep = budget.channels(index, site, wanted)
     weights, gain = read_ffn(layer, shape), layer.output_gain(FFN)
@@ -214,7 +238,7 @@ def _prune_ffn(
     channels = select_channels(moments, down, keep, options)
     edit, error = solve_down(moments, down, channels, options)
     if plan.iter_pca and keep < shape.intermediate_size:
-        replay = _Replay(layer, streams, down, options.repair_against)
+        replay = _Replay(layer, streams, down, options)
         edit, error = iterate_pca(replay, moments, edit, error, options)
     shape = replace(shape, intermediate_size=keep, output_bias=shape.output_bias or edit.down_bias is not None)
     write_ffn(layer, model.config, index, shape, fuse_ffn(weights, _without_gain(edit, gain)))
@@ -238,10 +262,10 @@ def _without_gain(edit: _Edit, gain: Tensor | None) -> _Edit:
 class _Replay:
     """Replays the outputs of up and gate and the target, batch by batch; nothing is stored."""
 
-    def __init__(self, layer: DecoderLayer, streams: Streams, down_weight: Tensor, repair_against: str) -> None:
+    def __init__(self, layer: DecoderLayer, streams: Streams, down_weight: Tensor, options: FFNOptions) -> None:
         self._layer = layer
         self._streams = streams
-        self._repair_against = repair_against
+        self._options = options
         self._down_weight = down_weight
         self._aim = OutputAim(layer, FFN)
         self.activation = layer.activation
@@ -251,11 +275,15 @@ class _Replay:
         for part in self._streams.pruned.slices():
             states = self._streams.pruned.read(part)
             up, gate = layer.preactivations(layer.ffn_input(states))
-            if self._repair_against == "dense_stream" and dense is not None:
+            act = self.activation(up) if gate is None else self.activation(gate) * up
+            if self._options.repair_against == "dense_stream" and dense is not None:
                 # `ffn_moments` has already advanced the dense stream past this layer.
-                target, _ = self._aim.to_stream(dense.read(part) - layer.ffn_residual(states), None)
+                missing = dense.read(part) - layer.ffn_residual(states)
+                if self._options.drift_share < 1.0:
+                    own = layer.added(FFN, layer.down_projection(act))
+                    missing = aimed_between(own, missing, self._options.drift_share)
+                target, _ = self._aim.to_stream(missing, None)
             else:
-                act = self.activation(up) if gate is None else self.activation(gate) * up
                 target = act @ self._down_weight.to(act).T
             yield up.flatten(0, 1), None if gate is None else gate.flatten(0, 1), target.flatten(0, 1)
 

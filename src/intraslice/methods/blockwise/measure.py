@@ -16,6 +16,7 @@ from intraslice.layers.decoder import DecoderLayer, norm_eps, read_ffn
 from intraslice.layers.sites import ATTENTION, FFN
 from intraslice.methods.blockwise.channels import own_output
 from intraslice.methods.blockwise.heads import AttentionStats, QKNorms
+from intraslice.methods.blockwise.options import AttentionOptions, FFNOptions
 from intraslice.methods.blockwise.repairs import OutputMoments
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 from intraslice.streaming.hidden import HiddenStates, Streams
@@ -99,12 +100,12 @@ def context_moments(
     layer: DecoderLayer,
     streams: Streams,
     dense: PrunedAttention,
-    repair_against: str,
+    options: AttentionOptions,
 ) -> OutputMoments:
     """Measure the context of the trial attention in `layer` against its target, and advance the dense stream.
 
     The target is what the site should add to the pruned stream x: the dense site's output on x itself, or what leads
-    from x to the dense model's stream, (h + dense output on h) - x.
+    from x to the dense model's stream, (h + dense output on h) - x, or a point between the two (`aimed_between`).
     """
     sums = _OutputSums(model, layer.out_projection.in_features)
     aim = OutputAim(layer, ATTENTION)
@@ -115,16 +116,20 @@ def context_moments(
             dense_states = streams.dense.read(part)
             raw = layer.raw_output(dense, dense_states)
             output = layer.added(ATTENTION, raw)
-            target = aim.to_stream(dense_states + output - states, raw)
+            if options.repair_against == "dense_stream":
+                missing = dense_states + output - states
+                if options.drift_share < 1.0:
+                    missing = aimed_between(layer.attention_output(dense, states), missing, options.drift_share)
+                target = aim.to_stream(missing, raw)
             streams.dense.write(part, layer.before_ffn(dense_states, output))
-        if target is None or repair_against == "own_output":
+        if target is None:
             target = aim.own(layer.raw_output(dense, states))
         sums.update(layer.context(layer.attention, layer.attention_input(states)), *target)
     return sums.moments()
 
 
 def ffn_moments(
-    model: StreamedModel, layer: DecoderLayer, streams: Streams, dense: PrunedAttention, repair_against: str
+    model: StreamedModel, layer: DecoderLayer, streams: Streams, dense: PrunedAttention, options: FFNOptions
 ) -> OutputMoments:
     """Advance the pruned stream through attention and the dense stream through the FFN; measure the dense FFN.
 
@@ -133,14 +138,14 @@ def ffn_moments(
         layer: its attention is pruned, its FFN is not.
         streams: as attention left them.
         dense: the dense attention.
-        repair_against: what the FFN should give.
+        options: they say what the FFN should give.
 
     Raises:
         NumericalError: activations are NaN or infinite.
     """
     sums = _OutputSums(model, layer.down_projection.in_features)
     aim = OutputAim(layer, FFN)
-    to_stream = repair_against == "dense_stream" and streams.dense is not None
+    to_stream = options.repair_against == "dense_stream" and streams.dense is not None
     for part in streams.pruned.slices():
         states = layer.attention_step(streams.pruned.read(part))
         streams.pruned.write(part, states)
@@ -151,7 +156,11 @@ def ffn_moments(
             raw = layer.raw_ffn_output(dense_states)
             residual, output = layer.ffn_residual(dense_states, dense), layer.added(FFN, raw)
             if to_stream:
-                target = aim.to_stream(residual + output - layer.ffn_residual(states), raw)
+                missing = residual + output - layer.ffn_residual(states)
+                if options.drift_share < 1.0:
+                    own = layer.added(FFN, layer.down_projection(act))
+                    missing = aimed_between(own, missing, options.drift_share)
+                target = aim.to_stream(missing, raw)
             streams.dense.write(part, layer.add_ffn(residual, output))
         sums.update(act, *target)
     moments = sums.moments()
@@ -164,6 +173,20 @@ def ffn_moments(
 def with_gain(weight_DP: Tensor, gain_D: Tensor | None) -> Tensor:
     """Return an output projection with the factors that come after it, [D, P]."""
     return weight_DP if gain_D is None else (weight_DP.double() * gain_D[:, None]).to(weight_DP.dtype)
+
+
+def aimed_between(own_BTD: Tensor, missing_BTD: Tensor, drift_share: float) -> Tensor:
+    """Return what a site should add: its own output and a share of the drift, y + alpha (m - y), [B, T, D].
+
+    The site's own output y is a function of its inputs. The drift m - y, what the sites before have left undone, mostly
+    is not: a regression sees much noise and little of it, and with few tokens a share alpha < 1 estimates it better.
+
+    Args:
+        own_BTD: y, what the dense site adds on the pruned stream.
+        missing_BTD: m, what leads from the pruned stream to the dense one.
+        drift_share: alpha.
+    """
+    return own_BTD + drift_share * (missing_BTD - own_BTD)
 
 
 class OutputAim:

@@ -14,6 +14,7 @@ from intraslice.layers.sites import FFN
 from intraslice.methods.base import Context, LayerOutcome, Outside, Preview
 from intraslice.methods.blockwise.allocators.base import Allocation
 from intraslice.methods.blockwise.budget import Budget
+from intraslice.methods.blockwise.distill import num_held_out
 from intraslice.methods.blockwise.gradient_pass import pass_seconds
 from intraslice.methods.blockwise.layer import LayerPlan, prune_layer
 from intraslice.methods.blockwise.options import BlockwiseOptions
@@ -54,8 +55,11 @@ class Blockwise:
 
         Raises:
             BudgetError: the sparsity cannot be reached under the cap, or with the widths that there are.
+        RecipeError: there is too little calibration text to hold some out.
             NumericalError: activations or gradients are NaN or infinite.
         """
+        if self._options.distill.sites != "none":
+            num_held_out(-(-len(context.tokens) // context.model.batch_shape[0]), self._options.distill)
         allocation = allocate(context, self._options)
         Budget(context.model.sites, allocation, self._options).check(context.sparsity)
         return allocation.to_dict()
@@ -109,7 +113,10 @@ class Blockwise:
             errors=pruned.errors,
             heads=pruned.heads,
             carry=state.budget.carry,
-            extra={"iter_pca": plan.iter_pca},
+            extra={
+                "iter_pca": plan.iter_pca,
+                "distilled": {name: (found.before, found.after) for name, found in pruned.distilled.items()},
+            },
         )
 
     def _say_when_missed(self, context: Context, state: _State) -> None:

@@ -27,6 +27,9 @@ class AllocationOptions:
         rule: a row of ALLOCATION_RULES.
         pca_attention: rotate the mask gradients of `context` into its per-head eigenvectors (Eq. 11).
         pca_ffn: rotate the mask gradients of `act` into the eigenvectors of groups of channels (Eq. 11).
+        rotation: what rotating means: "letter" (Eq. 11: the gradients of masks on the channels are rotated), or "exact"
+            (the gradients of masks on the eigenvectors).
+        gradient_group: gradients of this many sequences are summed before they are squared.
         ffn_share: lambda_b; the FFNs lose ffn_share times the target sparsity, attention the rest.
         budget_unit: what a site's share counts: its "weights", or the "units" that whole-head methods remove, query
             heads and FFN channels. A kv head is no unit; it stays until the last of its query heads goes.
@@ -43,8 +46,10 @@ class AllocationOptions:
     __pydantic_config__ = {"extra": "forbid"}
 
     rule: Annotated[str, OneOf(strategies.ALLOCATION_RULES)] = "mask_gradient"
-    pca_attention: bool = True
-    pca_ffn: bool = True
+    pca_attention: Annotated[bool, OneOf(strategies.PCA_ATTENTION)] = True
+    pca_ffn: Annotated[bool, OneOf(strategies.PCA_FFN)] = True
+    rotation: Literal["letter", "exact"] = "letter"
+    gradient_group: Annotated[int, Ge(1)] = 1
     ffn_share: Annotated[float, Gt(0)] = 1.15
     budget_unit: Literal["weights", "units"] = "weights"
     similarity_scale: Annotated[float, Ge(0)] = 10.0
@@ -72,11 +77,14 @@ class AttentionOptions:
         context_multiple: query heads times their width are a multiple of this, where shapes are not free.
         repair: what happens to o_proj afterwards, a row of REPAIRS. "ridge" with shrink_to = "weights" and
             repair_against = "own_output" is the optimal-brain-surgeon update (SoBP).
-        damping: lambda of the ridge regression (Eq. 6), relative to the mean diagonal of the second moment.
+        damping: lambda of the ridge regression (Eq. 6), relative to the diagonal of the second moment.
+        damping_scale: to its "mean", or to the energy of each "channel" that the output projection reads.
         shrink_to: what lambda pulls the solution towards: "weights" (what plain removal would leave), or "zero"
             (Eq. 6 to the letter).
         repair_against: "own_output" (what the dense site makes of the same input), or "dense_stream" (the dense
             model's residual stream there, so that the errors of the layers before are repaired as well).
+        drift_share: which share of these errors, alpha, the target of "dense_stream" has in it: it is the dense site's
+            own output plus alpha times what is missing besides.
         gqa_groups: "ragged" lets the query heads of a kv head go one by one; "uniform" keeps one group size per layer.
     """
 
@@ -92,8 +100,10 @@ class AttentionOptions:
     context_multiple: Annotated[int, Ge(1)] = 1
     repair: Annotated[str, OneOf(strategies.REPAIRS)] = "ridge"
     damping: Annotated[float, Gt(0)] = 0.05
+    damping_scale: Literal["mean", "channel"] = "mean"
     shrink_to: Literal["weights", "zero"] = "weights"
-    repair_against: Literal["own_output", "dense_stream"] = "dense_stream"
+    repair_against: Annotated[str, OneOf(strategies.REPAIR_AGAINST)] = "dense_stream"
+    drift_share: Annotated[float, Gt(0), Le(1)] = 1.0
     gqa_groups: Literal["ragged", "uniform"] = "ragged"
 
 
@@ -105,9 +115,11 @@ class FFNOptions:
         score: what a channel is worth, a row of SCORES.
         obs_damping: as for attention.
         repair: what happens to down_proj, a row of REPAIRS.
-        damping: lambda of the ridge regressions (Eq. 7 and 8), relative to the mean diagonal of the second moment.
+        damping: lambda of the ridge regressions (Eq. 7 and 8), relative to the diagonal of the second moment.
+        damping_scale: "mean" or "channel", as for attention.
         shrink_to: "weights" or "zero", as for attention.
         repair_against: "own_output" or "dense_stream", as for attention.
+        drift_share: as for attention.
         ffn_multiple: kept channels are a multiple of this.
         iter_pca: progressive sliced iterative PCA (Eq. 7) in the layers that lose the most.
         iter_pca_fraction: the share of layers it is applied to, those with the highest FFN sparsity first.
@@ -123,8 +135,10 @@ class FFNOptions:
     obs_damping: Annotated[float, Gt(0)] = 0.1
     repair: Annotated[str, OneOf(strategies.REPAIRS)] = "ridge"
     damping: Annotated[float, Gt(0)] = 0.1
+    damping_scale: Literal["mean", "channel"] = "mean"
     shrink_to: Literal["weights", "zero"] = "weights"
-    repair_against: Literal["own_output", "dense_stream"] = "dense_stream"
+    repair_against: Annotated[str, OneOf(strategies.REPAIR_AGAINST)] = "dense_stream"
+    drift_share: Annotated[float, Gt(0), Le(1)] = 1.0
     ffn_multiple: Annotated[int, Ge(1)] = 8
     iter_pca: bool = False
     iter_pca_fraction: Annotated[float, Ge(0), Le(1)] = 0.1
@@ -134,7 +148,27 @@ class FFNOptions:
     iter_pca_lr: Annotated[float, Gt(0)] = 1e-3
 
 
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions:
+    """Training of all weights of a site towards its target, after the closed form and before the next site.
+
+    Attributes:
+        sites: which sites are trained, a row of DISTILL_SITES.
+        epochs: how often the training sequences are seen.
+        learning_rate: of Adam at the start, relative to the root mean square of each matrix; it falls to 0.
+        held_out: share of the calibration batches that judge; at least one.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    sites: Annotated[str, OneOf(strategies.DISTILL_SITES)] = "none"
+    epochs: Annotated[float, Gt(0)] = 2.0
+    learning_rate: Annotated[float, Gt(0)] = 5e-3
+    held_out: Annotated[float, Gt(0), Lt(1)] = 0.125
+
+
 ALWAYS_READ = (
+    "distill.sites",
     "allocation.rule",
     "allocation.max_site_sparsity",
     "allocation.budget_unit",
@@ -152,15 +186,19 @@ def choices() -> dict[str, Mapping[Any, Row]]:
     return {
         "allocation.rule": strategies.ALLOCATION_RULES,
         "allocation.shape_freedom": strategies.SHAPE_FREEDOMS,
+        "allocation.pca_attention": strategies.PCA_ATTENTION,
         "allocation.pca_ffn": strategies.PCA_FFN,
         "allocation.drop_blocks": strategies.DROP_BLOCKS,
         "attention.heads": strategies.HEAD_RULES,
         "attention.score": strategies.in_section(strategies.SCORES, "attention"),
         "attention.basis": strategies.BASES,
         "attention.repair": strategies.in_section(strategies.REPAIRS, "attention"),
+        "attention.repair_against": strategies.in_section(strategies.REPAIR_AGAINST, "attention"),
         "ffn.score": strategies.in_section(strategies.SCORES, "ffn"),
         "ffn.repair": strategies.in_section(strategies.REPAIRS, "ffn"),
+        "ffn.repair_against": strategies.in_section(strategies.REPAIR_AGAINST, "ffn"),
         "ffn.iter_pca": strategies.ITER_PCA,
+        "distill.sites": strategies.DISTILL_SITES,
     }
 
 
@@ -171,10 +209,15 @@ class BlockwiseOptions:
     allocation: AllocationOptions = AllocationOptions()
     attention: AttentionOptions = AttentionOptions()
     ffn: FFNOptions = FFNOptions()
+    distill: DistillOptions = DistillOptions()
 
     def read(self) -> set[str]:
         """Return the dotted names of the options that have an effect."""
         return read_names(option_values(self), ALWAYS_READ, choices())
+
+    def distills(self, kind: str) -> bool:
+        """Return whether sites of a kind are trained."""
+        return self.distill.sites in (kind, "all")
 
     @property
     def rule(self) -> strategies.AllocationRule:

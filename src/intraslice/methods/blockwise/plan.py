@@ -26,6 +26,11 @@ def reads_gradients(options: BlockwiseOptions, sparsity: float) -> bool:
     return options.rule.measures == "gradients" and sparsity > 0
 
 
+def rotates_exactly(options: BlockwiseOptions) -> bool:
+    """Return whether the gradient pass differentiates masks on directions."""
+    return "allocation.rotation" in options.read() and options.allocation.rotation == "exact"
+
+
 def gradient_path(context: Context, options: BlockwiseOptions) -> Path:
     """Return the file of the gradient pass: of this run, or one that is kept for all runs that would repeat it.
 
@@ -37,6 +42,8 @@ def gradient_path(context: Context, options: BlockwiseOptions) -> Path:
     decides["tokens"] = context.identity["calibration"]["fingerprint"]
     decides["num_channel_groups"] = options.allocation.num_channel_groups
     decides["version"] = PASS_VERSION
+    if rotates_exactly(options):
+        decides["rotated"] = True
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return Path(context.run.gradient_folder) / f"gradients-{digest[:32]}.safetensors"
 
@@ -72,6 +79,7 @@ def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
             context.tokens,
             boundary_bytes=context.run.boundary_bytes,
             num_channel_groups=rules.num_channel_groups,
+            rotated=rotates_exactly(options),
             save_path=gradient_path(context, options),
             progress=context.progress,
         )

@@ -91,7 +91,8 @@ def ridge(moments: OutputMoments, removed_PD: Tensor, options: RepairOptions) ->
         NumericalError: the system cannot be solved.
     """
     prior = removed_PD if options.shrink_to == "weights" else None
-    return Output(ridge_solve(moments.gram, moments.cross, options.damping, prior))
+    per_channel = options.damping_scale == "channel"
+    return Output(ridge_solve(moments.gram, moments.cross, options.damping, prior, per_channel=per_channel))
 
 
 def mean_bias(moments: OutputMoments, removed_PD: Tensor, options: RepairOptions) -> Output:

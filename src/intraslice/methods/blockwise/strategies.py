@@ -96,7 +96,7 @@ REPAIRS: dict[str, Repair] = {
     "ridge": Repair(
         summary="ridge regression of the output projection",
         function=f"{_HERE}.repairs:ridge",
-        reads=("damping", "shrink_to", "repair_against"),
+        reads=("damping", "damping_scale", "shrink_to", "repair_against"),
         paper="IntraSlice, Eq. 6 and 8",
     ),
     "bias": Repair(
@@ -116,6 +116,13 @@ REPAIRS: dict[str, Repair] = {
     "none": Repair(summary="nothing is repaired", function=f"{_HERE}.repairs:nothing"),
 }
 """`attention.repair` and `ffn.repair`; a row reads options of the section that names it."""
+
+
+REPAIR_AGAINST: dict[str, Row] = {
+    "own_output": Row(summary="what the dense site makes of the same input"),
+    "dense_stream": Row(summary="what leads to the dense model's residual stream", reads=("drift_share",)),
+}
+"""`attention.repair_against` and `ffn.repair_against`; a row reads options of the section that names it."""
 
 
 def in_section(table: Mapping[str, Row], section: str) -> dict[str, Row]:
@@ -179,6 +186,7 @@ ALLOCATION_RULES: dict[str, AllocationRule] = {
         reads=(
             "allocation.pca_attention",
             "allocation.pca_ffn",
+            "allocation.gradient_group",
             "allocation.ffn_share",
             "allocation.shape_freedom",
             "allocation.drop_blocks",
@@ -207,6 +215,7 @@ ALLOCATION_RULES: dict[str, AllocationRule] = {
         summary="whole heads and channels ranked by squared mask gradients, the number of heads searched",
         function=f"{_ALLOCATORS}.mask_gradient:allocate_by_head_search",
         measures="gradients",
+        reads=("allocation.gradient_group",),
         paper="SoBP",
     ),
 }
@@ -225,8 +234,16 @@ SHAPE_FREEDOMS: dict[str, Row] = {
 }
 """`allocation.shape_freedom`: which shapes layers may take, for runtimes that want them alike."""
 
+PCA_ATTENTION: dict[bool, Row] = {
+    True: Row(summary="gradients rotated into eigenvectors", reads=("allocation.rotation",)),
+    False: Row(summary="gradients as they are"),
+}
+"""`allocation.pca_attention`."""
+
 PCA_FFN: dict[bool, Row] = {
-    True: Row(summary="gradients rotated into eigenvectors", reads=("allocation.num_channel_groups",)),
+    True: Row(
+        summary="gradients rotated into eigenvectors", reads=("allocation.rotation", "allocation.num_channel_groups")
+    ),
     False: Row(summary="gradients as they are"),
 }
 """`allocation.pca_ffn`."""
@@ -240,6 +257,15 @@ DROP_BLOCKS: dict[bool, Row] = {
 }
 """`allocation.drop_blocks`."""
 
+_DISTILL = ("distill.epochs", "distill.learning_rate", "distill.held_out")
+DISTILL_SITES: dict[str, Row] = {
+    "none": Row(summary="output projections are solved in closed form, and nothing is trained"),
+    "attention": Row(summary="attention", reads=(*_DISTILL, "attention.repair_against")),
+    "ffn": Row(summary="FFNs", reads=(*_DISTILL, "ffn.repair_against")),
+    "all": Row(summary="both", reads=(*_DISTILL, "attention.repair_against", "ffn.repair_against")),
+}
+"""`distill.sites`: which sites are trained towards their target."""
+
 ITER_PCA: dict[bool, Row] = {
     True: Row(
         summary="dense maps of the channels in the FFNs that lose most",
@@ -250,6 +276,7 @@ ITER_PCA: dict[bool, Row] = {
             "ffn.iter_pca_steps",
             "ffn.iter_pca_lr",
             "ffn.damping",
+            "ffn.damping_scale",
             "ffn.shrink_to",
             "ffn.repair_against",
         ),

@@ -8,7 +8,7 @@ import torch
 
 from intraslice.layers.sites import ATTENTION, FFN, ModelSites, Site
 from intraslice.methods.blockwise.allocators.base import split_sparsity
-from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients, channel_importance
+from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients, summed_rows
 from intraslice.methods.blockwise.options import AllocationOptions
 
 
@@ -67,10 +67,11 @@ def _candidates(
     candidates = []
     for kind, lost, rotate in ((ATTENTION, attention, options.pca_attention), (FFN, ffn, options.pca_ffn)):
         found = measured.of(sites, kind)
-        importance = [channel_importance(site.grad, site.moment if rotate else None).flatten() for site in found]
+        importance = [site.importance(rotate, options).flatten() for site in found]
         units = torch.cat(importance).sort().values
         last = float(units[min(round(lost * len(units)), len(units) - 1)]) * len(units) / sum(sites.sizes(kind))
         for (layer, site), gradients, worth in zip(sites.of(kind), found, importance, strict=True):
-            whole = max(float(gradients.grad.double().sum(1).square().sum()), float(worth.sum()))
+            in_one = summed_rows(gradients.grad.double().sum(1)[:, None], options.gradient_group)
+            whole = max(float(in_one.square().sum()), float(worth.sum()))
             candidates.append(_Candidate(layer, site, whole / site.num_weights / max(last, 1e-300)))
     return candidates

@@ -25,10 +25,27 @@ class SiteGradients:
         grad: gradients of the loss of each sequence with respect to a mask on the channels of the site's tap, [S, C].
         moment: second moment of the tap in blocks of channels, [C / w, w, w]: the heads of `context`, or groups of
             neighboring channels of `act`.
+        rotated: gradients with respect to a mask on the directions of eigenvectors of the blocks, the leading one
+            first, [S, C]; None where they were not measured.
     """
 
     grad: Tensor
     moment: Tensor
+    rotated: Tensor | None = None
+
+    def importance(self, rotate: bool, options: AllocationOptions) -> Tensor:
+        """Return what each unit of the site is worth, [C]: the sum over the sequences of its squared gradient.
+
+        Args:
+            rotate: whether the units are the directions of the eigenvectors, the leading one of each block first
+                (Eq. 11, or the gradients of masks on them); otherwise they are the channels (Eq. 10).
+            options: settings.
+        """
+        rows, moment = self.grad, self.moment if rotate else None
+        if rotate and options.rotation == "exact":
+            assert self.rotated is not None, "the gradient pass was asked for them"
+            rows, moment = self.rotated, None
+        return channel_importance(summed_rows(rows, options.gradient_group), moment)
 
 
 @dataclass(frozen=True)
@@ -60,6 +77,14 @@ def channel_importance(grad_SC: Tensor, moment_bww: Tensor | None) -> Tensor:
         _, vectors = eigh_descending(moment_bww)
         grad_SC = rotate_blocks(grad_SC, vectors)
     return grad_SC.square().sum(0)
+
+
+def summed_rows(rows_SC: Tensor, group: int) -> Tensor:
+    """Return the sums of `group` consecutive rows, the last one of what is left, [ceil(S / group), C].
+
+    E[(g_1 + ... + g_n)^2] = n (n mean^2 + variance): sums of several sequences count more of what they have in common.
+    """
+    return torch.stack([part.sum(0) for part in rows_SC.split(group)]) if group > 1 else rows_SC
 
 
 def keep_fractions(importance: Sequence[Tensor], sizes: Sequence[int], sparsity: float, cap: float) -> list[float]:
@@ -107,10 +132,12 @@ def allocate_by_head_search(
     of the budget; the number that keeps most importance wins. A mask on a head has the sum of its channels' gradients.
     """
     heads = [
-        channel_importance(site.grad.view(len(site.grad), len(site.moment), -1).sum(2), None)
+        channel_importance(
+            summed_rows(site.grad.view(len(site.grad), len(site.moment), -1).sum(2), options.gradient_group), None
+        )
         for site in measured.of(sites, ATTENTION)
     ]
-    channels = [channel_importance(site.grad, None) for site in measured.of(sites, FFN)]
+    channels = [site.importance(False, options) for site in measured.of(sites, FFN)]
     ranked_heads, ranked_channels = (
         torch.cat([torch.zeros(1, dtype=torch.float64), torch.cat(list(units)).sort(descending=True).values.cumsum(0)])
         for units in (heads, channels)
@@ -144,8 +171,6 @@ def allocate_by_mask_gradient(
     attention, ffn = split_sparsity(sites, sparsity, options)
     keep = {}
     for kind, lost, rotate in ((ATTENTION, attention, options.pca_attention), (FFN, ffn, options.pca_ffn)):
-        importance = [
-            channel_importance(site.grad, site.moment if rotate else None) for site in measured.of(sites, kind)
-        ]
+        importance = [site.importance(rotate, options) for site in measured.of(sites, kind)]
         keep[kind] = keep_fractions(importance, sites.sizes(kind), lost, options.max_site_sparsity)
     return Allocation.of_kinds(sites, keep)

@@ -23,7 +23,7 @@ from intraslice.algebra.selection import TOLERANCE, HeadPlan, top_indices
 from intraslice.errors import BudgetError
 from intraslice.layers.sites import ATTENTION, FFN, ModelSites
 from intraslice.methods.blockwise.allocators.base import Allocation, split_sparsity
-from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients, channel_importance
+from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients
 from intraslice.methods.blockwise.options import AllocationOptions
 
 NEAR = 0.9 * TOLERANCE
@@ -137,12 +137,9 @@ def _importance(
     """Return the importance of head channels [H, d], in the order in which they would be kept, and of channels [F]."""
     heads = []
     for site in measured.of(sites, ATTENTION):
-        moment = site.moment if options.pca_attention else None
-        importance = channel_importance(site.grad, moment).view(len(site.moment), -1)
+        importance = site.importance(options.pca_attention, options).view(len(site.moment), -1)
         heads.append(importance if options.pca_attention else importance.sort(1, descending=True).values)
-    channels = [
-        channel_importance(site.grad, site.moment if options.pca_ffn else None) for site in measured.of(sites, FFN)
-    ]
+    channels = [site.importance(options.pca_ffn, options) for site in measured.of(sites, FFN)]
     return heads, channels
 
 
