@@ -12,6 +12,7 @@ import yaml
 from intraslice.errors import RecipeError
 from intraslice.methods.blockwise.options import BlockwiseOptions
 from intraslice.methods.registry import METHODS
+from intraslice.methods.svd_llm.options import SvdLlmOptions
 from intraslice.options import CalibrationOptions, RunOptions
 from intraslice.recipes.recipe import Recipe, fit_to_model, load_recipe, parse_align
 from intraslice.recipes.words import option_names
@@ -108,8 +109,9 @@ def test_a_recipe_records_what_the_method_reads_and_nothing_else(method: str):
 def test_set_names_every_option():
     names = {
         f"{section.name}.{inner.name}"
-        for section in fields(BlockwiseOptions)
-        for inner in fields(getattr(BlockwiseOptions(), section.name))
+        for form in (BlockwiseOptions(), SvdLlmOptions())
+        for section in fields(form)
+        for inner in fields(getattr(form, section.name))
     }
     for own in (CalibrationOptions, RunOptions):
         section = own.__name__.removesuffix("Options").lower()
@@ -279,7 +281,8 @@ def test_an_unknown_target_is_named():
 @pytest.mark.parametrize("method", ["svd-llm", "slicegpt"])
 def test_methods_that_change_what_a_layer_is_run_in_transformers_only(method: str):
     recipe = load_recipe(None, {**BASE, "method": method})
-    assert recipe.method_options() == {} and not recipe.entry.form.any_target
+    expected = {"factors": {"measured_on": "dense_stream"}} if method == "svd-llm" else {}
+    assert recipe.method_options() == expected and not recipe.entry.form.any_target
     with pytest.raises(RecipeError, match=f"method {method} .*leave out --target vllm"):
         load_recipe(None, {**BASE, "method": method, "target": "vllm"})
     if method == "slicegpt":

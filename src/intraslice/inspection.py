@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from intraslice.checkpoint.composite import is_composite, text_config
-from intraslice.checkpoint.folder import composite_reason
+from intraslice.checkpoint.folder import check_family, composite_reason, is_pruned_config, read_config_file
 from intraslice.errors import UnsupportedModelError
 from intraslice.loading import count_parameters, load_whole_config
+from intraslice.names import NameKind, kind_of
 from intraslice.options import RunOptions
 from intraslice.placement import choose_device, dtype_from_name, peak_resident_bytes
 from intraslice.results.result import RESULT_FILE, PruneResult
@@ -91,9 +92,13 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
 
     Raises:
         CheckpointError: there is no such model.
-        UnsupportedModelError: its architecture is not one of ours.
+        UnsupportedModelError: it cannot be pruned; the message says what is missing.
     """
+    if kind_of(name) is NameKind.FOLDER:
+        # Before transformers reads it, which says less of an architecture that it does not know.
+        _check_dense(read_config_file(Path(name).expanduser(), name), name)
     whole_config, files = load_whole_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    _check_dense(whole_config.to_dict(), name)
     spec = family_of(whole_config)
     config = text_config(whole_config)
     pruned = config.model_type.startswith(_PRUNED_PREFIX)
@@ -133,6 +138,11 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
         weight_bytes=sum(file.stat().st_size for file in files),
         layers=layers,
     )
+
+
+def _check_dense(data: dict[str, Any], name: str) -> None:
+    if not is_pruned_config(data):
+        check_family(data, name)
 
 
 def family_of(config: Any) -> FamilySpec:

@@ -103,6 +103,39 @@ def test_only_the_stream_between_the_ends_of_a_sliced_model_is_sliced(tmp_path):
     assert last.input_layernorm.variance_epsilon > dense.model.norm.variance_epsilon
 
 
+def test_svd_llm_fits_the_inputs_of_the_dense_model(tmp_path):
+    """Brute force, as in the published code: Cholesky factors of the dense model's inputs, in every layer."""
+    folder = make_tiny("llama", tmp_path / "m", dtype=torch.float64, **WIDE)
+    prune(folder, tmp_path / "out", "svd-llm")
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    inputs: dict[str, list[torch.Tensor]] = {}
+    linears = {name: module for name, module in dense.model.layers.named_modules() if _is_linear(module)}
+    for name, module in linears.items():
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: inputs.setdefault(name, []).append(args[0].flatten(0, 1))
+        )
+    with torch.no_grad():
+        dense(calibration().tokens)
+    factored = 0
+    for name, linear in linears.items():
+        module = pruned.model.layers.get_submodule(name)
+        if _is_linear(module):
+            continue
+        factored += 1
+        x, weight = torch.cat(inputs[name]), linear.weight.detach()
+        moment = x.T @ x
+        # The damping is far below what is compared.
+        root = torch.linalg.cholesky(moment + 1e-9 * moment.diagonal().mean() * torch.eye(len(moment)))
+        u, s, v = torch.linalg.svd(weight @ root, full_matrices=False)
+        rank = module.first.out_features
+        expected = (u[:, :rank] * s[:rank]) @ v[:rank] @ torch.linalg.inv(root)
+        found = (module.second.weight @ module.first.weight).detach()
+        # What a weight does to inputs that do not occur is not fixed, and the norms compute in float32.
+        torch.testing.assert_close(x @ found.T, x @ expected.T, atol=1e-3, rtol=1e-3)
+    assert factored >= 10
+
+
 @pytest.mark.parametrize("method", ["svd-llm", "slicegpt"])
 def test_the_saved_model_is_what_the_layers_were_measured_on(method, tmp_path, monkeypatch):
     """The states that the engine has after the last layer are those of the reloaded model."""
@@ -115,7 +148,8 @@ def test_the_saved_model_is_what_the_layers_were_measured_on(method, tmp_path, m
     # The engine frees them after the last layer.
     monkeypatch.setattr(HiddenStates, "release", lambda states: None)
     folder = make_tiny("llama", tmp_path / "m", dtype=torch.float64, **WIDE)
-    prune(folder, tmp_path / "out", method)
+    followed = {"factors__measured_on": "pruned_stream"} if method == "svd-llm" else {}
+    prune(folder, tmp_path / "out", method, **followed)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64).eval()
     seen = []
     model.model.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))

@@ -226,6 +226,32 @@ def test_a_head_of_its_own_is_kept_whatever_the_config_says(tmp_path: Path) -> N
         )
 
 
+def test_a_text_tower_may_be_of_another_family(tmp_path: Path) -> None:
+    """Mistral Small 3.x: a Mistral tower, or one of Ministral 3 with a temperature of its queries."""
+    text = {
+        **CASES["mistral3"]["text_config"],
+        "model_type": "ministral3",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 500.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 8,
+            "llama_4_scaling_beta": 0.7,
+        },
+    }
+    folder = make_composite("mistral3", tmp_path / "dense", text_config=text)
+    for sparsity in (0.0, 0.3):
+        prune(folder, tmp_path / "out", sparsity=sparsity, overwrite=True)
+        model, _ = load_model(str(tmp_path / "out"))
+        assert model.config.model_type == "intraslice_ministral3"
+        assert torch.equal(model(**text_inputs()).logits, logits(tmp_path / "out", text_inputs()))
+        if sparsity == 0.0:
+            for inputs in (image_inputs("mistral3"), text_inputs()):
+                found = logits(tmp_path / "out", inputs)
+                torch.testing.assert_close(found, logits(folder, inputs), rtol=0, atol=1e-5)
+    assert inspect_model(str(tmp_path / "out")).sparsity == pytest.approx(0.3, abs=0.01)
+
+
 # What is refused, in one sentence each.
 
 
@@ -257,8 +283,8 @@ def changed(
         ({"add": {"model.language_model.norm.weight": torch.zeros(32)}}, "of its text tower twice"),
         ({"config": {"text_config": None}}, "whose config.json has no text_config"),
         (
-            {"config": {"text_config.model_type": "ministral3"}},
-            "whose text tower, a ministral3 model, cannot be pruned",
+            {"config": {"text_config.model_type": "qwen2"}},
+            "whose text tower, a qwen2 model, cannot be pruned",
         ),
         ({"config": {"model_type": "idefics3"}}, "of the architecture 'idefics3', whose text tower is a mistral model"),
         ({"config": {"quantization_config": {"quant_method": "fp8"}}}, "is quantised (fp8)"),
@@ -275,8 +301,8 @@ def test_what_is_missing_is_said(change: dict[str, Any], sentence: str, tmp_path
 
 
 def test_inspect_refuses_an_unknown_text_tower(tmp_path: Path) -> None:
-    folder = changed(make_composite("mistral3", tmp_path / "dense"), {"text_config.model_type": "ministral3"})
-    with pytest.raises(UnsupportedModelError, match="ministral3 model, cannot be pruned; supported text towers of"):
+    folder = changed(make_composite("mistral3", tmp_path / "dense"), {"text_config.model_type": "qwen2"})
+    with pytest.raises(UnsupportedModelError, match="qwen2 model, cannot be pruned; supported text towers of"):
         inspect_model(str(folder))
 
 

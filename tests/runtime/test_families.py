@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from intraslice import api
 from intraslice.checkpoint.reader import open_folder
 from intraslice.errors import UnsupportedModelError
+from intraslice.inspection import inspect_model
 from intraslice.layers.head import LanguageHead
 from intraslice.placement import Placement
 from intraslice.runtime import configuration_intraslice
@@ -22,7 +24,7 @@ from intraslice.runtime.configuration_intraslice import dense_shape, family_of_c
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
 from intraslice.runtime.modeling_intraslice import PrunedAttention, apply_layer_shape, model_classes
 from intraslice.streaming.model import StreamedModel
-from support.family_cases import KNOWN_FAMILIES, doubles, family_model
+from support.family_cases import KNOWN_FAMILIES, doubles, family_config, family_model
 from support.tiny import tiny_tokenizer
 
 # Sums of the same float64 terms in another order.
@@ -137,8 +139,9 @@ def test_a_pruned_model_reloads_to_what_was_streamed(family, folders, tmp_path):
 def test_what_a_family_cannot_have_is_refused_by_name(family, field, folders, tmp_path):
     data = json.loads((folders(family) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**data, field: 1.0 if field == "clip_qkv" else True}))
-    with pytest.raises(UnsupportedModelError, match=f"has {field} = .* cannot be pruned"):
-        open_folder(tmp_path)
+    for look in (open_folder, lambda folder: inspect_model(str(folder))):
+        with pytest.raises(UnsupportedModelError, match=f"has {field} = .* cannot be pruned"):
+            look(tmp_path)
 
 
 def test_since_says_whether_the_installed_transformers_has_the_family():
@@ -153,12 +156,15 @@ def test_since_says_whether_the_installed_transformers_has_the_family():
         ({"model_type": "deepseek_v3", "kv_lora_rank": 512, "n_routed_experts": 8}, "latent attention"),
         ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
         ({"model_type": "falcon", "alibi": True}, "ALiBi"),
+        ({"model_type": "bloom"}, "ALiBi"),
+        ({"model_type": "gpt2"}, "Conv1D"),
     ],
 )
 def test_what_is_missing_for_a_model_is_said(config, words, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match=f"missing for it: .*{words}.*; supported: llama"):
-        open_folder(tmp_path)
+    for look in (open_folder, lambda folder: inspect_model(str(folder))):
+        with pytest.raises(UnsupportedModelError, match=f"missing for it: .*{words}.*; supported: llama"):
+            look(tmp_path)
 
 
 def test_a_family_that_is_newer_than_transformers_is_named(monkeypatch, tmp_path):
@@ -181,12 +187,64 @@ def test_rope_parameters_of_each_layer_type_are_written_as_they_are():
 
 @pytest.mark.parametrize("family", KNOWN_FAMILIES)
 def test_zero_padding_gives_the_stock_class(family, folders, tmp_path):
-    """The exporter compares the logits itself before it publishes."""
+    """The zero-padded twin; the exporter compares the logits itself, in float32, before it publishes."""
     # Norms of query and key that differ from head to head have no place in stock classes.
     options = FAST if FAMILIES[family].qk_norm is None else {**FAST, "attention.qk_width": "dense"}
     api.prune(str(folders(family)), output=tmp_path / "out", sparsity=0.3, options=options)
     report = api.export(tmp_path / "out", to="padded", output=tmp_path / "padded")
     assert report.max_logit_difference is not None and report.max_logit_difference < 1e-3
+    pruned, twin = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float64).eval() for name in ("out", "padded")
+    )
+    assert twin.config.model_type == family
+    # A norm over all heads divides by more channels in the twin; the factor in its weight is rounded to float32.
+    over_all = FAMILIES[family].qk_norm is not None and FAMILIES[family].qk_norm.over == "all"
+    tolerance = {"atol": 1e-6, "rtol": 0.0} if over_all else FLOAT64
+    with torch.no_grad(), doubles():
+        torch.testing.assert_close(twin(tokens()).logits, pruned(tokens()).logits, **tolerance)
+
+
+@pytest.mark.parametrize("family", KNOWN_FAMILIES)
+def test_perplexity_is_that_of_a_plain_loop(family, folders, tmp_path):
+    """Scales and caps of the logits are the model's own; the windows are longer than those of attention."""
+    text = "The quick brown fox jumps over the lazy dog, and then it sleeps until the evening."
+    (tmp_path / "text.txt").write_text(text)
+    found = api.evaluate(folders(family), text=str(tmp_path / "text.txt"), seqlen=20, windows=3)
+    model = AutoModelForCausalLM.from_pretrained(folders(family)).eval()
+    windows = torch.tensor(AutoTokenizer.from_pretrained(folders(family))(text)["input_ids"])[:60].view(3, 20)
+    if FAMILIES[family].starts_with_bos:
+        windows[:, 0] = model.config.bos_token_id
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(model(window[None]).logits[0, :-1].double(), window[1:])
+            for window in windows
+        ]
+    assert found.perplexity == pytest.approx(math.exp(sum(losses) / 3), rel=1e-6)
+
+
+def test_blocks_may_be_sequential_where_the_config_says_so(tmp_path):
+    """The case of GPT-NeoX has parallel blocks; most models that are parallel by choice exist in both forms."""
+    config = family_config("gpt_neox")
+    config.use_parallel_residual = False
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    api.prune(str(tmp_path / "dense"), output=tmp_path / "out", sparsity=0.0, options=FAST)
+    found, dense = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("out", "dense"))
+    with torch.no_grad():
+        # float32 rounding; logits are of size 1.
+        torch.testing.assert_close(found(tokens()).logits, dense(tokens()).logits, atol=1e-5, rtol=0)
+
+
+def test_a_temperature_changes_only_queries_beyond_the_original_length():
+    """Without it the logits of the later tokens would be others: the case of Ministral 3 switches it on."""
+    model = family_model("ministral3")
+    plain = copy.deepcopy(model)
+    plain.config.rope_parameters["llama_4_scaling_beta"] = 0.0
+    with torch.no_grad():
+        difference = (model(tokens()).logits - plain(tokens()).logits).abs().amax((0, 2))
+    length = model.config.rope_parameters["original_max_position_embeddings"]
+    assert (difference[:length] == 0).all() and (difference[length:] > 1e-3).all()
 
 
 @pytest.mark.parametrize("family", [name for name in KNOWN_FAMILIES if "stock" not in FAMILIES[name].without_targets])

@@ -42,6 +42,18 @@ CASES: dict[str, dict[str, Any]] = {
     "arcee": _BIASES,
     "cwm": {"head_dim": 12, "sliding_window": 5, "layer_types": _WINDOWS},
     "ministral": {"head_dim": 12, "sliding_window": 5, "layer_types": _WINDOWS},
+    "ministral3": {
+        "head_dim": 12,
+        "sliding_window": 7,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 500.0,
+            "factor": 4.0,
+            # The text of the tests goes beyond it, so that queries have a temperature.
+            "original_max_position_embeddings": 4,
+            "llama_4_scaling_beta": 0.7,
+        },
+    },
     "gemma": {"head_dim": 12, "attention_bias": True, "tie_word_embeddings": True},
     "internlm3": {"head_dim": 12, **_BIASES},
     "jais2": _BIASES,
@@ -102,6 +114,7 @@ CASES: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 8, "attention_bias": True},
     "cohere": {"logit_scale": 0.7, "attention_bias": True},
     "cohere2": {"logit_scale": 0.7, "attention_bias": True, "sliding_window": 5, "layer_types": _WINDOWS},
+    "gpt_neox": {"num_key_value_heads": None, "hidden_dropout": 0.0, "hidden_act": "gelu", **_PARTIAL},
     "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, **_PARTIAL},
 }
 assert CASES.keys() == FAMILIES.keys(), "every row of the table is tested"

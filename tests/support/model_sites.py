@@ -25,7 +25,14 @@ def sites(
     return ModelSites(
         tuple(
             (
-                Site(name=ATTENTION, kind=ATTENTION, num_weights=first, units=heads, unit_weights=first // parts),
+                Site(
+                    name=ATTENTION,
+                    kind=ATTENTION,
+                    num_weights=first,
+                    units=heads,
+                    unit_weights=first // parts,
+                    num_groups=kv_heads or heads,
+                ),
                 Site(name=FFN, kind=FFN, num_weights=second, units=channels, unit_weights=second // channels),
             )
             for first, second in zip(attention, ffn, strict=True)

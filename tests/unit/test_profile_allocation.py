@@ -105,21 +105,21 @@ def test_fluctuation_is_one_ranking_of_heads_and_channels():
         assert found.fractions(FFN)[layer] == pytest.approx(kept["ffn", layer] / 600, abs=0.02)
 
 
-def test_similarity_is_a_softmax_over_the_inner_layers():
-    similarity = (0.9, 0.80, 0.85, 0.9, 0.99)
+def test_similarity_is_a_softmax_over_all_but_the_least_similar_layers():
+    similarity = (0.9, 0.80, 0.85, 0.9, 0.89)
     profile = ModelProfile(_profile().fluctuation, similarity)
-    found = allocate_by_similarity(profile, SITES, 0.2, AllocationOptions(ffn_share=1.0))
-    shares = [math.exp(10 * value) for value in similarity[1:-1]]
-    lost = [0.0, *(0.2 * L * share / sum(shares) for share in shares), 0.0]
+    found = allocate_by_similarity(profile, SITES, 0.2, AllocationOptions(ffn_share=1.0, kept_layers=0.4))
+    shares = [math.exp(10 * value) if index not in (1, 2) else 0.0 for index, value in enumerate(similarity)]
+    lost = [0.2 * L * share / sum(shares) for share in shares]
     assert [1 - kept for kept in found.fractions(ATTENTION)] == pytest.approx(lost)
     assert [1 - kept for kept in found.fractions(FFN)] == pytest.approx(lost)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 6])
-def test_losses_stay_under_the_cap_and_outer_layers_lose_only_the_rest(layers):
+def test_losses_stay_under_the_cap_and_kept_layers_lose_only_the_rest(layers):
     shares = [1.0 + index for index in range(layers)]
     for mean in (0.0, 0.1, 0.3, 0.7, 0.9):
-        losses = spread_loss(shares, mean, 0.9)
+        losses = spread_loss(shares, mean, 0.9, {0, layers - 1})
         assert sum(losses) == pytest.approx(mean * layers)
         assert all(0.0 <= lost <= 0.9 + 1e-12 for lost in losses)
         if losses[0] > 0:

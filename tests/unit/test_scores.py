@@ -29,7 +29,9 @@ def w() -> torch.Tensor:
 
 
 def _pearson(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
+    """The sizes of the correlations of all output channels, added up."""
+    columns = zip(a.T, b.T, strict=True)
+    return sum(abs(float(torch.corrcoef(torch.stack(column))[0, 1])) for column in columns)
 
 
 def _outputs_of(x: torch.Tensor, w: torch.Tensor, heads) -> torch.Tensor:
@@ -42,7 +44,8 @@ def test_channel_scores_are_their_formulas(x, w):
     for i in range(C):
         weight = w[:, i].norm()
         assert scores.energy_scores(energy, w)[i] == pytest.approx(float((x[:, i].norm() * weight) ** 2))
-        assert scores.norm_scores(energy, w)[i] == pytest.approx(float(x[:, i].norm() * weight))
+        wanda = [abs(float(w[j, i])) * float(x[:, i].norm()) for j in range(D)]
+        assert scores.norm_scores(energy, w)[i] == pytest.approx(sum(wanda) / D)
         assert scores.magnitude_scores(energy)[i] == pytest.approx(float(x[:, i].norm()))
         fluctuation = scores.fluctuation_scores(energy, x.sum(0), N, w)[i]
         assert fluctuation == pytest.approx(float(x[:, i].var(correction=0) * weight**2))
@@ -57,10 +60,38 @@ def test_fluctuation_of_a_constant_channel_is_zero_however_large():
 def test_feature_scores_weigh_the_directions_in_which_the_output_varies(x, w):
     outputs = x @ w.T
     values, vectors = torch.linalg.eigh(torch.cov(outputs.T, correction=0))
+    importance = torch.sigmoid(values / values.mean())
     found = scores.feature_scores(x.T @ x, x.sum(0), N, w)
     for i in range(C):
-        explicit = sum((values[k] * (vectors[:, k] @ w[:, i])) ** 2 for k in range(D)) ** 0.5
+        explicit = sum((importance[k] * (vectors[:, k] @ w[:, i])) ** 2 for k in range(D)) ** 0.5
         assert found[i] == pytest.approx(float(x[:, i].norm() * explicit))
+
+
+def test_the_feature_score_has_what_gate_and_up_read_and_keeps_the_lowest_percent():
+    channels, read = 150, _random(N, 5, seed=5)
+    gate, up = _random(channels, 5, seed=6), _random(channels, 5, seed=7)
+    x, w = _random(N, channels, seed=8), _random(D, channels, seed=9)
+    site = scores.ScoreInput(
+        energy=x.square().sum(0),
+        total=x.sum(0),
+        moment=x.T @ x,
+        num_tokens=N,
+        weight=w,
+        units=channels,
+        removed=30,
+        damping=0.1,
+        read_energy=read.square().sum(0),
+        reading=(gate, up),
+    )
+    plain = scores.feature_scores(x.T @ x, x.sum(0), N, w)
+    for i in range(channels):
+        for matrix in (gate, up):
+            plain[i] += sum((float(matrix[i, j]) * float(read[:, j].norm())) ** 2 for j in range(5)) ** 0.5
+    found = scores.feature(site)
+    lowest = plain.argsort()[:2]  # round(0.01 * 150)
+    assert torch.isinf(found[lowest]).all()
+    others = plain.argsort()[2:]
+    torch.testing.assert_close(found[others], plain[others])
 
 
 def test_head_scores_are_the_correlations_without_the_head(x, w):

@@ -85,13 +85,13 @@ def weakest_unit(heads: Sequence[int], group: int, groups: str, scores: Mapping[
     """Return the query heads to remove next, or None when the group policy allows no removal.
 
     "ragged": the weakest single head. "uniform": every group keeps the same size, so either all heads of one kv head
-    go, or the weakest head of each group; whichever has the lower score per head.
+    go, or the weakest head of each group; whichever has the lower score per head. "whole": all heads of one kv head.
     """
     if groups == "ragged":
         return (min(heads, key=lambda head: scores[head]),)
     members = {kv: [head for head in heads if head // group == kv] for kv in kept_kv_heads(heads, group)}
     units = [tuple(group_heads) for group_heads in members.values()] if len(members) > 1 else []
-    if min(len(group_heads) for group_heads in members.values()) > 1:
+    if groups == "uniform" and min(len(group_heads) for group_heads in members.values()) > 1:
         units.append(tuple(min(group_heads, key=lambda head: scores[head]) for group_heads in members.values()))
     return min(units, key=lambda unit: sum(scores[head] for head in unit) / len(unit), default=None)
 
@@ -117,7 +117,7 @@ def adaptive_heads(
         budget_dims: head dimensions to share: query and kv heads times their width.
         group: query heads a kv head in the dense model.
         min_width: heads are removed as long as they would be narrower than this.
-        groups: "ragged" or "uniform".
+        groups: "ragged", "uniform" or "whole".
         qk_width: width that query and key keep whatever happens; None when they are as wide as the value.
     """
     num_heads, head_dim = spectrum_Hd.shape
@@ -150,7 +150,7 @@ def whole_heads(scores_H: Tensor, *, budget_dims: float, head_dim: int, group: i
         budget_dims: as in `adaptive_heads`.
         head_dim: d, which every kept head keeps.
         group: query heads a kv head.
-        groups: "ragged" or "uniform".
+        groups: "ragged", "uniform" or "whole".
     """
     by_head = dict(enumerate(scores_H.tolist()))
 

@@ -24,8 +24,30 @@ def read_config(folder: Path, name: str) -> Any:
         CheckpointError: the file is missing or not a valid config.
     """
     from transformers import CONFIG_MAPPING
-    from transformers import __version__ as transformers_version
 
+    data = read_config_file(folder, name)
+    model_type = str(data.get("model_type", ""))
+    if is_pruned_config(data):
+        raise UnsupportedModelError(
+            f"{name!r} is already pruned by intraslice; prune the dense model to the sparsity you want"
+        )
+    text = check_family(data, name)
+    settings = data.get("quantization_config") or text.get("quantization_config")
+    if settings:
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings
+        raise UnsupportedModelError(f"{name!r} is quantised ({method}); give the model in float32, bfloat16 or float16")
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(data)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(f"config.json of {name!r} is not valid: {config_reason(error)}") from error
+
+
+def read_config_file(folder: Path, name: str) -> dict[str, Any]:
+    """Return what config.json of a model folder holds.
+
+    Raises:
+        CheckpointError: the file is missing or no JSON object.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{name!r} has no config.json; give the folder of a Hugging Face model")
@@ -35,11 +57,32 @@ def read_config(folder: Path, name: str) -> Any:
         raise CheckpointError(f"config.json of {name!r} cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"config.json of {name!r} is not a JSON object")
+    return data
+
+
+def is_pruned_config(data: dict[str, Any]) -> bool:
+    """Return whether config.json is that of a model that intraslice has pruned."""
+    return "intraslice" in data or str(data.get("model_type", "")).startswith("intraslice_")
+
+
+def check_family(data: dict[str, Any], name: str) -> dict[str, Any]:
+    """Check that a dense model is of a family that can be pruned, and say what is missing where it is not.
+
+    Args:
+        data: config.json.
+        name: how messages call the model.
+
+    Returns:
+        The part of the config that is about the decoder layers: all of it, or that of the text tower of a composite.
+
+    Raises:
+        UnsupportedModelError: the architecture is not supported, needs a newer transformers, or is switched to a
+            computation that is not known.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers import __version__ as transformers_version
+
     model_type = str(data.get("model_type", ""))
-    if "intraslice" in data or model_type.startswith("intraslice_"):
-        raise UnsupportedModelError(
-            f"{name!r} is already pruned by intraslice; prune the dense model to the sparsity you want"
-        )
     composite = "text_config" in data or model_type in composites()
     text = _checked_text(data, model_type, name) if composite else data
     family = str(text.get("model_type", "")) if composite else model_type
@@ -50,10 +93,6 @@ def read_config(folder: Path, name: str) -> Any:
         raise UnsupportedModelError(
             f"{name!r} has the architecture {model_type or 'unknown'!r}{code}{what}; supported: {', '.join(FAMILIES)}"
         )
-    settings = data.get("quantization_config") or text.get("quantization_config")
-    if settings:
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        raise UnsupportedModelError(f"{name!r} is quantised ({method}); give the model in float32, bfloat16 or float16")
     spec = FAMILIES[family]
     for needed in dict.fromkeys((model_type, family)):
         if needed not in CONFIG_MAPPING:
@@ -67,10 +106,7 @@ def read_config(folder: Path, name: str) -> Any:
                 f"{name!r} has {field} = {text[field]!r} in its config.json, and {family} models with {field} "
                 "cannot be pruned; give one without it"
             )
-    try:
-        return CONFIG_MAPPING[model_type].from_dict(data)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(f"config.json of {name!r} is not valid: {config_reason(error)}") from error
+    return text
 
 
 def composites() -> dict[str, tuple[str, ...]]:

@@ -15,6 +15,16 @@ _FEATURES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("state-space or linear-attention layers", ("mamba_d_state", "ssm_cfg", "linear_num_key_heads", "state_size")),
     ("embeddings per layer", ("hidden_size_per_layer_input",)),
 )
+# What no field of the config says.
+_ARCHITECTURES = {
+    "bloom": "positions as ALiBi slopes",
+    "mpt": "positions as ALiBi slopes",
+    "falcon": "norms whose names depend on the config, and heads that are repeated before the cache",
+    "gpt2": "matrices that are stored transposed (Conv1D)",
+    "gpt_bigcode": "one key and value for all heads in a fused matrix, beside a layout by head",
+    "gptj": "an attention function of its own",
+    "gpt_neo": "an attention function of its own",
+}
 _PLAIN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -24,7 +34,8 @@ def missing_features(config: Mapping[str, Any]) -> list[str]:
     Args:
         config: config.json, or the text tower's part of it.
     """
-    found = []
+    model_type = str(config.get("model_type", ""))
+    found = [_ARCHITECTURES[model_type]] if model_type in _ARCHITECTURES else []
     for words, fields in _FEATURES:
         field = next((field for field in fields if config.get(field)), None)
         if field is not None:

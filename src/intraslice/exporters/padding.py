@@ -228,6 +228,9 @@ def with_all_biases(layer: NeutralLayer) -> NeutralLayer:
 def scale_queries(layer: NeutralLayer, factor: float) -> NeutralLayer:
     """Multiply the queries, for runtimes whose softmax scale is another one than that of the dense head."""
     attention, offset = layer.attention, layer.spec.norm_offset
+    if factor == 1.0:
+        # Adding the offset and taking it off again would round.
+        return layer
     if attention.q_norm is not None:
         # Whatever comes before a norm has no effect on the size of what comes out.
         norm = (attention.q_norm.float() + offset) * factor - offset

@@ -42,8 +42,8 @@ class DecoderLayer:
         module: a Hugging Face decoder layer whose attention is a `PrunedAttention`.
         spec: its family.
         config: the dense config.
-        arguments: what the model hands to the layer besides the hidden states: `position_embeddings` and
-            `attention_mask`, for batches of one shape.
+        arguments: what the model hands to the layer besides the hidden states: `position_embeddings`, `position_ids`
+            and `attention_mask`, for batches of one shape.
     """
 
     def __init__(
@@ -139,7 +139,9 @@ class DecoderLayer:
 
     def project(self, attention: PrunedAttention, input_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return query [B, H, T, r], key [B, K, T, r] (both after RoPE) and value [B, K, T, p]."""
-        return attention.project(input_BTD, self.arguments.get("position_embeddings"))
+        return attention.project(
+            input_BTD, self.arguments.get("position_embeddings"), self.arguments.get("position_ids")
+        )
 
     def attend(self, attention: PrunedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return the input of o_proj, [B, T, H * p], for what `project` gave."""

@@ -26,6 +26,7 @@ class Site:
         units: how many units it has.
         unit_weights: linear weights that go with one unit. A kv head that serves several query heads is no part of
             them; it goes with the last one.
+        num_groups: kv heads of attention; 0 elsewhere.
         reads: paths of the Linears that read the site's input, within the layer.
         writes: path of the Linear that writes its output.
     """
@@ -35,6 +36,7 @@ class Site:
     num_weights: int
     units: int
     unit_weights: int
+    num_groups: int = 0
     reads: tuple[str, ...] = ()
     writes: str = ""
 
@@ -106,6 +108,7 @@ def layer_sites(spec: FamilySpec, shape: LayerShape, hidden_size: int) -> tuple[
             units=heads,
             # Without groups the kv head goes as well.
             unit_weights=hidden_size * (shape.qk_head_dim + shape.v_head_dim) if grouped else attention // heads,
+            num_groups=kv_heads,
             reads=attention_reads,
             writes=attention_writes,
         ),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from intraslice.layers.weights import AttentionWeights, FFNWeights
-from intraslice.runtime.families_intraslice import FamilySpec, LayerShape, Slot
+from intraslice.runtime.families_intraslice import FamilySpec, LayerShape, Slot, grouped_sizes
 
 Part = tuple[Slot, Tensor, Tensor | None]
 """A slot, its weight and its bias, as they stand in a Linear: [rows, columns] and [rows]."""
@@ -45,14 +45,31 @@ def _row_counts(shape: LayerShape) -> dict[str, int]:
     return {**attention, "gate": shape.intermediate_size, "up": shape.intermediate_size}
 
 
-def _take(tensors: Mapping[str, Tensor], slot: Slot, counts: Mapping[str, int]) -> tuple[Tensor, Tensor | None]:
+def _take(
+    tensors: Mapping[str, Tensor], slot: Slot, counts: Mapping[str, int], shape: LayerShape
+) -> tuple[Tensor, Tensor | None]:
     """Return weight and bias of one part of a (fused) Linear."""
     weight, bias = tensors[f"{slot.path}.weight"], tensors.get(f"{slot.path}.bias")
+    if slot.grouped:
+        return _ungrouped(weight, slot, shape), None if bias is None else _ungrouped(bias, slot, shape)
     if slot.parts:
         rows = [counts[part] for part in slot.parts]
         weight = weight.split(rows)[slot.part]
         bias = None if bias is None else bias.split(rows)[slot.part]
     return weight, bias
+
+
+def _ungrouped(rows: Tensor, slot: Slot, shape: LayerShape) -> Tensor:
+    """Return the rows of one part of a fused Linear whose rows go by kv head."""
+    sizes = [size for group in grouped_sizes(shape) for size in group]
+    return torch.cat([rows[:0], *rows.split(sizes)[slot.part :: len(slot.parts)]]) if sizes else rows
+
+
+def _grouped(parts: Sequence[Tensor], shape: LayerShape) -> Tensor:
+    """Return the rows of q, k and v by kv head: inverse of `_ungrouped`."""
+    sizes = zip(*grouped_sizes(shape), strict=True)
+    by_part = (part.split(list(counts)) for part, counts in zip(parts, sizes, strict=True))
+    return torch.cat([rows for group in zip(*by_part, strict=True) for rows in group])
 
 
 def split_attention(tensors: Mapping[str, Tensor], spec: FamilySpec, shape: LayerShape) -> AttentionWeights:
@@ -66,14 +83,14 @@ def split_attention(tensors: Mapping[str, Tensor], spec: FamilySpec, shape: Laye
     counts = _row_counts(shape)
 
     def headed(slot: Slot, heads: int, width: int) -> tuple[Tensor, Tensor | None]:
-        weight, bias = _take(tensors, slot, counts)
+        weight, bias = _take(tensors, slot, counts, shape)
         # Also where there are no heads, which leaves nothing to infer a size from.
         return weight.reshape(heads, width, weight.shape[1]), None if bias is None else bias.reshape(heads, width)
 
     q, q_bias = headed(spec.q, shape.num_attention_heads, shape.qk_head_dim)
     k, k_bias = headed(spec.k, shape.num_key_value_heads, shape.qk_head_dim)
     v, v_bias = headed(spec.v, shape.num_key_value_heads, shape.v_head_dim)
-    o, o_bias = _take(tensors, spec.o, counts)
+    o, o_bias = _take(tensors, spec.o, counts, shape)
     norms = {}
     if spec.qk_norm is not None and shape.has_attention:
         # One row a head, also where all heads share one.
@@ -91,24 +108,34 @@ def split_ffn(tensors: Mapping[str, Tensor], spec: FamilySpec, shape: LayerShape
         shape: of the layer.
     """
     counts = _row_counts(shape)
-    up, up_bias = _take(tensors, spec.up, counts)
-    gate, gate_bias = (None, None) if spec.gate is None else _take(tensors, spec.gate, counts)
-    down, down_bias = _take(tensors, spec.down, counts)
+    up, up_bias = _take(tensors, spec.up, counts, shape)
+    gate, gate_bias = (None, None) if spec.gate is None else _take(tensors, spec.gate, counts, shape)
+    down, down_bias = _take(tensors, spec.down, counts, shape)
     return FFNWeights(up=up, gate=gate, down=down, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)
 
 
-def attention_parts(weights: AttentionWeights, spec: FamilySpec) -> list[Part]:
-    """Return what stands in which slot of an attention module: inverse of `split_attention`, with `join_parts`."""
+def attention_parts(weights: AttentionWeights, spec: FamilySpec, shape: LayerShape) -> list[Part]:
+    """Return what stands in which slot of an attention module: inverse of `split_attention`, with `join_parts`.
+
+    Args:
+        weights: of the block.
+        spec: the family.
+        shape: of the layer.
+    """
 
     def rows(slot: Slot, weight: Tensor, bias: Tensor | None) -> Part:
         return slot, weight.flatten(0, 1), None if bias is None else bias.flatten()
 
-    return [
+    reading = [
         rows(spec.q, weights.q, weights.q_bias),
         rows(spec.k, weights.k, weights.k_bias),
         rows(spec.v, weights.v, weights.v_bias),
-        (spec.o, weights.o, weights.o_bias),
     ]
+    if spec.q.grouped and shape.has_attention:
+        biases = [bias for _, _, bias in reading if bias is not None]
+        fused = _grouped([weight for _, weight, _ in reading], shape)
+        reading = [(Slot(spec.q.path), fused, _grouped(biases, shape) if biases else None)]
+    return [*reading, (spec.o, weights.o, weights.o_bias)]
 
 
 def norm_weights(weights: AttentionWeights, spec: FamilySpec, headed: bool) -> dict[str, Tensor]:
@@ -183,7 +210,10 @@ def split_layer(tensors: Mapping[str, Tensor], spec: FamilySpec, shape: LayerSha
 def join_layer(layer: NeutralLayer) -> dict[str, Tensor]:
     """Return the state dict of a stock layer: inverse of `split_layer`, without index buffers."""
     tensors, spec = dict(layer.rest), layer.spec
-    blocks = ((spec.attention, attention_parts(layer.attention, spec)), (spec.mlp, ffn_parts(layer.ffn, spec)))
+    blocks = (
+        (spec.attention, attention_parts(layer.attention, spec, layer.shape)),
+        (spec.mlp, ffn_parts(layer.ffn, spec)),
+    )
     for module, parts in blocks:
         prefix = f"{module}." if module else ""
         for path, (weight, bias) in join_parts(parts).items():

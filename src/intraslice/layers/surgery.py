@@ -51,7 +51,7 @@ def write_attention(
     apply_layer_shape(block.module, config, spec, layer_idx, shape)
     module = block.attention
 
-    _write(module, attention_parts(weights, spec))
+    _write(module, attention_parts(weights, spec, shape))
     with torch.no_grad():
         for name, weight in norm_weights(weights, spec, shape.headed_qk_norm).items():
             module.get_parameter(name).copy_(weight)

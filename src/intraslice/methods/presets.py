@@ -1,10 +1,11 @@
 """What `--method` and `--target` stand for: named option sets. No torch.
 
-The other methods differ from their publications where a fair comparison asks for it: the budget counts stored weights,
-statistics of a layer come from the layers pruned before it, query heads of a kv head go one by one
-(allocation.budget_unit), and nobody trains afterwards. TransAct prunes in several rounds; within a layer they would
-change nothing here, because q, k, v and act depend on the layer's input only, and that is measured anew for every
-layer.
+The other methods follow the code of their authors: what is scored, on which inputs (measured_on), and how much each
+layer loses. They differ where a fair comparison asks for it: the budget counts stored weights, and nobody trains
+afterwards. None of these codes knows grouped queries. With Wanda a kv head goes with all its query heads; with the
+others the query heads of a kv head go one by one (allocation.budget_unit). TransAct prunes in several rounds; within a
+layer they would change nothing here, because q, k, v and act depend on the layer's input only, and that is measured
+anew for every layer.
 """
 
 from __future__ import annotations
@@ -18,14 +19,31 @@ ITER_PCA = {"ffn": {"iter_pca": True}}
 ADA_H = {"allocation": _NO_CORRECTION}
 NAIVE = {"allocation": _NO_CORRECTION, "attention": {"heads": "whole"}}
 WANDA_SP = {
-    "allocation": {"rule": "uniform", "ffn_share": 1.0, "budget_unit": "units"},
-    "attention": {"score": "norm", "heads": "whole", "repair": "none", "repair_against": "own_output"},
-    "ffn": {"score": "norm", "repair": "none", "repair_against": "own_output"},
+    "allocation": {"rule": "uniform", "ffn_share": 1.0, "budget_unit": "groups"},
+    "attention": {
+        "score": "norm",
+        "heads": "whole",
+        "gqa_groups": "whole",
+        "repair": "none",
+        "repair_against": "own_output",
+    },
+    "ffn": {"score": "norm", "measured_on": "dense_layer", "repair": "none", "repair_against": "own_output"},
 }
 FLAP = {
-    "allocation": {"rule": "fluctuation", "budget_unit": "units"},
-    "attention": {"score": "fluctuation", "heads": "whole", "repair": "bias", "repair_against": "own_output"},
-    "ffn": {"score": "fluctuation", "repair": "bias", "repair_against": "own_output"},
+    "allocation": {"rule": "fluctuation", "budget_unit": "units", "max_site_sparsity": 0.99},
+    "attention": {
+        "score": "fluctuation",
+        "heads": "whole",
+        "measured_on": "dense_stream",
+        "repair": "bias",
+        "repair_against": "own_output",
+    },
+    "ffn": {
+        "score": "fluctuation",
+        "measured_on": "dense_stream",
+        "repair": "bias",
+        "repair_against": "own_output",
+    },
 }
 SLIMLLM = {
     "allocation": {"rule": "similarity", "ffn_share": 1.0, "budget_unit": "units"},

@@ -99,11 +99,23 @@ class Slot:
         path: name of the Linear relative to the module of the site.
         part: which part of a fused Linear, in the order of its rows.
         parts: names of all parts when fused, for example ("q", "k", "v"); empty when not fused.
+        grouped: whether the rows of a fused Linear go by kv head: its query heads, its key, its value, then those of
+            the next one; otherwise all rows of a part are together.
     """
 
     path: str
     part: int = 0
     parts: tuple[str, ...] = ()
+    grouped: bool = False
+
+
+def grouped_sizes(shape: LayerShape) -> list[tuple[int, int, int]]:
+    """Return how many rows of q, k and v each kv head has in a grouped fused Linear.
+
+    Args:
+        shape: of the layer.
+    """
+    return [(heads * shape.qk_head_dim, shape.qk_head_dim, shape.v_head_dim) for heads in shape.heads_per_kv]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +152,8 @@ class FamilySpec:
         attention_out_norm, ffn_out_norm: norms of the outputs of the sites, before they are added to the residual
             stream; None when there are none.
         residual_scale: config attribute that the output of each site is multiplied by before it is added.
+        query_temperature: whether queries grow with their position, by 1 + beta log(1 + floor(position / length)); beta
+            and the length are in the RoPE parameters of the config.
         parallel: whether the FFN reads the input of the layer, as attention does: a constant, or a config attribute.
         qk_norm: norms of query and key; None when the family has none.
         norm: what the norms compute: "rms" (x / rms(x) * weight), "rms_plus_one" (the same, * (1 + weight)), "layer"
@@ -195,6 +209,7 @@ class FamilySpec:
     residual_scale: str | None = None
     parallel: bool | str = False
     qk_norm: QKNorm | None = None
+    query_temperature: bool = False
     norm: str = "rms"
     norm_first: str | None = None
     rope: bool | str = True
@@ -252,7 +267,7 @@ class FamilySpec:
     def fits_llama_cpp(self) -> bool:
         """Whether llama.cpp's architecture with a shape per layer has a place for everything in a layer."""
         plain = self.qk_norm is None and self.residual_scale is None and self.rope_layout == "half"
-        return plain and self.rope is True and self.gate is not None and self.rotatable
+        return plain and not self.query_temperature and self.rope is True and self.gate is not None and self.rotatable
 
     @property
     def without_targets(self) -> tuple[str, ...]:
@@ -396,6 +411,13 @@ FAMILIES: dict[str, FamilySpec] = {
         ),
         FamilySpec(name="cwm", heads_divide_hidden=True),
         FamilySpec(name="ministral"),
+        FamilySpec(
+            name="ministral3",
+            query_temperature=True,
+            rope_subset=False,
+            sliding_window="sliding_window",
+            text_of=("mistral3",),
+        ),
         FamilySpec(
             name="gemma",
             starts_with_bos=True,
@@ -609,6 +631,27 @@ FAMILIES: dict[str, FamilySpec] = {
             o_bias=True,
             head_dim_field=False,
             refuse=("qk_layernorm",),
+        ),
+        FamilySpec(
+            name="gpt_neox",
+            layers="gpt_neox.layers",
+            attention="attention",
+            q=Slot("query_key_value", 0, _QKV, grouped=True),
+            k=Slot("query_key_value", 1, _QKV, grouped=True),
+            v=Slot("query_key_value", 2, _QKV, grouped=True),
+            o=Slot("dense"),
+            up=Slot("dense_h_to_4h"),
+            gate=None,
+            down=Slot("dense_4h_to_h"),
+            act_fn="act",
+            parallel="use_parallel_residual",
+            norm="layer",
+            rope_subset=False,
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            bias_fields=("attention_bias",),
+            head_dim_field=False,
+            renames=(("embed_out.", "lm_head."),),
         ),
     )
 }

@@ -41,7 +41,7 @@ from .configuration_intraslice import (
     rotated,
     stock_config_class,
 )
-from .families_intraslice import FAMILIES, FamilySpec, LayerShape
+from .families_intraslice import FAMILIES, FamilySpec, LayerShape, grouped_sizes
 from .shortcuts_intraslice import add_shortcuts
 
 if TYPE_CHECKING:
@@ -277,13 +277,17 @@ class PrunedAttention(nn.Module):
         self.rope_index.copy_(pairs)
 
     def project(
-        self, hidden_BTD: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+        self,
+        hidden_BTD: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return query, key (after RoPE) and value, as they go into the cache.
 
         Args:
             hidden_BTD: input of attention, [B, T, D].
             position_embeddings: cos and sin, each [B or 1, T, rotary channels]; None without RoPE.
+            position_ids: positions of the tokens, [B or 1, T]; only queries with a temperature need them.
 
         Returns:
             query [B, H, T, r], key [B, K, T, r], value [B, K, T, p].
@@ -296,12 +300,23 @@ class PrunedAttention(nn.Module):
             query, key = self._apply_rope(query, key, position_embeddings)
         if after_rope:
             query, key = self.norm_query_key(query, key)
+        if self.spec.query_temperature:
+            assert position_ids is not None
+            query = query * self._temperature(position_ids).to(query.dtype)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def _temperature(self, position_ids_BT: torch.Tensor) -> torch.Tensor:
+        """Return the factor of the queries at each position, [B, T, 1, 1]."""
+        rope = self.config.rope_parameters
+        periods = torch.floor(position_ids_BT / rope["original_max_position_embeddings"])
+        return (1 + rope["llama_4_scaling_beta"] * torch.log(1 + periods))[..., None, None]
 
     def project_rows(self, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return query [B, T, H, r], key [B, T, K, r] and value [B, T, K, p] as the Linears give them."""
         B, T, _ = hidden_BTD.shape
-        if self.spec.q.parts:
+        if self.spec.q.grouped:
+            query, key, value = self._split_grouped(getattr(self, self.spec.q.path)(hidden_BTD))
+        elif self.spec.q.parts:
             query, key, value = getattr(self, self.spec.q.path)(hidden_BTD).split(self.qkv_rows, dim=-1)
         else:
             query = getattr(self, self.spec.q.path)(hidden_BTD)
@@ -311,6 +326,15 @@ class PrunedAttention(nn.Module):
         key = key.reshape(B, T, self.num_kv_heads, self.qk_head_dim)
         # vLLM needs contiguous values when their width is not that of the keys.
         return query, key, value.contiguous().view(B, T, self.num_kv_heads, self.v_head_dim)
+
+    def _split_grouped(self, fused_BTR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the rows of query, key and value of a fused Linear whose rows go by kv head."""
+        sizes = grouped_sizes(self.shape)
+        if self.ragged:
+            parts = fused_BTR.split([size for group in sizes for size in group], dim=-1)
+            query, key, value = (torch.cat(parts[part::3], dim=-1) for part in range(3))
+            return query, key, value
+        return fused_BTR.unflatten(-1, (self.num_kv_heads, -1)).split(sizes[0], dim=-1)  # type: ignore[return-value]
 
     def _apply_rope(
         self, query_BTHr: torch.Tensor, key_BTKr: torch.Tensor, position_embeddings: Any
@@ -443,7 +467,7 @@ class PrunedAttention(nn.Module):
                 function.
         """
         cache = take_cache(kwargs)
-        query, key, value = self.project(hidden_states, position_embeddings)
+        query, key, value = self.project(hidden_states, position_embeddings, kwargs.get("position_ids"))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         if self.config._attn_implementation == "vllm":
@@ -665,7 +689,8 @@ def _shape_layers(model: Any, config: Any) -> None:
         # Nothing here may import vLLM; when it builds a model, it is there.
         config.check_vllm(sys.modules["vllm.distributed"].get_tensor_model_parallel_world_size())
     spec = FAMILIES[config.family]
-    for layer_idx, (layer, shape) in enumerate(zip(model.layers, config.layer_shapes, strict=True)):
+    layers = model.get_submodule(spec.layers.rpartition(".")[2])
+    for layer_idx, (layer, shape) in enumerate(zip(layers, config.layer_shapes, strict=True)):
         apply_layer_shape(layer, config, spec, layer_idx, shape)
         # Where other buffers are made: vLLM builds parameters on the meta device, but no buffers.
         if shape.has_attention:
@@ -674,7 +699,7 @@ def _shape_layers(model: Any, config: Any) -> None:
     if width:
         # Behind the last layer the stream is that of the dense model, and so is its norm.
         model.norm = type(model.norm)(width, eps=dense_config(config).rms_norm_eps)
-    model._no_split_modules = {type(layer).__name__ for layer in model.layers}
+    model._no_split_modules = {type(layer).__name__ for layer in layers}
     if spec.rope:
         # Scaled RoPE recomputes its frequencies while the model runs, from the dense head_dim.
         model.rotary_emb.config = dense_config(config)
@@ -711,7 +736,8 @@ class _HoldsHead(_ModelBase):
         # without memory.
         with torch.device("meta"), dense_sizes(config):
             super().__init__(config)
-        self.model = _model_class(config.family, "Model")(config)
+        (body, *_) = FAMILIES[config.family].class_fields
+        setattr(self, body, _model_class(config.family, "Model")(config))
         # As wide as the embeddings, which may be another width than that of the layers, or as the stream at the end.
         embeddings: Any = self.get_input_embeddings()
         width = config.layer_shapes[-1].output_size or embeddings.embedding_dim

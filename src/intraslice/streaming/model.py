@@ -24,6 +24,8 @@ from intraslice.runtime.modeling_intraslice import apply_layer_shape, pair_chann
 
 _LOGIT_POSITIONS = 512  # positions whose logits exist at once in the loss
 
+_ARGUMENTS = ("attention_mask", "position_embeddings", "position_ids")  # what layers are run with
+
 
 class _Recorder(nn.Module):
     """Stands where a decoder layer was: keeps what the model hands to it, and passes the hidden states on.
@@ -47,7 +49,7 @@ class _Recorder(nn.Module):
         # Some models hand everything over by position.
         given = self._signature.bind(hidden_states, *args, **kwargs).arguments
         given |= given.get("kwargs", {})
-        self.arguments = {name: given.get(name) for name in ("attention_mask", "position_embeddings")}
+        self.arguments = {name: given.get(name) for name in _ARGUMENTS}
         if self._gives_tuple is None:
             # Annotations are not always right; without weights the layer itself can say it for nothing.
             with torch.no_grad():

@@ -5,6 +5,7 @@ Shapes: N tokens, D hidden_size, F intermediate_size, P kept channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -53,7 +54,9 @@ def solve_down(
     return edit, output.relative_error(kept)
 
 
-def channel_scores(moments: OutputMoments, down_weight: Tensor, keep: int, options: FFNOptions) -> Tensor:
+def channel_scores(
+    moments: OutputMoments, down_weight: Tensor, keep: int, options: FFNOptions, reading: Sequence[Tensor] = ()
+) -> Tensor:
     """Return what each channel is worth by the score that `options.score` names, [F].
 
     Args:
@@ -61,6 +64,7 @@ def channel_scores(moments: OutputMoments, down_weight: Tensor, keep: int, optio
         down_weight: [D, F].
         keep: channels that will stay.
         options: settings.
+        reading: weights of up and gate, [F, D] each.
     """
     width = moments.gram.shape[0]
     site = ScoreInput(
@@ -72,10 +76,14 @@ def channel_scores(moments: OutputMoments, down_weight: Tensor, keep: int, optio
         units=width,
         removed=width - keep,
         damping=options.obs_damping,
+        read_energy=moments.read_energy,
+        reading=tuple(reading),
     )
     return load(SCORES[options.score].channels)(site)
 
 
-def select_channels(moments: OutputMoments, down_weight: Tensor, keep: int, options: FFNOptions) -> Tensor:
+def select_channels(
+    moments: OutputMoments, down_weight: Tensor, keep: int, options: FFNOptions, reading: Sequence[Tensor] = ()
+) -> Tensor:
     """Return the kept channels, int64 [keep], ascending: those with the largest scores."""
-    return top_indices(channel_scores(moments, down_weight, keep, options), keep)
+    return top_indices(channel_scores(moments, down_weight, keep, options, reading), keep)

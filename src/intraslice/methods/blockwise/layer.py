@@ -185,7 +185,11 @@ def _prune_attention(
     dense, whole_shape = layer.attention, model.dense_shapes[index]
     gain = layer.output_gain(ATTENTION)
     weights = read_attention(layer, whole_shape)
-    stats = attention_stats(model, layer, streams.pruned, SCORES[options.score].needs_full_moment)
+    measured = streams.pruned
+    if options.measured_on == "dense_stream":
+        assert streams.dense is not None
+        measured = streams.dense
+    stats = attention_stats(model, layer, measured, SCORES[options.score].needs_full_moment)
     pairs = model.pairs_to_channels(index)
     # The factors behind o count where something is chosen or solved; what is written leaves them out, because the trial
     # shares with the dense attention whatever keeps its size.
@@ -235,7 +239,8 @@ def _prune_ffn(
     keep = budget.channels(index, site, wanted)
     weights, gain = read_ffn(layer, shape), layer.output_gain(FFN)
     down = with_gain(weights.down, gain)
-    channels = select_channels(moments, down, keep, options)
+    reading = [matrix for matrix in (weights.up, weights.gate) if matrix is not None]
+    channels = select_channels(moments, down, keep, options, reading)
     edit, error = solve_down(moments, down, channels, options)
     if plan.iter_pca and keep < shape.intermediate_size:
         replay = _Replay(layer, streams, down, options)

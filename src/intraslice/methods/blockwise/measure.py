@@ -18,6 +18,7 @@ from intraslice.methods.blockwise.channels import own_output
 from intraslice.methods.blockwise.heads import AttentionStats, QKNorms
 from intraslice.methods.blockwise.options import AttentionOptions, FFNOptions
 from intraslice.methods.blockwise.repairs import OutputMoments
+from intraslice.methods.blockwise.strategies import SCORES
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 from intraslice.streaming.hidden import HiddenStates, Streams
 from intraslice.streaming.model import StreamedModel
@@ -106,9 +107,18 @@ def context_moments(
 
     The target is what the site should add to the pruned stream x: the dense site's output on x itself, or what leads
     from x to the dense model's stream, (h + dense output on h) - x, or a point between the two (`aimed_between`).
+    Measured on the dense stream, it is the dense site's output there.
     """
     sums = _OutputSums(model, layer.out_projection.in_features)
     aim = OutputAim(layer, ATTENTION)
+    if options.measured_on == "dense_stream":
+        assert streams.dense is not None
+        for part in streams.dense.slices():
+            states = streams.dense.read(part)
+            raw = layer.raw_output(dense, states)
+            sums.update(layer.context(layer.attention, layer.attention_input(states)), *aim.own(raw))
+            streams.dense.write(part, layer.before_ffn(states, layer.added(ATTENTION, raw)))
+        return sums.moments()
     for part in streams.pruned.slices():
         states = streams.pruned.read(part)
         target = None
@@ -138,18 +148,29 @@ def ffn_moments(
         layer: its attention is pruned, its FFN is not.
         streams: as attention left them.
         dense: the dense attention.
-        options: they say what the FFN should give.
+        options: they say what the FFN should give, and which of the streams it reads.
 
     Raises:
         NumericalError: activations are NaN or infinite.
     """
-    sums = _OutputSums(model, layer.down_projection.in_features)
+    read_width = model.config.hidden_size if SCORES[options.score].needs_reading else None
+    sums = _OutputSums(model, layer.down_projection.in_features, read_width)
     aim = OutputAim(layer, FFN)
-    to_stream = options.repair_against == "dense_stream" and streams.dense is not None
+    on_pruned = options.measured_on == "pruned_stream"
+    to_stream = on_pruned and options.repair_against == "dense_stream" and streams.dense is not None
     for part in streams.pruned.slices():
-        states = layer.attention_step(streams.pruned.read(part))
+        before = streams.pruned.read(part)
+        states = measured = layer.attention_step(before)
+        if options.measured_on == "dense_layer":
+            measured = layer.before_ffn(before, layer.attention_output(dense, before))
+        elif options.measured_on == "dense_stream":
+            assert streams.dense is not None
+            measured = streams.dense.read(part)
+        read = layer.ffn_input(measured)
+        sums.update_read(read)
+        # Not before: what was read may be the memory that is written.
         streams.pruned.write(part, states)
-        act = layer.act(layer.ffn_input(states))
+        act = layer.act(read)
         target = (None, None)
         if streams.dense is not None:
             dense_states = streams.dense.read(part)
@@ -237,9 +258,10 @@ class _OutputSums:
     Args:
         model: the streamed model.
         width: inputs of the output projection.
+        read_width: channels of what the site itself reads, where their energy is wanted.
     """
 
-    def __init__(self, model: StreamedModel, width: int) -> None:
+    def __init__(self, model: StreamedModel, width: int, read_width: int | None = None) -> None:
         outputs = model.config.hidden_size
         self._dtype = model.placement.stat_dtype
         self._statistics = Statistics(model.placement.device, self._dtype)
@@ -249,6 +271,12 @@ class _OutputSums:
         self._target_sum = self._statistics.sum("target_sum", outputs)
         self._energy = self._statistics.number("target_energy")
         self._num_tokens = self._statistics.number("num_tokens")
+        self._read_energy = None if read_width is None else self._statistics.sum("read_energy", read_width)
+
+    def update_read(self, read_BTD: Tensor) -> None:
+        """Add what the site itself reads, where it is wanted."""
+        if self._read_energy is not None:
+            self._read_energy.update(read_BTD.flatten(0, 1).to(self._dtype).square().sum(0))
 
     def update(self, inputs_BTP: Tensor, targets_BTD: Tensor | None, counts_BT: Tensor | None = None) -> None:
         """Add a batch.
@@ -284,4 +312,5 @@ class _OutputSums:
             target_sum=sums["target_sum"],
             target_energy=float(sums["target_energy"]),
             num_tokens=float(sums["num_tokens"]),
+            read_energy=sums.get("read_energy"),
         )

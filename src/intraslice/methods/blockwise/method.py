@@ -76,6 +76,7 @@ class Blockwise:
         sites = (self._options.attention, self._options.ffn)
         # Where norms come after the sum there is no plain sum to repair: those layouts use the site's own output.
         needs_dense = any(site.repair_against == "dense_stream" for site in sites) and context.model.norm_first
+        needs_dense = needs_dense or any(site.measured_on == "dense_stream" for site in sites)
         streams = Streams(pruned=context.embedded(), dense=context.embedded("hidden-dense") if needs_dense else None)
         return _State(
             allocation=allocation,

@@ -31,9 +31,11 @@ class AllocationOptions:
             (the gradients of masks on the eigenvectors).
         gradient_group: gradients of this many sequences are summed before they are squared.
         ffn_share: lambda_b; the FFNs lose ffn_share times the target sparsity, attention the rest.
-        budget_unit: what a site's share counts: its "weights", or the "units" that whole-head methods remove, query
-            heads and FFN channels. A kv head is no unit; it stays until the last of its query heads goes.
+        budget_unit: what a site's share counts: its "weights", the "units" that whole-head methods remove (query heads
+            and FFN channels; a kv head is no unit and stays until the last of its query heads goes), or "groups": kv
+            heads with all their query heads, and FFN channels.
         similarity_scale: alpha of "similarity": layers lose in proportion to exp(alpha * cosine similarity).
+        kept_layers: share of the layers that lose nothing with "similarity", those of the lowest similarity.
         max_site_sparsity: cap on what one site may lose; the excess goes to other layers.
         num_channel_groups: into how many groups the channels of `act` are cut for the rotation.
         shape_freedom: a row of SHAPE_FREEDOMS.
@@ -51,8 +53,9 @@ class AllocationOptions:
     rotation: Literal["letter", "exact"] = "letter"
     gradient_group: Annotated[int, Ge(1)] = 1
     ffn_share: Annotated[float, Gt(0)] = 1.15
-    budget_unit: Literal["weights", "units"] = "weights"
+    budget_unit: Literal["weights", "units", "groups"] = "weights"
     similarity_scale: Annotated[float, Ge(0)] = 10.0
+    kept_layers: Annotated[float, Ge(0), Lt(1)] = 0.1875
     max_site_sparsity: Annotated[float, Gt(0), Lt(1)] = 0.9
     num_channel_groups: Annotated[int, Ge(1)] = 32
     shape_freedom: Annotated[str, OneOf(strategies.SHAPE_FREEDOMS)] = "free"
@@ -85,7 +88,9 @@ class AttentionOptions:
             model's residual stream there, so that the errors of the layers before are repaired as well).
         drift_share: which share of these errors, alpha, the target of "dense_stream" has in it: it is the dense site's
             own output plus alpha times what is missing besides.
-        gqa_groups: "ragged" lets the query heads of a kv head go one by one; "uniform" keeps one group size per layer.
+        gqa_groups: "ragged" lets the query heads of a kv head go one by one; "uniform" keeps one group size per layer;
+            with "whole" a kv head goes with all its query heads.
+        measured_on: the input on which scores and repair are measured, a row of MEASUREMENTS.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -104,7 +109,8 @@ class AttentionOptions:
     shrink_to: Literal["weights", "zero"] = "weights"
     repair_against: Annotated[str, OneOf(strategies.REPAIR_AGAINST)] = "dense_stream"
     drift_share: Annotated[float, Gt(0), Le(1)] = 1.0
-    gqa_groups: Literal["ragged", "uniform"] = "ragged"
+    gqa_groups: Literal["ragged", "uniform", "whole"] = "ragged"
+    measured_on: Annotated[str, OneOf(strategies.MEASUREMENTS, lambda row: row.of_attention)] = "pruned_stream"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +127,7 @@ class FFNOptions:
         repair_against: "own_output" or "dense_stream", as for attention.
         drift_share: as for attention.
         ffn_multiple: kept channels are a multiple of this.
+        measured_on: as for attention; "dense_layer" leaves the attention of the same layer dense.
         iter_pca: progressive sliced iterative PCA (Eq. 7) in the layers that lose the most.
         iter_pca_fraction: the share of layers it is applied to, those with the highest FFN sparsity first.
         iter_pca_rounds: how often Eq. 7 and Eq. 8 alternate.
@@ -140,6 +147,7 @@ class FFNOptions:
     repair_against: Annotated[str, OneOf(strategies.REPAIR_AGAINST)] = "dense_stream"
     drift_share: Annotated[float, Gt(0), Le(1)] = 1.0
     ffn_multiple: Annotated[int, Ge(1)] = 8
+    measured_on: Annotated[str, OneOf(strategies.MEASUREMENTS)] = "pruned_stream"
     iter_pca: bool = False
     iter_pca_fraction: Annotated[float, Ge(0), Le(1)] = 0.1
     iter_pca_rounds: Annotated[int, Ge(1)] = 2
@@ -173,8 +181,10 @@ ALWAYS_READ = (
     "allocation.max_site_sparsity",
     "allocation.budget_unit",
     "attention.heads",
+    "attention.measured_on",
     "attention.repair",
     "ffn.score",
+    "ffn.measured_on",
     "ffn.repair",
     "ffn.ffn_multiple",
     "ffn.iter_pca",
@@ -192,9 +202,11 @@ def choices() -> dict[str, Mapping[Any, Row]]:
         "attention.heads": strategies.HEAD_RULES,
         "attention.score": strategies.in_section(strategies.SCORES, "attention"),
         "attention.basis": strategies.BASES,
+        "attention.measured_on": strategies.in_section(strategies.MEASUREMENTS, "attention"),
         "attention.repair": strategies.in_section(strategies.REPAIRS, "attention"),
         "attention.repair_against": strategies.in_section(strategies.REPAIR_AGAINST, "attention"),
         "ffn.score": strategies.in_section(strategies.SCORES, "ffn"),
+        "ffn.measured_on": strategies.in_section(strategies.MEASUREMENTS, "ffn"),
         "ffn.repair": strategies.in_section(strategies.REPAIRS, "ffn"),
         "ffn.repair_against": strategies.in_section(strategies.REPAIR_AGAINST, "ffn"),
         "ffn.iter_pca": strategies.ITER_PCA,
@@ -250,10 +262,26 @@ class BlockwiseOptions:
                 f"allocation.drop_blocks takes whole blocks out of layers, which --target {target} cannot run; use "
                 "--target transformers or llama.cpp, or leave every layer its blocks."
             )
-        if drops and self.allocation.budget_unit == "units":
+        if drops and self.allocation.budget_unit != "weights":
             return (
-                "allocation.drop_blocks saves weights, which allocation.budget_unit = units does not count; set it to "
-                "weights, or leave every layer its blocks."
+                f"allocation.drop_blocks saves weights, which allocation.budget_unit = {self.allocation.budget_unit} "
+                "does not count; set it to weights, or leave every layer its blocks."
+            )
+        trained = [
+            (name, site.measured_on)
+            for name, site in (("attention", self.attention), ("ffn", self.ffn))
+            if self.distills(name) and site.measured_on != "pruned_stream"
+        ]
+        for name, measured_on in trained:
+            return (
+                f"distill.sites = {self.distill.sites} trains {name} on what the pruned model has, which "
+                f"{name}.measured_on = {measured_on} (method {method}) does not measure; set it to pruned_stream, or "
+                "leave distill.sites = none."
+            )
+        if self.ffn.iter_pca and self.ffn.measured_on != "pruned_stream":
+            return (
+                f"ffn.iter_pca (method {method}) fits maps to what the pruned model has, which ffn.measured_on = "
+                f"{self.ffn.measured_on} does not measure; set it to pruned_stream, or leave iterative PCA off."
             )
         score = strategies.SCORES[self.attention.score]
         if "attention.score" in self.read() and score.head_rules and self.attention.heads not in score.head_rules:

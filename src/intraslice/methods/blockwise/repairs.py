@@ -35,6 +35,7 @@ class OutputMoments:
         target_sum: sum of Y, [D].
         target_energy: ||Y||^2.
         num_tokens: N, or the sum of the counts.
+        read_energy: ||x_:,i||^2 of what the site itself reads, [D]; None unless a score needs it.
     """
 
     gram: Tensor
@@ -43,6 +44,7 @@ class OutputMoments:
     target_sum: Tensor
     target_energy: float
     num_tokens: float
+    read_energy: Tensor | None = None
 
     def of_channels(self, channels: Tensor) -> OutputMoments:
         """Return the moments of some of the inputs."""

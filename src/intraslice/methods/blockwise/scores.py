@@ -31,6 +31,8 @@ class ScoreInput:
         units: number of units of equally many neighboring channels: H heads, or C channels.
         removed: how many units go at most.
         damping: obs_damping of the site.
+        read_energy: ||x_:,i||^2 of what an FFN itself reads, [D]; None unless the score's row needs it.
+        reading: weights of up and gate, [C, D] each.
     """
 
     energy: Tensor
@@ -41,6 +43,8 @@ class ScoreInput:
     units: int
     removed: int
     damping: float
+    read_energy: Tensor | None = None
+    reading: tuple[Tensor, ...] = ()
 
     @property
     def full_moment(self) -> Tensor:
@@ -80,8 +84,15 @@ def squared_fluctuation(site: ScoreInput) -> Tensor:
 
 
 def feature(site: ScoreInput) -> Tensor:
-    """Return `feature_scores`, [C]."""
-    return feature_scores(site.full_moment, site.total, site.num_tokens, site.weight)
+    """Return `feature_scores` plus `reading_scores`, [C], of which the lowest percent counts as the highest: SlimLLM.
+
+    The published code keeps the round(0.01 F) channels of the lowest scores as well.
+    """
+    scores = feature_scores(site.full_moment, site.total, site.num_tokens, site.weight)
+    if site.read_energy is not None:
+        scores = scores + reading_scores(site.read_energy, site.reading)
+    lowest = scores.argsort(stable=True)[: round(0.01 * len(scores))]
+    return scores.index_fill(0, lowest, torch.inf)
 
 
 def pearson(site: ScoreInput) -> Tensor:
@@ -119,8 +130,8 @@ def energy_scores(energy_C: Tensor, weight_DC: Tensor) -> Tensor:
 
 
 def norm_scores(energy_C: Tensor, weight_DC: Tensor) -> Tensor:
-    """Return ||X_:,i|| ||W_:,i||, [C]: structured Wanda."""
-    return energy_scores(energy_C, weight_DC).sqrt()
+    """Return ||X_:,i|| mean_j |W_ji|, [C]: structured Wanda, the mean over the outputs of Wanda's |W_ji| ||X_:,i||."""
+    return energy_C.sqrt() * weight_DC.double().abs().mean(0)
 
 
 def magnitude_scores(energy_C: Tensor) -> Tensor:
@@ -142,10 +153,11 @@ def fluctuation_scores(energy_C: Tensor, sum_C: Tensor, num_tokens: float, weigh
 
 
 def feature_scores(moment_CC: Tensor, sum_C: Tensor, num_tokens: float, weight_DC: Tensor) -> Tensor:
-    """Return ||X_:,i|| ||Lambda Q^T W_:,i||, [C]: SlimLLM's score of FFN channels.
+    """Return ||X_:,i|| ||s(Lambda / mean) Q^T W_:,i||, [C]: the first part of SlimLLM's score of FFN channels.
 
     Q and Lambda are eigenvectors and eigenvalues of the covariance of the outputs X W^T: a channel counts by what it
-    adds to the directions in which the output varies most.
+    adds to the directions in which the output varies most. The sigmoid s keeps the weights of the directions between
+    0.5 and 1, as in the published code; without it, the one or two directions of massive activations decide alone.
 
     Args:
         moment_CC: X^T X.
@@ -156,18 +168,35 @@ def feature_scores(moment_CC: Tensor, sum_C: Tensor, num_tokens: float, weight_D
     weight, mean = weight_DC.double(), sum_C / num_tokens
     covariance = moment_CC / num_tokens - torch.outer(mean, mean)
     values, vectors = eigh_descending(weight @ covariance @ weight.T)
-    return moment_CC.diagonal().sqrt() * (values[:, None] * (vectors.T @ weight)).norm(dim=0)
+    importance = (values / values.mean().clamp_min(1e-300)).sigmoid()
+    return moment_CC.diagonal().sqrt() * (importance[:, None] * (vectors.T @ weight)).norm(dim=0)
+
+
+def reading_scores(read_energy_D: Tensor, reading: Sequence[Tensor]) -> Tensor:
+    """Return the sum over gate and up of || W_i,: * ||x|| ||, [C]: the other part of SlimLLM's score of FFN channels.
+
+    Args:
+        read_energy_D: ||x_:,j||^2 of what the FFN reads.
+        reading: weights of gate and up, [C, D] each.
+    """
+    norms_D = read_energy_D.sqrt()
+    return torch.stack([(weight_CD.double() * norms_D).norm(dim=1) for weight_CD in reading]).sum(0)
 
 
 def head_products(moment_CC: Tensor, weight_DC: Tensor, num_heads: int) -> Tensor:
-    """Return <o_h, o_g> over all tokens and output channels, [H, H], for o_h = X_h W_h^T, the output of one head."""
+    """Return sum_t o_htj o_gtj for each output channel j, [D, H, H], for o_h = X_h W_h^T, the output of one head."""
     weight = weight_DC.double()
-    gram = moment_CC * (weight.T @ weight)
-    return gram.view(num_heads, -1, num_heads, gram.shape[0] // num_heads).sum((1, 3))
+    products = []
+    for moment_dC, weight_Dd in zip(moment_CC.chunk(num_heads), weight.chunk(num_heads, 1), strict=True):
+        parts_DC = (weight_Dd @ moment_dC) * weight
+        products.append(parts_DC.unflatten(1, (num_heads, -1)).sum(2))
+    return torch.stack(products, 1)
 
 
 class HeadCorrelation:
-    """Pearson correlations of the block's output o with the output of some of its heads, all numbers as one sample.
+    """Pearson correlations over the tokens of the block's output o with the output of some of its heads.
+
+    As in the published code, the sizes of the correlations of all output channels are added up.
 
     Args:
         moment_CC: second moment of the context.
@@ -178,19 +207,24 @@ class HeadCorrelation:
     """
 
     def __init__(self, moment_CC: Tensor, sum_C: Tensor, num_tokens: float, weight_DC: Tensor, num_heads: int) -> None:
-        count = num_tokens * weight_DC.shape[0]
-        means = (sum_C * weight_DC.double().sum(0)).view(num_heads, -1).sum(1) / count
-        self._covariance = head_products(moment_CC, weight_DC, num_heads) / count - torch.outer(means, means)
+        means_DH = (sum_C * weight_DC.double()).unflatten(1, (num_heads, -1)).sum(2) / num_tokens
+        products_DHH = head_products(moment_CC, weight_DC, num_heads) / num_tokens
+        self._num_heads = num_heads
+        self._covariance_DHH = products_DHH - means_DH[:, :, None] * means_DH[:, None, :]
+        self._with_all_DH = self._covariance_DHH.sum(2)
+        self._total_D = self._with_all_DH.sum(1)
 
     def of(self, heads: Sequence[int]) -> float:
-        """Return the correlation of o with the sum of the outputs of `heads`; 0 when one of them is constant."""
+        """Return the sum of |correlation of o with the sum of the outputs of `heads`|; a constant channel adds 0."""
         kept = list(heads)
-        variance = self._covariance[kept][:, kept].sum() * self._covariance.sum()
-        return float(self._covariance[kept].sum() / variance.sqrt()) if variance > 0 else 0.0
+        variance_D = self._covariance_DHH[:, kept][:, :, kept].sum((1, 2)) * self._total_D
+        covariance_D = self._with_all_DH[:, kept].sum(1)
+        varies = variance_D > 0
+        return float((covariance_D[varies].abs() / variance_D[varies].sqrt()).sum())
 
     def scores(self) -> Tensor:
-        """Return -Pearson(o, o without head h), [H]: SlimLLM's score of a head."""
-        heads = range(len(self._covariance))
+        """Return minus what `of` gives for all heads but h, [H]: SlimLLM's score of a head."""
+        heads = range(self._num_heads)
         return -torch.tensor([self.of([g for g in heads if g != head]) for head in heads], dtype=torch.float64)
 
     def swap(self, kept: Sequence[int], group: int, groups: str) -> tuple[int, ...]:
@@ -204,7 +238,7 @@ class HeadCorrelation:
         best, best_value = tuple(kept), self.of(kept)
         num_kv = len(kept_kv_heads(kept, group))
         while True:
-            others = [head for head in range(len(self._covariance)) if head not in best]
+            others = [head for head in range(self._num_heads) if head not in best]
             swaps = [tuple(sorted({*best, new} - {old})) for old in best for new in others]
             allowed = [
                 heads
@@ -214,7 +248,7 @@ class HeadCorrelation:
             ]
             found = max(allowed, key=self.of, default=best)
             # Rounding must not make two choices of the same correlation alternate.
-            if self.of(found) <= best_value + 1e-12:
+            if self.of(found) <= best_value * (1.0 + 1e-12):
                 return best
             best, best_value = found, self.of(found)
 

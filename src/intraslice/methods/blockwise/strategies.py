@@ -25,6 +25,7 @@ class Score(Row):
         channels: the same for FFN channels.
         needs_full_moment: whether the second moment of all channels with all others is read. For FFNs it is always
             measured; for attention, where it costs (H d)^2 numbers, only when a score asks for it.
+        needs_reading: whether the weights that read the input of an FFN are looked at, and the energy of that input.
         head_rules: values of attention.heads that the score makes sense with; () means all.
         refine: function that improves the kept heads after they were chosen, or "".
     """
@@ -32,6 +33,7 @@ class Score(Row):
     heads: str = ""
     channels: str = ""
     needs_full_moment: bool = False
+    needs_reading: bool = False
     head_rules: tuple[str, ...] = ()
     refine: str = ""
 
@@ -44,7 +46,7 @@ SCORES: dict[str, Score] = {
         paper="IntraSlice, Eq. 2",
     ),
     "norm": Score(
-        summary="norm of the activations times norm of the weights",
+        summary="norm of the activations times the mean size of the weights",
         heads=f"{_HERE}.scores:norm",
         channels=f"{_HERE}.scores:norm",
         paper="Wanda, summed over a head or channel",
@@ -57,7 +59,7 @@ SCORES: dict[str, Score] = {
         paper="FLAP",
     ),
     "pearson": Score(
-        summary="what the output's correlation with itself loses, then swaps of heads",
+        summary="what the correlation of every output channel with itself loses, then swaps of heads",
         heads=f"{_HERE}.scores:pearson",
         needs_full_moment=True,
         head_rules=("whole",),
@@ -65,8 +67,9 @@ SCORES: dict[str, Score] = {
         paper="SlimLLM",
     ),
     "feature": Score(
-        summary="norm of the activations times the weights in the directions in which the output varies",
+        summary="activations times weights in the directions in which the output varies, and what gate and up read",
         channels=f"{_HERE}.scores:feature",
+        needs_reading=True,
         paper="SlimLLM",
     ),
     "obs": Score(
@@ -127,9 +130,38 @@ REPAIR_AGAINST: dict[str, Row] = {
 
 def in_section(table: Mapping[str, Row], section: str) -> dict[str, Row]:
     """Return a table that two sections share as one of them reads it: with dotted names."""
-    return {
-        name: replace(row, reads=tuple(f"{section}.{option}" for option in row.reads)) for name, row in table.items()
-    }
+
+    def dotted(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"{section}.{option}" for option in names)
+
+    return {name: replace(row, reads=dotted(row.reads), excludes=dotted(row.excludes)) for name, row in table.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(Row):
+    """On which input a site is measured.
+
+    Attributes:
+        of_attention: whether it says more for attention than another one does.
+    """
+
+    of_attention: bool = True
+
+
+MEASUREMENTS: dict[str, Measurement] = {
+    "pruned_stream": Measurement(summary="what the sites before it leave, pruned already", paper="IntraSlice"),
+    "dense_layer": Measurement(
+        summary="what the dense attention of the same layer leaves, behind layers that are pruned already",
+        excludes=("repair_against", "drift_share"),
+        of_attention=False,
+        paper="Wanda, structured",
+    ),
+    "dense_stream": Measurement(
+        summary="what the dense model has there", excludes=("repair_against", "drift_share"), paper="FLAP"
+    ),
+}
+"""`attention.measured_on` and `ffn.measured_on`: the input on which scores and repairs of a site are measured. Where
+that is not the pruned stream, a site is repaired against its own output there."""
 
 
 HEAD_RULES: dict[str, Row] = {
@@ -208,7 +240,7 @@ ALLOCATION_RULES: dict[str, AllocationRule] = {
         summary="more from layers whose output resembles their input",
         function=f"{_ALLOCATORS}.profile:allocate_by_similarity",
         measures="profile",
-        reads=("allocation.ffn_share", "allocation.similarity_scale"),
+        reads=("allocation.ffn_share", "allocation.similarity_scale", "allocation.kept_layers"),
         paper="SlimLLM",
     ),
     "head_search": AllocationRule(

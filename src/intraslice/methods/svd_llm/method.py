@@ -30,7 +30,7 @@ class SvdLlm:
     """Each weight of a layer as two factors of a rank that meets the budget.
 
     Args:
-        options: none.
+        options: which inputs the factors fit.
     """
 
     resumes = True
@@ -38,6 +38,7 @@ class SvdLlm:
     def __init__(self, options: SvdLlmOptions) -> None:
         self._options = options
         self._ranks: list[Ranks] = []
+        self._follows_dense = options.factors.measured_on == "dense_stream"
 
     def preview(self, dense: Any, sparsity: float) -> Preview:
         """There is nothing to say besides the sparsity."""
@@ -65,7 +66,7 @@ class SvdLlm:
     def layer(self, context: Context, state: HiddenStates, index: int, layer: DecoderLayer) -> LayerOutcome:
         """Factor the weights of the layer in place, and advance the states through it."""
         model, ranks = context.model, self._ranks[index]
-        errors = _factor_layer(context.placement, layer, index, ranks, state)
+        errors = _factor_layer(context.placement, layer, index, ranks, state, self._follows_dense)
         shape = replace(model.dense_shapes[index], ranks=ranks)
         return LayerOutcome(
             shape=shape,
@@ -75,8 +76,8 @@ class SvdLlm:
         )
 
     def replay(self, context: Context, state: HiddenStates, index: int, layer: DecoderLayer) -> None:
-        """Advance the states through a finished layer."""
-        propagate_layer(layer, state)
+        """Advance the states through a finished layer, or through what it was in the dense model."""
+        propagate_layer(context.model.load_layer(index) if self._follows_dense else layer, state)
 
     def finish(self, context: Context, state: HiddenStates, outside: dict[str, Tensor]) -> Outside:
         """Return what is stored outside of the decoder layers: what the dense model has."""
@@ -85,10 +86,14 @@ class SvdLlm:
 
 @torch.no_grad()
 def _factor_layer(
-    placement: Placement, layer: DecoderLayer, index: int, ranks: Ranks, hidden: HiddenStates
+    placement: Placement, layer: DecoderLayer, index: int, ranks: Ranks, hidden: HiddenStates, follows_dense: bool
 ) -> dict[str, float]:
-    """Factor the weights of a layer, advance the states through it, return the errors of its sites."""
+    """Factor the weights of a layer, advance the states through it, return the errors of its sites.
+
+    The states follow the factored layer, or with `follows_dense` what it was; errors are those on the same states.
+    """
     dense = copy.deepcopy(layer)
+    followed = dense if follows_dense else layer
 
     def context(states: Tensor) -> tuple[Tensor, Tensor]:
         reads = layer.attention_input(states)
@@ -104,14 +109,15 @@ def _factor_layer(
             hidden,
             lambda states: dense.attention_output(dense.attention, states),
             lambda states: layer.attention_output(layer.attention, states),
-            layer.before_ffn,
+            followed.before_ffn,
+            follows_dense,
         )
         _factor_weights(placement, layer, layer.spec.ffn_paths, ranks, hidden, act)
 
         def add_ffn(states: Tensor, output: Tensor) -> Tensor:
-            return layer.add_ffn(layer.ffn_residual(states), output)
+            return followed.add_ffn(followed.ffn_residual(states), output)
 
-        ffn_error = _advance(hidden, dense.ffn_output, layer.ffn_output, add_ffn)
+        ffn_error = _advance(hidden, dense.ffn_output, layer.ffn_output, add_ffn, follows_dense)
     except NumericalError as error:
         raise NumericalError(f"layer {index}: {error}") from error
     return {ATTENTION: attention_error, FFN: ffn_error}
@@ -161,8 +167,9 @@ def _advance(
     dense: Callable[[Tensor], Tensor],
     factored: Callable[[Tensor], Tensor],
     add: Callable[[Tensor, Tensor], Tensor],
+    follows_dense: bool,
 ) -> float:
-    """Advance the states through a factored site; return its relative squared error against the dense one."""
+    """Advance the states through a site; return the relative squared error of its factors against the dense one."""
     statistics = Statistics(torch.device("cpu"), torch.float64)
     error, energy = statistics.number("error"), statistics.number("energy")
     for part in hidden.slices():
@@ -170,6 +177,6 @@ def _advance(
         target, output = dense(states), factored(states)
         error.update(float((target - output).float().square().sum(dtype=torch.float64)))
         energy.update(float(target.float().square().sum(dtype=torch.float64)))
-        hidden.write(part, add(states, output))
+        hidden.write(part, add(states, target if follows_dense else output))
     sums = statistics.finish()
     return float(sums["error"]) / max(float(sums["energy"]), 1e-300)

@@ -83,26 +83,28 @@ class Units:
 
     Whole-head methods remove query heads; a kv head goes only with its last query head. Attention sites then count
     with the weights of their query heads alone, so that one head compares fairly with one FFN channel, and the same
-    share everywhere removes the same fraction of heads in every layer.
+    share everywhere removes the same fraction of heads in every layer. Where kv heads go with all their query heads,
+    all weights count.
 
     Attributes:
         sites: the sites with what counts of their weights.
         sparsity: fraction of all that counts to remove, for the sparsity that was asked for.
         dense: the sites with all their weights.
-        whole: whether units are what counts; otherwise weights are.
+        unit: what counts: "weights", "units" or "groups".
     """
 
     sites: ModelSites
     sparsity: float
     dense: ModelSites
-    whole: bool = False
+    unit: str = "weights"
 
     def to_weight_fractions(self, allocation: Allocation) -> Allocation:
         """Return an allocation of units as fractions of the sites' weights.
 
-        The number of query heads that go is rounded down, as in the published codes; the layer's FFN makes up for it.
+        The number of query heads (or kv heads) that go is rounded down, as in the published codes; the FFN of the layer
+        makes up for it.
         """
-        if not self.whole:
+        if self.unit == "weights":
             return allocation
         layers = []
         for kept, counted, dense in zip(allocation.keep, self.sites.layers, self.dense.layers, strict=True):
@@ -110,9 +112,11 @@ class Units:
             for site, full in zip(counted, dense, strict=True):
                 if site.kind != ATTENTION:
                     continue
-                rounded = 1.0 - math.floor(site.units * (1.0 - keep[site.name]) + _SPREAD) / site.units
+                heads = site.units if self.unit == "units" else site.num_groups
+                rounded = 1.0 - math.floor(heads * (1.0 - keep[site.name]) + _SPREAD) / heads
                 owed = (rounded - keep[site.name]) * site.num_weights
-                keep[site.name] = 1.0 - full.unit_share * (1.0 - rounded)
+                share = full.unit_share if self.unit == "units" else 1.0
+                keep[site.name] = 1.0 - share * (1.0 - rounded)
                 for other in counted:
                     if other.kind == FFN:
                         keep[other.name] -= owed / other.num_weights
@@ -132,9 +136,8 @@ def count_units(sites: ModelSites, sparsity: float, options: AllocationOptions) 
     Raises:
         BudgetError: the sparsity cannot be reached under the cap.
     """
-    whole = options.budget_unit == "units"
     counted = sites
-    if whole:
+    if options.budget_unit == "units":
         layers = tuple(
             tuple(replace(site, num_weights=site.units * site.unit_weights) for site in layer) for layer in sites.layers
         )
@@ -146,7 +149,7 @@ def count_units(sites: ModelSites, sparsity: float, options: AllocationOptions) 
             f"sparsity {sparsity:g} cannot be reached: a site may lose at most {cap:.0%} of its {options.budget_unit}; "
             "lower --sparsity or raise allocation.max_site_sparsity."
         )
-    return Units(counted, of_units, sites, whole)
+    return Units(counted, of_units, sites, options.budget_unit)
 
 
 def split_sparsity(sites: ModelSites, sparsity: float, options: AllocationOptions) -> tuple[float, float]:

@@ -6,7 +6,7 @@ Shapes: L layers, H query heads, d head_dim, F intermediate_size.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -62,28 +62,32 @@ def allocate_by_similarity(
 ) -> Allocation:
     """Take from each layer in proportion to softmax(alpha * similarity of its input and output): SlimLLM.
 
-    The first and the last layer are kept as long as the others can lose it all under the cap.
+    The layers of the lowest similarity are kept, kept_layers of all of them, as long as the others can lose it all
+    under the cap.
     """
     losses = split_sparsity(sites, sparsity, options)
     highest = max(measured.similarity)
     shares = [math.exp(options.similarity_scale * (value - highest)) for value in measured.similarity]
+    order = sorted(range(len(shares)), key=lambda layer: (measured.similarity[layer], layer))
+    whole = set(order[: round(options.kept_layers * len(shares))])
     keep = {}
     for kind, mean in zip((ATTENTION, FFN), losses, strict=True):
-        lost = spread_loss([shares[layer] for layer, _ in sites.of(kind)], mean, options.max_site_sparsity)
+        layers = [layer for layer, _ in sites.of(kind)]
+        kept = {place for place, layer in enumerate(layers) if layer in whole}
+        lost = spread_loss([shares[layer] for layer in layers], mean, options.max_site_sparsity, kept)
         keep[kind] = [1.0 - value for value in lost]
     return Allocation.of_kinds(sites, keep)
 
 
-def spread_loss(shares: Sequence[float], mean: float, cap: float) -> list[float]:
+def spread_loss(shares: Sequence[float], mean: float, cap: float, kept: Collection[int]) -> list[float]:
     """Return what each layer loses: in proportion to its share, at most the cap, `mean` on average.
 
-    The first and the last layer lose what the others cannot.
+    The layers in `kept` lose only what the others cannot.
     """
     layers = len(shares)
     losses = [0.0] * layers
-    inner = list(range(1, layers - 1))
     left = mean * layers
-    for free in (inner, sorted(set(range(layers)) - set(inner))):
+    for free in ([layer for layer in range(layers) if layer not in kept], sorted(kept)):
         while free and left > 1e-12:
             scale = left / sum(shares[index] for index in free)
             full = [index for index in free if scale * shares[index] >= cap]
