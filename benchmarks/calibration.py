@@ -34,7 +34,8 @@ import torch
 from intraslice.api import prune
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.data.shipped import held_out_code
-from intraslice.evaluation.perplexity import measure_perplexity, tokenize
+from intraslice.data.windows import token_stream
+from intraslice.evaluation.perplexity import measure_perplexity
 from intraslice.loading import load_model
 
 SEQLEN = 2048
@@ -56,7 +57,7 @@ def evaluate(folder: str, data: Path, most: int | None, dtype: str) -> dict[str,
     model, tokenizer = load_model(folder, dtype=dtype)
     found = {}
     for name, text, first, windows in texts(data):
-        tokens = tokenize(text, tokenizer)[first * SEQLEN :]
+        tokens = token_stream(text, tokenizer)[first * SEQLEN :]
         windows = windows if most is None else min(most, windows)
         found[name] = measure_perplexity(model, tokens, seqlen=SEQLEN, windows=windows).mean_nll
     return found

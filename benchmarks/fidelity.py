@@ -26,7 +26,8 @@ import torch
 
 from intraslice.api import prune
 from intraslice.comparison.code import code_digest
-from intraslice.evaluation.perplexity import measure_perplexity, tokenize
+from intraslice.data.windows import token_stream
+from intraslice.evaluation.perplexity import measure_perplexity
 from intraslice.loading import load_model
 
 MODEL, SEQLEN, WINDOWS = "smollm2-135m", 2048, 8
@@ -77,7 +78,7 @@ def measure(cell: str, args: argparse.Namespace) -> dict[str, Any]:
     pruned_in = time.monotonic() - started
     model, tokenizer = load_model(str(folder))
     text = (args.data / "wikitext2" / "test.txt").read_text(encoding="utf-8")
-    measured = measure_perplexity(model, tokenize(text, tokenizer), seqlen=SEQLEN, windows=WINDOWS)
+    measured = measure_perplexity(model, token_stream(text, tokenizer), seqlen=SEQLEN, windows=WINDOWS)
     row = {
         **settings,
         "removed": round(result.sparsity, 4),

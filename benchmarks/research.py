@@ -25,7 +25,8 @@ from transformers import AutoTokenizer
 
 from intraslice.api import prune
 from intraslice.checkpoint.source import open_checkpoint
-from intraslice.evaluation.perplexity import measure_perplexity, tokenize
+from intraslice.data.windows import token_stream
+from intraslice.evaluation.perplexity import measure_perplexity
 from intraslice.layers.sites import ATTENTION, FFN
 from intraslice.loading import load_model
 from intraslice.methods.blockwise.allocators.base import Allocation, split_sparsity
@@ -52,7 +53,7 @@ def halves(path: Path) -> tuple[str, str]:
 def perplexity_of(folder: str, text: str, windows: int) -> float:
     """Return the mean negative log likelihood of a token, in nats."""
     model, tokenizer = load_model(folder)
-    return measure_perplexity(model, tokenize(text, tokenizer), seqlen=WINDOW, windows=windows).mean_nll
+    return measure_perplexity(model, token_stream(text, tokenizer), seqlen=WINDOW, windows=windows).mean_nll
 
 
 def whole_model(args: argparse.Namespace, work: Path) -> dict[str, float]:
@@ -103,7 +104,7 @@ def some_layers(args: argparse.Namespace, recipe: Recipe) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
 
     def blocks(text: str, number: int) -> Tensor:
-        tokens = tokenize(text[: number * args.seqlen * 8], tokenizer).flatten()
+        tokens = token_stream(text[: number * args.seqlen * 8], tokenizer).flatten()
         return tokens[: number * args.seqlen].view(number, args.seqlen)
 
     calibrates, judges = halves(args.text)

@@ -145,6 +145,8 @@ def test_the_old_form_has_all_of_its_options_and_every_method():
 CHANGED: dict[str, dict[str, Any]] = {
     "wanda-sp": {"allocation.budget_unit": "units", "attention.gqa_groups": "ragged"},
     "flap": {"allocation.max_site_sparsity": 0.9},
+    "sobp": {"allocation.max_site_sparsity": 0.9},
+    "paper": {"attention.head_multiple": 4},
 }
 
 

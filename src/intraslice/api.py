@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.data.mixture import check_source
 from intraslice.data.text import load_text
+from intraslice.data.windows import token_stream
 from intraslice.errors import RecipeError, nearest
 from intraslice.evaluation.domains import TextScores, check_same_tokens, measure_texts
-from intraslice.evaluation.perplexity import Perplexity, measure_perplexity, tokenize
+from intraslice.evaluation.perplexity import Perplexity, measure_perplexity
 from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
 from intraslice.evaluation.tasks import (
     TaskComparison,
@@ -32,6 +33,7 @@ from intraslice.healing.after_prune import prune_and_heal
 from intraslice.healing.options import HealOptions, heal_options
 from intraslice.healing.run import HealResult, heal_checkpoint
 from intraslice.loading import load_model
+from intraslice.names import expanded
 from intraslice.options import CalibrationOptions
 from intraslice.progress import Progress
 from intraslice.pruning import calibrate, prune_recipe
@@ -152,7 +154,7 @@ def heal(
     named = {"checkpoint": str(checkpoint), "output": str(output), "budget": budget, "teacher": teacher, **options}
     return heal_checkpoint(
         str(checkpoint),
-        Path(output).expanduser(),
+        expanded(output),
         HealOptions(budget=budget, **options),
         teacher=None if teacher is None else str(teacher),
         revision=revision,
@@ -214,7 +216,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    tokens = tokenize(content, tokenizer)
+    tokens = token_stream(content, tokenizer)
     return measure_perplexity(loaded, tokens, seqlen=seqlen, windows=windows, progress=progress)
 
 
@@ -257,11 +259,11 @@ def evaluate_texts(
     contents = [load_text(choice.source, split="test", text_field=text_field) for choice in choices]
     opened: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded, tokenizer = load_model(str(model), revision=revision, progress=progress, **opened)
-    tokens = [tokenize(content, tokenizer) for content in contents]
+    tokens = [token_stream(content, tokenizer) for content in contents]
     dense = None
     if against is not None:
         dense, other = load_model(str(against), progress=progress, **opened)
-        check_same_tokens(tokens, [tokenize(content, other) for content in contents])
+        check_same_tokens(tokens, [token_stream(content, other) for content in contents])
     named = [
         (replace(choice, source=Path(choice.source).name), own) for choice, own in zip(choices, tokens, strict=True)
     ]
@@ -297,7 +299,7 @@ def evaluate_tasks(
     """
     # The tasks come first: a wrong name or line must not cost the loading of the model.
     check_range(limit, batch_size)
-    opened = open_tasks(tasks, None if task_data is None else Path(task_data).expanduser())
+    opened = open_tasks(tasks, None if task_data is None else expanded(task_data))
     loaded, tokenizer = load_model(
         str(model),
         dtype=dtype,
@@ -457,4 +459,4 @@ def export(
         verify=verify,
         overwrite=overwrite,
     )
-    return export_checkpoint(str(checkpoint), to, Path(output).expanduser(), options, progress)
+    return export_checkpoint(str(checkpoint), to, expanded(output), options, progress)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from intraslice.errors import OutputError
+from intraslice.errors import OutputError, RecipeError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,6 +57,20 @@ def check_replaced(path: Path, begins: str) -> None:
             raise OutputError(
                 f"{str(path)!r} exists and is something else than what would be written there; give another name"
             )
+
+
+def check_home(name: str) -> None:
+    """Refuse a path in the home folder of somebody who has none here.
+
+    Raises:
+        RecipeError: with the name.
+    """
+    try:
+        Path(name).expanduser()
+    except RuntimeError:
+        raise RecipeError(
+            f"there is no home folder for {Path(name).parts[0]!r} in {name!r}; write the whole path."
+        ) from None
 
 
 @contextmanager

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from intraslice.border import foreign
 from intraslice.checkpoint.composite import is_composite, text_config
-from intraslice.checkpoint.folder import check_family, composite_reason, is_pruned_config, read_config_file
-from intraslice.errors import UnsupportedModelError
+from intraslice.checkpoint.config_file import read_config_data
+from intraslice.checkpoint.folder import check_family, composite_reason, is_pruned_config
+from intraslice.checkpoint.shipped_code import CodeState, code_in
+from intraslice.errors import CheckpointError, UnsupportedModelError
 from intraslice.loading import count_parameters, load_whole_config
-from intraslice.names import NameKind, kind_of
+from intraslice.names import NameKind, expanded, kind_of
 from intraslice.options import RunOptions
 from intraslice.placement import choose_device, dtype_from_name, peak_resident_bytes
+from intraslice.quiet import quiet
 from intraslice.results.result import RESULT_FILE, PruneResult
 from intraslice.runtime.configuration_intraslice import dense_config, dense_shapes
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec, LayerShape
@@ -61,6 +65,9 @@ class ModelInfo:
         layer_parameters: linear weights of the decoder layers as they are.
         weight_bytes: size of the weight files; 0 when they are not on this machine.
         layers: one entry a layer.
+        code: whether the folder holds code: "none", "shipped" (the files of this release, as they travel with a pruned
+            model) or "other"; None when there is no folder on this machine.
+        code_digest: sha256 of that code; "" when there is none.
     """
 
     model: str
@@ -76,6 +83,8 @@ class ModelInfo:
     weight_bytes: int
     layers: tuple[LayerInfo, ...]
     composite: str | None = None
+    code: CodeState | None = None
+    code_digest: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -96,23 +105,28 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
     """
     if kind_of(name) is NameKind.FOLDER:
         # Before transformers reads it, which says less of an architecture that it does not know.
-        _check_dense(read_config_file(Path(name).expanduser(), name), name)
+        _check_dense(read_config_data(expanded(name), name), name)
     whole_config, files = load_whole_config(name, revision=revision, trust_remote_code=trust_remote_code)
     _check_dense(whole_config.to_dict(), name)
-    spec = family_of(whole_config)
-    config = text_config(whole_config)
+    with foreign(f"config.json of {name!r} is not valid", CheckpointError):
+        spec = family_of(whole_config)
+        config = text_config(whole_config)
     pruned = config.model_type.startswith(_PRUNED_PREFIX)
-    whole = dense_shapes(config, spec)
-    hidden_size = config.hidden_size
-    shapes = tuple(map(LayerShape.from_dict, config.intraslice["layers"])) if pruned else whole
-    dense_hidden_size = dense_config(config).hidden_size if pruned else hidden_size
-    dense_sizes = [spec.num_parameters(shape, dense_hidden_size) for shape in whole]
-    sizes = [spec.num_parameters(shape, hidden_size) for shape in shapes]
-    errors = _errors(Path(name).expanduser())
     composite = is_composite(whole_config)
     auto: Any = AutoModelForImageTextToText if composite else AutoModelForCausalLM
-    with torch.device("meta"):
-        skeleton = auto.from_config(whole_config, trust_remote_code=trust_remote_code)
+    with foreign(f"config.json of {name!r} is not valid", CheckpointError):
+        whole = dense_shapes(config, spec)
+        hidden_size = config.hidden_size
+        shapes = config.layer_shapes if pruned else whole
+        dense_hidden_size = dense_config(config).hidden_size if pruned else hidden_size
+        dense_sizes = [spec.num_parameters(shape, dense_hidden_size) for shape in whole]
+        sizes = [spec.num_parameters(shape, hidden_size) for shape in shapes]
+        with torch.device("meta"), quiet("transformers"):
+            skeleton = auto.from_config(whole_config, trust_remote_code=trust_remote_code)
+        if min(dense_sizes) < 1:
+            raise ValueError(f"layer {dense_sizes.index(min(dense_sizes))} has no weights")
+    errors = _errors(expanded(name))
+    code, digest = code_in(expanded(name)) if kind_of(name) is NameKind.FOLDER else (None, "")
     layers = tuple(
         LayerInfo(
             layer=layer,
@@ -127,7 +141,7 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
         model=name,
         family=spec.name,
         composite=whole_config.model_type.removeprefix(_PRUNED_PREFIX) if composite else None,
-        method=config.intraslice["method"] if pruned else None,
+        method=config.intraslice["method"] if pruned and config.intraslice is not None else None,
         sparsity=1 - sum(sizes) / sum(dense_sizes),
         hidden_size=hidden_size,
         dense_hidden_size=dense_hidden_size,
@@ -137,6 +151,8 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
         layer_parameters=sum(sizes),
         weight_bytes=sum(file.stat().st_size for file in files),
         layers=layers,
+        code=code,
+        code_digest=digest,
     )
 
 

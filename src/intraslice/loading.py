@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    StrictDataclassClassValidationError,
-    StrictDataclassError,
-)
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from intraslice.checkpoint.composite import text_arguments, text_config
-from intraslice.checkpoint.folder import config_reason, read_headers, weight_files
-from intraslice.checkpoint.source import find_built_in, resolve_model
+from intraslice.border import foreign
+from intraslice.checkpoint.composite import load_arguments, text_config
+from intraslice.checkpoint.config_file import check_layers, make_config, read_config_data
+from intraslice.checkpoint.folder import StoredTensor, read_headers, weight_files
+from intraslice.checkpoint.gguf import read_gguf_config
+from intraslice.checkpoint.source import config_folder, find_built_in, resolve_model
+from intraslice.checkpoint.tokenizer import open_tokenizer
 from intraslice.errors import CheckpointError
-from intraslice.names import NameKind, kind_of
+from intraslice.names import NameKind, expanded, kind_of
 from intraslice.placement import choose_device, dtype_from_name
 from intraslice.progress import Progress
 from intraslice.quiet import quiet
 from intraslice.runtime import register
-from intraslice.runtime.families_intraslice import FAMILIES
 
-# What transformers raises for a config, tokenizer or weights that are missing, corrupt or not understood.
-_LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-    HFValidationError,
-    HfHubHTTPError,
-)
+_MISSING = 1 << 24
+"""Parameters that may be missing without a word about memory."""
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -63,23 +47,34 @@ def load_whole_config(
         CheckpointError: there is no such model, its config cannot be read, or its folder holds no weights.
     """
     register()
-    extra: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-    files: list[Path] = []
-    source, path, kind = name, Path(name).expanduser(), kind_of(name)
-    if kind is NameKind.FOLDER:
-        files, source = weight_files(path, name), str(path)
-    elif kind is NameKind.BUILT_IN or (kind is NameKind.FILE and path.suffix.lower() == ".gguf"):
+    path, kind = expanded(name), kind_of(name)
+    if kind is NameKind.BUILT_IN or (kind is NameKind.FILE and path.suffix.lower() == ".gguf"):
         gguf = find_built_in(name) if kind is NameKind.BUILT_IN else path
-        files, source, extra = [gguf], str(gguf.parent), {"gguf_file": gguf.name}
-    elif kind is NameKind.FILE:
-        raise CheckpointError(f"{name!r} is a file; give the folder it lies in, or a .gguf file")
-    elif kind is NameKind.MISSING_PATH:
-        raise CheckpointError(f"there is no folder or file {name!r}")
-    try:
-        with quiet("transformers"):
-            return AutoConfig.from_pretrained(source, **extra), files
-    except _LOADING_ERRORS as error:
-        raise CheckpointError(_reason(name, error)) from error
+        return read_gguf_config(gguf, name), [gguf]
+    if kind is NameKind.FOLDER:
+        files = weight_files(path, name)
+        return _config(path, name, read_headers(path, name), trust_remote_code), files
+    folder = config_folder(name, revision)
+    return _config(folder, name, None, trust_remote_code, hub_id=name, revision=revision), []
+
+
+def _config(
+    folder: Path,
+    name: str,
+    tensors: dict[str, StoredTensor] | None,
+    trust_remote_code: bool,
+    *,
+    hub_id: str | None = None,
+    revision: str | None = None,
+) -> Any:
+    """Return the config of a folder; of a hub model whose code may run, whose code is not in that folder yet."""
+    data = read_config_data(folder, name)
+    if tensors is not None:
+        check_layers(data, tensors, name)
+    if not (trust_remote_code and "auto_map" in data):
+        return make_config(data, name)
+    with foreign(f"config.json of {name!r} is not valid", CheckpointError), quiet("transformers"):
+        return AutoConfig.from_pretrained(hub_id or folder, revision=revision, trust_remote_code=True)
 
 
 def load_model(
@@ -110,25 +105,23 @@ def load_model(
     chosen_dtype: Any = "auto" if dtype == "auto" else dtype_from_name(dtype)
     folder = resolve_model(name, revision=revision, progress=progress)
     # Also finds truncated files, and refuses pickles.
-    read_headers(folder, name)
+    tensors = read_headers(folder, name)
+    config = _config(folder, name, tensors, trust_remote_code)
+    arguments = load_arguments(config)
+    check_size(arguments["config"], tensors, name, trust_remote_code=trust_remote_code)
     # The stubs know nothing of output_loading_info, with which a pair is returned.
     auto: Any = AutoModelForCausalLM
-    try:
-        with quiet("transformers"):
-            tower = text_arguments(folder, trust_remote_code=trust_remote_code)
-            model, info = auto.from_pretrained(
-                folder,
-                dtype=chosen_dtype,
-                use_safetensors=True,
-                **_names_arguments(folder, trust_remote_code),
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-                **tower,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except _LOADING_ERRORS as error:
-        raise CheckpointError(_reason(name, error)) from error
-    if "key_mapping" in tower:
+    with foreign(f"{name!r} cannot be loaded", CheckpointError), quiet("transformers"):
+        model, info = auto.from_pretrained(
+            folder,
+            dtype=chosen_dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            **arguments,
+        )
+    tokenizer = open_tokenizer(folder, name, config, trust_remote_code=trust_remote_code)
+    if arguments["config"] is not config:
         # transformers would save the tower under the names that it had in the composite, which nobody could load.
         model._weight_conversions = None
     missing = sorted(info["missing_keys"])
@@ -138,19 +131,29 @@ def load_model(
     return model.to(chosen_device).eval(), tokenizer
 
 
-def _names_arguments(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """Return what `from_pretrained` needs to find tensors that the family stores under other names; else nothing."""
-    model_type = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).model_type
-    renames = FAMILIES[model_type].renames if model_type in FAMILIES else ()
-    return {"key_mapping": {f"^{re.escape(stored)}": known for stored, known in renames}} if renames else {}
+def check_size(config: Any, tensors: dict[str, StoredTensor], name: str, *, trust_remote_code: bool = False) -> None:
+    """Refuse a config whose model would need more memory than its weight files can fill; nothing is allocated before.
 
+    Args:
+        config: of the model that will be loaded.
+        tensors: what is stored.
+        name: how messages call the model.
+        trust_remote_code: whether code of the model may run.
 
-def _reason(name: str, error: Exception) -> str:
-    if isinstance(error, StrictDataclassClassValidationError):
-        return f"{name!r} cannot be loaded: {config_reason(error)}"
-    # Messages of transformers run over many lines; the first one says what is wrong.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{name!r} cannot be loaded: {lines[0] if lines else type(error).__name__}"
+    Raises:
+        CheckpointError: the model has far more parameters than numbers are stored, or cannot be built.
+    """
+    with foreign(f"config.json of {name!r} is not valid", CheckpointError), torch.device("meta"), quiet("transformers"):
+        needed = count_parameters(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    # Quantised numbers are stored several to one.
+    each = 8 if getattr(config, "quantization_config", None) is None else 64
+    stored = sum(tensor.num_elements for tensor in tensors.values()) * each // 8
+    # What is merely missing is named later, one tensor at a time.
+    if needed > 2 * stored + _MISSING:
+        raise CheckpointError(
+            f"config.json of {name!r} asks for {needed} parameters, but its weight files hold {stored} numbers; check "
+            "that config and weights belong together"
+        )
 
 
 def count_parameters(model: torch.nn.Module) -> int:

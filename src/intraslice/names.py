@@ -22,6 +22,14 @@ class NameKind(Enum):
     HUB = auto()
 
 
+def expanded(name: str | Path) -> Path:
+    """Return a path with the home folder in the place of "~"; as it is, where somebody's home folder is not known."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def kind_of(name: str, base: Path | None = None) -> NameKind:
     """Say what the name of a model stands for; what is on this machine comes first, and what is left is a hub id.
 
@@ -29,7 +37,7 @@ def kind_of(name: str, base: Path | None = None) -> NameKind:
         name: as the user has given it; "~" is the home folder.
         base: relative paths start here; in the current working directory unless given.
     """
-    given = Path(name).expanduser()
+    given = expanded(name)
     path = given if base is None else base / given
     if name and path.is_dir():
         return NameKind.FOLDER

@@ -6,6 +6,7 @@ import re
 
 DASH = "\u2013"
 
+_LARGEST = 1 << 63
 _QUANTITY = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _SIZES = {
@@ -89,5 +90,5 @@ def _parse(value: object, units: dict[str, int]) -> int | None:
     found = None if isinstance(value, bool) else _QUANTITY.fullmatch(str(value).strip())
     if found is None or found[2].upper() not in units:
         return None
-    parsed = int(float(found[1].replace(",", "").replace("_", "")) * units[found[2].upper()])
-    return parsed or None
+    parsed = float(found[1].replace(",", "").replace("_", "")) * units[found[2].upper()]
+    return int(parsed) or None if parsed < _LARGEST else None

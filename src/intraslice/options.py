@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 MAX_SPARSITY = 0.95
 """Sparsities are below this."""
 
+MAX_SEED = (1 << 63) - 1
+"""Seeds are numbers of 63 bits."""
 
 DEFAULT_CALIBRATION = "offline-mix"
 """The text that is taken where none is named; the only place that says which one it is."""
@@ -33,9 +35,9 @@ class CalibrationOptions:
     __pydantic_config__ = {"extra": "forbid"}
 
     source: str = DEFAULT_CALIBRATION
-    num_samples: Annotated[int, Ge(1)] = 128
-    seqlen: Annotated[int, Ge(2)] = 2048
-    seed: Annotated[int, Ge(0)] = 0
+    num_samples: Annotated[int, Ge(1), Le(1 << 24)] = 128
+    seqlen: Annotated[int, Ge(2), Le(1 << 24)] = 2048
+    seed: Annotated[int, Ge(0), Le(MAX_SEED)] = 0
     text_field: str | None = None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from intraslice.checkpoint.composite import text_arguments
+from intraslice.checkpoint.composite import load_arguments
 from intraslice.checkpoint.gguf import cache_folder
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.source import open_checkpoint
@@ -26,6 +26,7 @@ from intraslice.inspection import ModelInfo, compute_width, estimate_peak_bytes,
 from intraslice.layers.decoder import norms_come_first
 from intraslice.loading import load_config
 from intraslice.methods.choices import load
+from intraslice.names import expanded
 from intraslice.options import CalibrationOptions, RunOptions
 from intraslice.placement import Placement, choose_device, dtype_from_name, peak_resident_bytes
 from intraslice.progress import Progress, SilentProgress
@@ -49,7 +50,7 @@ def prune_recipe(
     progress = progress or SilentProgress()
     if recipe.output is None:
         raise RecipeError("no output is given; name the folder to write with -o.")
-    output = folder or Path(recipe.output).expanduser()
+    output = folder or expanded(recipe.output)
     _check_output_apart(recipe.model, output)
     check_output(output, overwrite)
     # Before the model is opened, which may mean a long download: a wrong name must answer at once.
@@ -200,7 +201,7 @@ def calibrate(
         seed=wanted.seed,
         vocab_size=checkpoint.config.vocab_size,
         model_folder=checkpoint.folder,
-        model_arguments=text_arguments(checkpoint.folder) if checkpoint.composite else None,
+        model_arguments=load_arguments(checkpoint.config, of_composite=checkpoint.composite is not None),
         progress=progress,
         text_field=wanted.text_field,
         device=device,
@@ -243,7 +244,7 @@ def _check_composite(recipe: Recipe, model_type: str | None) -> None:
 
 
 def _check_output_apart(model: str, output: Path) -> None:
-    source = Path(model).expanduser()
+    source = expanded(model)
     # realpath, because resolve stops at links that go round in circles.
     if source.exists() and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(output)):
         raise OutputError(f"the output {str(output)!r} would replace the input model; choose another folder.")

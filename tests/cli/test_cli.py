@@ -120,12 +120,15 @@ def test_inspect_dense(run, tiny_folder):
     assert info["layers"][0]["num_parameters"] == 32 * (12 * 8 + 3 * 64)
 
 
-def test_inspect_loads_no_weights(run, make_folder):
+def test_inspect_reads_headers_and_no_weights(run, refused, make_folder, monkeypatch: pytest.MonkeyPatch):
     folder = make_folder("opt")
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.load_file", lambda *_: pytest.fail("weights were read"))
+        patch.setattr("torch.nn.Module.to_empty", lambda *_, **__: pytest.fail("memory was allocated"))
+        assert run("inspect", folder)[0] == 0
     weights = folder / "model.safetensors"
-    # Only the size of the file is looked at.
     weights.write_bytes(weights.read_bytes()[:100])
-    assert run("inspect", folder)[0] == 0
+    assert "truncated or corrupt" in refused("inspect", folder)
 
 
 def test_inspect_refuses(refused, make_folder, tmp_path: Path):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from intraslice.algebra.linalg import eigh_descending
 from intraslice.checkpoint.source import open_checkpoint
-from intraslice.errors import NumericalError, OutputError, ResumeMismatchError
+from intraslice.errors import NumericalError, OutputError, RecipeError, ResumeMismatchError
 from intraslice.methods.blockwise.gradient_pass import measure_gradients, pass_seconds
 from intraslice.methods.blockwise.options import AttentionOptions, FFNOptions
 from intraslice.progress import SilentProgress
@@ -234,7 +234,7 @@ def test_existing_output_is_kept_unless_overwrite(tiny_folder, tmp_path):
     assert (out / "model.safetensors").read_bytes() != before
 
 
-@pytest.mark.parametrize(("family", "share"), [("llama", 1.0), ("opt", 1.0), ("llama", 0.3), ("opt", 0.3)])
+@pytest.mark.parametrize(("family", "share"), [("llama", 1.0), ("opt", 1.0), ("llama", 0.3), ("opt", 0.0)])
 def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, share, tmp_path):
     """The FFN is fitted to its own output and a share of what leads from there to the dense stream after the layer."""
     from intraslice.methods.blockwise.measure import context_moments, ffn_moments
@@ -256,7 +256,11 @@ def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, s
         hidden[0].write(part, drifted[part])
         hidden[1].write(part, before[part])
     block = model.load_layer(0)
-    options = AttentionOptions(drift_share=share), FFNOptions(drift_share=share)
+    # With cross_fit all of the drift is measured, and the site's own output beside it.
+    repair = "cross_fit" if share == 0.0 else "ridge"
+    share = share or 1.0
+    given = {"repair": repair, "drift_share": share if repair == "ridge" else 0.5}
+    options = AttentionOptions(**given), FFNOptions(**given)
     with torch.no_grad():
         attention = context_moments(model, block, streams, block.attention, options[0])
         middle = block.attention_step(before)
@@ -275,6 +279,15 @@ def test_moments_against_the_dense_model_are_those_of_explicit_streams(family, s
     wanted = (own_ffn + share * (after - pruned_middle - own_ffn) - down_bias).flatten(0, 1)
     assert torch.allclose(ffn.cross, act.T @ wanted, atol=1e-8)
     assert ffn.target_energy == pytest.approx(float(wanted.square().sum()))
+    if repair == "cross_fit":
+        for found, inputs, wanted in (
+            (attention, context, (own - out_bias).flatten(0, 1)),
+            (ffn, act, (own_ffn - down_bias).flatten(0, 1)),
+        ):
+            assert torch.allclose(found.own_cross, inputs.T @ wanted, atol=1e-8)
+            first = slice(0, len(inputs) // 2)  # two batches
+            assert torch.allclose(found.halves[0].gram, inputs[first].T @ inputs[first], atol=1e-8)
+            assert torch.allclose(found.halves[0].own_cross, inputs[first].T @ wanted[first], atol=1e-8)
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "olmo2", "granite", "cohere", "phi"])
@@ -333,6 +346,28 @@ def test_moments_count_what_comes_after_the_projection(family, tmp_path):
         torch.testing.assert_close(block.ffn_step(hidden[0].read(slice(0, 2))), block.run(drifted)[0])
     for part in hidden[1].slices():
         assert torch.allclose(hidden[1].read(part), after[part], atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("against", ["dense_stream", "own_output"])
+def test_a_cross_fitted_repair_is_better_than_a_bias(family, against, tmp_path):
+    family_model(family).save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    errors = []
+    for repair in ("cross_fit", "bias"):
+        given = {
+            f"{site}__{option}": value
+            for site in ("attention", "ffn")
+            for option, value in (("repair", repair), ("repair_against", against))
+        }
+        result = prune(tmp_path / "m", tmp_path / repair, allocation__rule="uniform", **given)
+        errors.append(result.layers[0].errors["ffn"])
+    assert errors[0] < errors[1]
+
+
+def test_cross_fitting_needs_two_batches(tiny_folder, tmp_path):
+    with pytest.raises(RecipeError, match="two halves of the calibration text, and all of it is in one batch"):
+        prune(tiny_folder("llama"), tmp_path / "out", ffn__repair="cross_fit", on=calibration(1, 32))
 
 
 def test_a_kept_gradient_pass_costs_what_it_cost_the_run_that_made_it(tiny_folder, tmp_path):

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from intraslice.data.windows import token_stream
 from intraslice.errors import CalibrationError, NumericalError, RecipeError
 from intraslice.evaluation import perplexity
-from intraslice.evaluation.perplexity import measure_perplexity, select_windows, tokenize
+from intraslice.evaluation.perplexity import measure_perplexity, select_windows
 from support.tiny import FAMILIES, VOCAB_SIZE, tiny_model
 
 
@@ -76,7 +77,7 @@ def test_half_precision_is_summed_in_float():
 
 def test_the_whole_text_is_one_stream(tokenizer):
     text = "one line\nand another\n"
-    assert tokenize(text, tokenizer).tolist() == tokenizer(text)["input_ids"]
+    assert token_stream(text, tokenizer).tolist() == tokenizer(text)["input_ids"]
 
 
 def test_wrong_input():
@@ -110,7 +111,7 @@ def test_api_evaluates_a_text_file(tiny_folder, tmp_path: Path):
     path.write_text(text)
     folder = tiny_folder("llama")
     model, tokenizer = load_model(str(folder))
-    expected = measure_perplexity(model, tokenize(text, tokenizer), seqlen=64, windows=3)
+    expected = measure_perplexity(model, token_stream(text, tokenizer), seqlen=64, windows=3)
     result = api.evaluate(folder, text=str(path), seqlen=64, windows=3)
     assert result.mean_nll == expected.mean_nll
 

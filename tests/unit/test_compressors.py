@@ -278,6 +278,25 @@ def test_iterate_pca_lowers_the_error_and_reports_it_truly(gated):
     assert error == pytest.approx(float(explicit), rel=1e-6)
 
 
+def test_a_step_of_several_batches_sees_their_mean():
+    """Three times the same batch in a step are one batch in a step; and slices may halve their rate."""
+    up = _random(50, 8)
+    down = _random(D, 8, seed=1)
+    moments = _block(_Replay.activation(up), down)
+
+    def error_of(**options) -> float:
+        chosen = FFNOptions(iter_pca_lr=1e-2, iter_pca_steps=6, iter_pca_rounds=1, damping=1e-4, **options)
+        start, start_error = solve_down(moments, down, select_channels(moments, down, 5, chosen), chosen)
+        return iterate_pca(_Replay(up, None, down), moments, start, start_error, chosen)[1]
+
+    plain = error_of()
+    assert error_of(iter_pca_batches=3) == pytest.approx(plain, rel=1e-9)
+    assert error_of(iter_pca_decay="halving") != pytest.approx(plain, rel=1e-6)
+    # One slice has no other to be slower than.
+    whole = error_of(iter_pca_slice=8)
+    assert error_of(iter_pca_slice=8, iter_pca_decay="halving") == whole
+
+
 def test_iterate_pca_never_returns_something_worse():
     act = _random(100, 8)
     replay = _Replay(act, None, _random(D, 8, seed=1))

@@ -126,7 +126,8 @@ def test_losses_stay_under_the_cap_and_kept_layers_lose_only_the_rest(layers):
             assert all(lost == pytest.approx(0.9) for lost in losses[1:-1])
 
 
-def test_head_search_keeps_the_number_of_heads_with_the_most_importance():
+@pytest.mark.parametrize("balance", [0.2, 2.0, 250.0])
+def test_head_search_keeps_the_number_of_heads_with_the_most_importance(balance: float):
     gradients = _gradients()
     heads = [layer[ATTENTION].grad.view(6, H, WIDTH).sum(2).square().sum(0) for layer in gradients.layers]
     channels = [layer[FFN].grad.square().sum(0) for layer in gradients.layers]
@@ -136,9 +137,12 @@ def test_head_search_keeps_the_number_of_heads_with_the_most_importance():
     for count in range(1, L * H + 1):
         left = int((budget - count * 60) / 30 + 1e-9)
         if 0.1 * L * F <= left <= L * F and count >= 0.1 * L * H:
-            values[count] = float(ranked[0][:count].sum() + ranked[1][:left].sum())
+            # A channel has half the weights of a head.
+            values[count] = float(ranked[0][:count].sum() + balance / 2 * ranked[1][:left].sum())
     best = max(values, key=values.__getitem__)
-    found = allocate_by_head_search(gradients, SITES, 0.3, AllocationOptions(max_site_sparsity=0.9))
+    found = allocate_by_head_search(
+        gradients, SITES, 0.3, AllocationOptions(max_site_sparsity=0.9, channel_balance=balance)
+    )
     assert sum(found.fractions(ATTENTION)) * H == pytest.approx(best)
     threshold = ranked[0][best - 1]
     if all((layer >= threshold).any() for layer in heads):

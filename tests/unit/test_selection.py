@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,6 +58,39 @@ def test_adaptive_heads_is_algorithm_2(seed, share, min_fraction):
         scores, spectrum, budget_dims=2 * dims, group=1, min_width=min_fraction * head_dim, groups="ragged"
     )
     assert choice.heads == _greedy_by_hand(scores, spectrum, dims, min_fraction * head_dim)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), share=st.floats(0.3, 1.0))
+def test_by_score_every_head_is_tried_once_and_counted_in_query_dimensions(seed, share):
+    """Algorithm 2, line 9 to 15, with the published budget: P = share * H * d dimensions of the queries alone."""
+    H, d, group = 6, 8, 3
+    spectrum = _spectrum(H, d, seed)
+    scores = torch.rand(H, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1)) ** 3
+    choice = adaptive_heads(
+        scores,
+        spectrum,
+        budget_dims=share * d * (H + H // group),
+        group=group,
+        min_width=0.75 * d,
+        groups="ragged",
+        budget="queries",
+        order="score",
+    )
+
+    def total(heads: list[int]) -> float:
+        width = min(d, share * H * d / len(heads))
+        return float(reconstruction_score(scores, spectrum, heads, width).sum())
+
+    kept = list(range(H))
+    for head in sorted(range(H), key=lambda head: float(scores[head])):
+        rest = [other for other in kept if other != head]
+        if not rest or share * H * d / len(rest) > d:
+            continue
+        if total(rest) > total(kept) or share * H * d / len(kept) < 0.75 * d:
+            kept = rest
+    assert choice.heads == tuple(kept)
+    assert choice.width == pytest.approx(min(d, share * H * d / len(kept)))
 
 
 @settings(max_examples=60, deadline=None)

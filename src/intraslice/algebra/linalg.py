@@ -6,6 +6,8 @@ Shapes: P kept channels, C channels, M targets, d head_dim, r kept head_dim.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,9 +17,26 @@ from intraslice.errors import NumericalError
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def decomposing() -> Iterator[None]:
+    """Turn a failure of LAPACK into our error: nothing that it was handed can be decomposed.
+
+    Raises:
+        NumericalError: eigenvalues did not converge, or a matrix has no inverse or factor.
+    """
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NumericalError(
+            "the second moments of the activations cannot be decomposed; are there weights far beyond all others, or "
+            "norms of nearly zero?"
+        ) from error
+
+
 def eigh_descending(moment_CC: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues [..., C] (largest first, clipped at 0) and eigenvectors [..., C, C] (columns)."""
-    values, vectors = torch.linalg.eigh(moment_CC)
+    with decomposing():
+        values, vectors = torch.linalg.eigh(moment_CC)
     return values.flip(-1).clamp_min(0.0), vectors.flip(-1)
 
 
@@ -96,8 +115,9 @@ def low_rank_scores(query_dd: Tensor, key_dd: Tensor, rank: int) -> tuple[Tensor
         scale = moment.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
         return torch.linalg.cholesky(moment + 1e-8 * scale * identity)
 
-    query_factor, key_factor = factor(query_dd), factor(key_dd)
-    left, singular, right_t = torch.linalg.svd(query_factor.T @ key_factor)
+    with decomposing():
+        query_factor, key_factor = factor(query_dd), factor(key_dd)
+        left, singular, right_t = torch.linalg.svd(query_factor.T @ key_factor)
     root = singular[:rank].sqrt()
     query_basis = torch.linalg.solve_triangular(query_factor.T, left[:, :rank] * root, upper=True)
     key_basis = torch.linalg.solve_triangular(key_factor.T, right_t[:rank].T * root, upper=True)

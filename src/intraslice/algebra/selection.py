@@ -105,6 +105,8 @@ def adaptive_heads(
     min_width: float,
     groups: str,
     qk_width: int | None = None,
+    budget: str = "weights",
+    order: str = "kept_score",
 ) -> HeadChoice:
     """Choose the heads to keep by greedy removal; Paper: Eq. 4-5, Algorithm 2.
 
@@ -119,25 +121,40 @@ def adaptive_heads(
         min_width: heads are removed as long as they would be narrower than this.
         groups: "ragged", "uniform" or "whole".
         qk_width: width that query and key keep whatever happens; None when they are as wide as the value.
+        budget: "weights", or "queries": the same share of the query dimensions alone, as published; p = P / |kappa|
+            with kv heads as wide as query heads, so that fewer weights go.
+        order: which head is tried next, and when that ends. "kept_score": the one with the smallest R_h^p, until one
+            gains nothing. "score": by R_h, each once, and none whose removal leaves more than heads can be wide
+            (Algorithm 2, line 10).
     """
     num_heads, head_dim = spectrum_Hd.shape
+    kv_share = num_heads / (num_heads + num_heads // group)
 
-    def width_of(heads: Sequence[int]) -> float:
-        return min(float(head_dim), shared_width(budget_dims, len(heads) + len(kept_kv_heads(heads, group)), qk_width))
+    def wanted_width(heads: Sequence[int]) -> float:
+        if budget == "queries":
+            return shared_width(budget_dims * kv_share, len(heads), qk_width)
+        return shared_width(budget_dims, len(heads) + len(kept_kv_heads(heads, group)), qk_width)
 
-    kept = list(range(num_heads))
-    width = width_of(kept)
+    kept, tried = list(range(num_heads)), set[int]()
+    width = min(float(head_dim), wanted_width(kept))
     while len(kept) > 1:
         current = reconstruction_score(scores_H, spectrum_Hd, kept, width)
-        by_head = dict(zip(kept, current.tolist(), strict=True))
-        unit = weakest_unit(kept, group, groups, by_head)
+        values = scores_H[kept] if order == "score" else current
+        by_head = dict(zip(kept, values.tolist(), strict=True))
+        candidates = [head for head in kept if head not in tried]
+        unit = weakest_unit(candidates, group, groups, by_head) if candidates else None
         if unit is None:
             break
         rest = [head for head in kept if head not in unit]
-        rest_width = width_of(rest)
+        rest_width = wanted_width(rest)
+        too_wide = order == "score" and rest_width > head_dim
+        rest_width = min(float(head_dim), rest_width)
         gain = float(reconstruction_score(scores_H, spectrum_Hd, rest, rest_width).sum() - current.sum())
-        if gain <= 0 and width >= min_width:
-            break
+        if too_wide or (gain <= 0 and width >= min_width):
+            if order == "kept_score" or groups != "ragged":
+                break
+            tried.update(unit)
+            continue
         kept, width = rest, rest_width
     return HeadChoice(tuple(kept), width)
 

@@ -10,15 +10,16 @@ import copy
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from intraslice.border import foreign
 from intraslice.checkpoint.folder import composites
 from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor
-from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
+from intraslice.errors import CheckpointError, UnsupportedModelError
+from intraslice.runtime.families_intraslice import FAMILIES
 
 _PRUNED_PREFIX = "intraslice_"
 _BODY = "model."
@@ -124,20 +125,22 @@ def take_apart(
     return copy.deepcopy(tower), text, Composite(config, rest)
 
 
-def text_arguments(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Return what `AutoModelForCausalLM.from_pretrained` needs to load the text tower of a composite; else nothing.
+def load_arguments(config: Any, *, of_composite: bool = False) -> dict[str, Any]:
+    """Return what `AutoModelForCausalLM.from_pretrained` needs besides the folder, to load the model of this config.
 
     Args:
-        folder: dense or pruned model.
-        trust_remote_code: whether code of the model may run.
-    """
-    from transformers import AutoConfig
+        config: dense or pruned; of a composite the whole, or that of its text tower, which is what is loaded.
+        of_composite: the folder is that of a composite, and the config that of its text tower.
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if not is_composite(config):
-        return {}
-    names = {f"^{re.escape(stored)}": known for stored, known in _TEXT_NAMES if stored != known}
-    return {"config": text_config(config), "key_mapping": names}
+    Returns:
+        The config, so that config.json is not read again behind our back, and names on disk that are others.
+    """
+    if of_composite or is_composite(config):
+        pairs = tuple((stored, known) for stored, known in _TEXT_NAMES if stored != known)
+    else:
+        pairs = FAMILIES[config.model_type].renames if config.model_type in FAMILIES else ()
+    names = {"key_mapping": {f"^{re.escape(stored)}": known for stored, known in pairs}} if pairs else {}
+    return {"config": text_config(config), **names}
 
 
 def is_composite(config: Any) -> bool:
@@ -177,13 +180,8 @@ def _check_rest(name: str, config: Any, rest: dict[str, StoredTensor]) -> None:
     """
     from transformers import AutoModelForImageTextToText
 
-    try:
-        with torch.device("meta"):
-            skeleton = AutoModelForImageTextToText.from_config(config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
-        raise CheckpointError(
-            f"config.json of {name!r} is not valid: {type(error).__name__} {one_line(error)}"
-        ) from error
+    with foreign(f"config.json of {name!r} is not valid", CheckpointError), torch.device("meta"):
+        skeleton = AutoModelForImageTextToText.from_config(config)
     expected: Counter[str] = Counter()
     for known, tensor in skeleton.state_dict().items():
         if text_name(known) is None:

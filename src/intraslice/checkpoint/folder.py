@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from intraslice.border import foreign, parse_json, read_json
+from intraslice.checkpoint.config_file import check_layers, make_config, read_config_data
 from intraslice.checkpoint.missing import missing_features
 from intraslice.checkpoint.tensorfile import StoredTensor
 from intraslice.checkpoint.writer import INDEX_FILE, WEIGHTS_FILE
-from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
+from intraslice.errors import CheckpointError, UnsupportedModelError
 from intraslice.runtime.families_intraslice import FAMILIES
 
+_ADAPTER_FILE = "adapter_config.json"
 
-def read_config(folder: Path, name: str) -> Any:
+
+def read_config(folder: Path, name: str, tensors: Iterable[str]) -> Any:
     """Read config.json as the stock config class of a supported family or composite; never runs code of the model.
+
+    Args:
+        folder: of the model.
+        name: how messages call it.
+        tensors: names of what is stored; the config is not built if it contradicts them.
 
     Raises:
         UnsupportedModelError: the architecture is not supported, is quantised, or is pruned already.
         CheckpointError: the file is missing or not a valid config.
     """
-    from transformers import CONFIG_MAPPING
+    data = check_architecture(folder, name)
+    check_layers(data, tensors, name)
+    return make_config(data, name)
 
-    data = read_config_file(folder, name)
-    model_type = str(data.get("model_type", ""))
+
+def check_architecture(folder: Path, name: str) -> dict[str, Any]:
+    """Refuse a model that cannot be pruned, by its config.json alone.
+
+    Returns:
+        The content of that file.
+
+    Raises:
+        UnsupportedModelError: the architecture is not supported, is quantised, or is pruned already.
+        CheckpointError: the file is missing or no plain data.
+    """
+    data = read_config_data(folder, name)
     if is_pruned_config(data):
         raise UnsupportedModelError(
             f"{name!r} is already pruned by intraslice; prune the dense model to the sparsity you want"
@@ -36,27 +56,6 @@ def read_config(folder: Path, name: str) -> Any:
     if settings:
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
         raise UnsupportedModelError(f"{name!r} is quantised ({method}); give the model in float32, bfloat16 or float16")
-    try:
-        return CONFIG_MAPPING[model_type].from_dict(data)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(f"config.json of {name!r} is not valid: {config_reason(error)}") from error
-
-
-def read_config_file(folder: Path, name: str) -> dict[str, Any]:
-    """Return what config.json of a model folder holds.
-
-    Raises:
-        CheckpointError: the file is missing or no JSON object.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{name!r} has no config.json; give the folder of a Hugging Face model")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"config.json of {name!r} cannot be read: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"config.json of {name!r} is not a JSON object")
     return data
 
 
@@ -160,19 +159,18 @@ def composite_reason(model_type: str, text_type: str | None) -> str | None:
     return None
 
 
-def config_reason(error: Exception) -> str:
-    """Return in one line why a config is refused."""
-    # The check of a whole config is wrapped in an error that begins with the name of a function.
-    wrapped = isinstance(error, StrictDataclassClassValidationError) and error.__cause__ is not None
-    return one_line(error.__cause__ if wrapped else error)
-
-
 def weight_files(folder: Path, name: str) -> list[Path]:
     """Return the safetensors files of a model folder.
 
     Raises:
-        CheckpointError: there are none, only pickles, or the index names a file that is missing.
+        CheckpointError: there are none, only pickles, or the index names a file that is missing; or there is an
+            adapter beside them, with which they are another model.
     """
+    if (folder / _ADAPTER_FILE).is_file():
+        raise CheckpointError(
+            f"{name!r} holds an adapter ({_ADAPTER_FILE}) beside its weights, which some programs would apply and "
+            "others not; merge it into the weights, or move that file away"
+        )
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
     index = folder / INDEX_FILE
@@ -184,14 +182,12 @@ def weight_files(folder: Path, name: str) -> list[Path]:
                 "it is read; convert it to safetensors first"
             )
         raise CheckpointError(f"{name!r} has no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{INDEX_FILE} of {name!r} is corrupt; download the model again") from error
+    weight_map = read_json(index, f"{INDEX_FILE} of {name!r}", CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
+        raise CheckpointError(f"{INDEX_FILE} of {name!r} is corrupt; download the model again")
+    names = sorted(set(weight_map.values()))
     for file_name in names:
         # A name with a folder in it could point outside the checkpoint.
-        if not isinstance(file_name, str):
-            raise CheckpointError(f"{INDEX_FILE} of {name!r} is corrupt; download the model again")
         if Path(file_name).name != file_name or not (folder / file_name).is_file():
             raise CheckpointError(f"weight file {file_name!r} of {name!r} is missing; download the model again")
     return [folder / file_name for file_name in names]
@@ -205,16 +201,11 @@ def read_headers(folder: Path, name: str) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder, name):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    part = file.get_slice(key)
-                    tensors[key] = StoredTensor(path, key, part.get_dtype(), tuple(part.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"weight file {path.name!r} of {name!r} is truncated or corrupt ({one_line(error)}); "
-                "download the model again"
-            ) from error
+        what = f"weight file {path.name!r} of {name!r} is truncated or corrupt"
+        with foreign(what, CheckpointError, "; download the model again"), safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                part = file.get_slice(key)
+                tensors[key] = StoredTensor(path, key, part.get_dtype(), tuple(part.get_shape()))
     return tensors
 
 
@@ -222,7 +213,7 @@ def data_offsets(path: Path) -> dict[str, tuple[int, int]]:
     """Return first and last byte (exclusive) of each tensor of a safetensors file."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length).decode(), f"the header of {str(path)!r}", CheckpointError)
     start = 8 + length
     return {
         name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import struct
 import tempfile
 import time
 from pathlib import Path
@@ -19,12 +18,16 @@ from typing import Any
 import torch
 from platformdirs import user_cache_path
 
+from intraslice.border import foreign
+from intraslice.checkpoint.gguf_header import read_header
 from intraslice.checkpoint.reader import OUTPUT_EMBEDDING, build_skeleton
 from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot
 from intraslice.checkpoint.writer import plan_shards, shard_names, write_index
-from intraslice.errors import CheckpointError, MissingExtraError, UnsupportedModelError, one_line
+from intraslice.errors import CheckpointError, MissingExtraError, UnsupportedModelError
 from intraslice.files import writing
+from intraslice.names import expanded
 from intraslice.progress import Progress, SilentProgress
+from intraslice.quiet import quiet
 from intraslice.runtime.families_intraslice import FAMILIES
 
 # Part of the cache key: raise it when the conversion changes.
@@ -39,7 +42,7 @@ _STALE_SECONDS = 24 * 3600
 def cache_folder() -> Path:
     """Return the folder of converted models: $INTRASLICE_CACHE, or the platform's cache folder."""
     if os.environ.get("INTRASLICE_CACHE"):
-        return Path(os.environ["INTRASLICE_CACHE"]).expanduser()
+        return expanded(os.environ["INTRASLICE_CACHE"])
     return user_cache_path("intraslice", appauthor=False, opinion=False)
 
 
@@ -62,11 +65,12 @@ def convert_gguf(path: Path, *, name: str | None = None, progress: Progress | No
     """
     name = name or str(path)
     progress = progress or SilentProgress()
+    # Before the content is hashed, which takes minutes for gigabytes that no tensor claims.
+    reader = _open(path, name)
     key = _content_key(path)
     final = cache_folder() / key
     if (final / "config.json").is_file():
         return final
-    reader = _open(path, name)
     with writing(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(final.parent)
@@ -85,14 +89,27 @@ def convert_gguf(path: Path, *, name: str | None = None, progress: Progress | No
     return final
 
 
-def _convert(reader: Any, path: Path, name: str, folder: Path, progress: Progress) -> None:
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+def read_gguf_config(path: Path, name: str) -> Any:
+    """Return the config of a GGUF file as transformers reads it; no weights are read or converted.
 
-    try:
-        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"config or tokenizer of {name!r} cannot be read: {one_line(error)}") from error
+    Raises:
+        CheckpointError: the file is corrupt.
+        UnsupportedModelError: the architecture is not supported.
+        MissingExtraError: the package gguf is not installed.
+    """
+    from transformers import AutoConfig
+
+    _open(path, name)
+    with foreign(f"the config of {name!r} cannot be read", CheckpointError), quiet("transformers"):
+        return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
+
+
+def _convert(reader: Any, path: Path, name: str, folder: Path, progress: Progress) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    config = read_gguf_config(path, name)
+    with foreign(f"the tokenizer of {name!r} cannot be read", CheckpointError), quiet("transformers"):
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
     _complete_config(config, reader, name)
     model = build_skeleton(config, name, torch.float32)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
@@ -126,18 +143,15 @@ def _open(path: Path, name: str) -> Any:
         raise MissingExtraError(
             f"{name!r} is a GGUF file, and the package to read it is missing: pip install 'intraslice[gguf]'"
         ) from error
-    try:
-        reader = GGUFReader(path)
-        architecture = _architecture(reader)
-    except (ValueError, IndexError, KeyError, OSError, struct.error, OverflowError) as error:
-        raise CheckpointError(
-            f"GGUF file {name!r} is truncated or corrupt ({one_line(error)}); download it again"
-        ) from error
+    header = read_header(path, name)
+    architecture = header.fields.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"GGUF file {name!r} has the architecture {architecture!r}; supported: {', '.join(ARCHITECTURES)}"
         )
-    return reader
+    header.check_blocks(name)
+    with foreign(f"GGUF file {name!r} is truncated or corrupt", CheckpointError, "; download it again"):
+        return GGUFReader(path)
 
 
 def _architecture(reader: Any) -> str:
@@ -156,7 +170,11 @@ def _complete_config(config: Any, reader: Any, name: str) -> None:
             f"GGUF file {name!r} scales its rotary embedding ({scaling}), which the conversion would lose; "
             "use the safetensors version of the model"
         )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    with foreign(f"the config of {name!r} is not valid", CheckpointError):
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        if heads % kv_heads or head_dim < 1:
+            raise ValueError(f"{heads} heads of {head_dim} channels share {kv_heads} kv heads")
     rotary_dim = _field(reader, "rope.dimension_count")
     if rotary_dim not in (None, head_dim):
         raise CheckpointError(

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor
 
 from intraslice.checkpoint.composite import is_composite, text_config, text_tensors
-from intraslice.checkpoint.folder import StoredTensor, config_reason, read_headers
+from intraslice.checkpoint.config_file import CONFIG_FILE, check_layers, make_config, read_config_data
+from intraslice.checkpoint.folder import StoredTensor, read_headers
 from intraslice.checkpoint.tensorfile import DTYPES
 from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
 from intraslice.layers.state_dict import NeutralLayer, split_layer
+from intraslice.names import expanded
 from intraslice.runtime import register
 from intraslice.runtime.configuration_intraslice import dense_config, dense_shapes, rotary_dim, rotated
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec, LayerShape
@@ -158,26 +158,24 @@ def open_pruned(model: str) -> PrunedCheckpoint:
         CheckpointError: it is not there, not ours, or damaged.
         UnsupportedModelError: its layers are not those of its family, only smaller.
     """
-    from transformers import AutoConfig
-
     register()
-    folder = Path(model).expanduser()
-    path = folder / "config.json"
-    if not path.is_file():
+    folder = expanded(model)
+    if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(f"{model!r} is not a checkpoint folder; give the output folder of 'intraslice prune'.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        ours = any("intraslice" in part for part in (data, data.get("text_config") or {}))
-        whole = AutoConfig.from_pretrained(folder) if ours else None
-    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
-        raise CheckpointError(f"config.json of {model!r} cannot be read: {config_reason(error)}") from error
-    if whole is None:
+    data = read_config_data(folder, model)
+    tower = data.get("text_config")
+    if not any("intraslice" in part for part in (data, tower) if isinstance(part, dict)):
         raise CheckpointError(
             f"{model!r} was not pruned by intraslice, so there is nothing to export; give the output folder of "
             "'intraslice prune'."
         )
+    tensors = read_headers(folder, model)
+    check_layers(data, tensors, model)
+    whole = make_config(data, model)
     composite = is_composite(whole)
     config = text_config(whole)
+    if vars(config).get("intraslice") is None:
+        raise CheckpointError(f"config.json of {model!r} names a pruned model and says nothing of its layers")
     if any(shape.ranks or shape.shortcuts for shape in config.layer_shapes):
         raise UnsupportedModelError(
             f"{model!r} was pruned by {config.intraslice['method']}, whose layers no other runtime knows; it runs in "
@@ -188,7 +186,6 @@ def open_pruned(model: str) -> PrunedCheckpoint:
             f"{model!r} was pruned from a model whose layers have different sizes, for which no other format has a "
             "place here; load it with transformers as it is."
         )
-    tensors = read_headers(folder, model)
     if composite:
         tensors = text_tensors(model, whole.model_type, tensors)
     return PrunedCheckpoint(folder, model, config, tensors, composite=composite)

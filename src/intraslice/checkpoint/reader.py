@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from intraslice.checkpoint.composite import Composite, take_apart
-from intraslice.checkpoint.folder import composites, data_offsets, read_config, read_headers
+from intraslice.border import foreign
+from intraslice.checkpoint.composite import Composite, take_apart, text_tensors
+from intraslice.checkpoint.folder import check_architecture, composites, data_offsets, read_config, read_headers
 from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor
-from intraslice.errors import CheckpointError, NumericalError, UnsupportedModelError, one_line
+from intraslice.checkpoint.tokenizer import open_tokenizer
+from intraslice.errors import CheckpointError, NumericalError, UnsupportedModelError
+from intraslice.runtime.configuration_intraslice import dense_shapes
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
 
 OUTPUT_EMBEDDING = "lm_head.weight"
@@ -64,6 +67,8 @@ class Checkpoint:
         self.tied = bool(config.tie_word_embeddings)
         self._tensors = tensors
         self._check_against_config()
+        with foreign(f"config.json of {name!r} is not valid", CheckpointError):
+            dense_shapes(config, spec)
         matrices = [
             tensor.dtype
             for key, tensor in self._tensors.items()
@@ -130,14 +135,8 @@ class Checkpoint:
         Raises:
             CheckpointError: there is none, it cannot be read, or it needs code that was not allowed.
         """
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise CheckpointError(
-                f"the tokenizer of {self.name!r} is missing or cannot be read: {one_line(error)[:150]}"
-            ) from error
+        config = self.config if self.composite is None else self.composite.config
+        return open_tokenizer(self.folder, self.name, config, trust_remote_code=self.trust_remote_code)
 
     def fingerprint(self) -> str:
         """Return a sha256 of the config and of names, dtypes, shapes and sampled bytes of all tensors.
@@ -169,12 +168,12 @@ class Checkpoint:
 
     def _load(self, name: str, where: str = "") -> torch.Tensor:
         stored = self._tensors[name]
-        try:
-            # One opening a tensor: pages of the mapped file count as resident until it is closed.
-            with safe_open(stored.path, framework="pt") as file:
-                tensor = file.get_tensor(stored.name).clone()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {name!r} from {str(stored.path)!r}: {error}") from error
+        # One opening a tensor: pages of the mapped file count as resident until it is closed.
+        with (
+            foreign(f"cannot read {name!r} from {str(stored.path)!r}", CheckpointError),
+            safe_open(stored.path, framework="pt") as file,
+        ):
+            tensor = file.get_tensor(stored.name).clone()
         if tensor.numel():
             # The extremes are NaN if any element is, and need no memory, unlike isfinite on the whole tensor.
             low, high = torch.aminmax(tensor)
@@ -257,8 +256,12 @@ def open_folder(folder: Path, *, name: str | None = None, trust_remote_code: boo
         CheckpointError: files are missing, corrupt or unsafe, or contradict the config.
     """
     name = name or str(folder)
-    config = read_config(folder, name)
+    model_type = check_architecture(folder, name)["model_type"]
     tensors = read_headers(folder, name)
+    if model_type in composites():
+        # Before layers are counted: that there is no text tower says more than that it has no layers.
+        text_tensors(name, model_type, tensors)
+    config = read_config(folder, name, tensors)
     composite = None
     if config.model_type in composites():
         config, tensors, composite = take_apart(name, config, tensors)
@@ -283,16 +286,11 @@ def build_skeleton(config: Any, name: str, dtype: torch.dtype) -> Any:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    attention = "sdpa" if model_class._supports_sdpa else "eager"
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
-    # Values that only a model finds impossible, such as an unknown activation.
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
-        raise CheckpointError(
-            f"config.json of {name!r} is not valid: {type(error).__name__} {one_line(error)}"
-        ) from error
+    # Some values only a model finds impossible, such as an unknown activation.
+    with foreign(f"config.json of {name!r} is not valid", CheckpointError), torch.device("meta"):
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        attention = "sdpa" if model_class._supports_sdpa else "eager"
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
 
 
 def _plain_config(config: Any) -> dict[str, Any]:

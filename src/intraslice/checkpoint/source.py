@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import errors as hub_errors
 
-from intraslice.checkpoint.folder import read_config
+from intraslice.checkpoint.folder import check_architecture
 from intraslice.checkpoint.reader import Checkpoint, open_folder
 from intraslice.checkpoint.writer import SIDE_PATTERNS
 from intraslice.errors import CheckpointError, nearest, one_line
-from intraslice.names import BUILT_IN, NameKind, kind_of
+from intraslice.names import BUILT_IN, NameKind, expanded, kind_of
 from intraslice.progress import Progress, SilentProgress
 
 _HUB_PATTERNS = (
@@ -70,22 +72,37 @@ def resolve_model(
     from intraslice.checkpoint.gguf import convert_gguf
 
     progress = progress or SilentProgress()
-    path = Path(model).expanduser()
+    path = expanded(model)
     match kind_of(model):
         case NameKind.FOLDER:
             return path
         case NameKind.FILE if path.suffix.lower() == ".gguf":
             return convert_gguf(path, name=model, progress=progress)
-        case NameKind.FILE:
-            raise CheckpointError(f"{model!r} is a file; give the folder it lies in, or a .gguf file")
         case NameKind.BUILT_IN:
             return convert_gguf(find_built_in(model), name=model, progress=progress)
-        case NameKind.MISSING_PATH:
-            raise CheckpointError(f"there is no folder or file {model!r}")
-        case NameKind.MISSING_GGUF:
-            raise CheckpointError(f"there is no file {model!r}")
         case NameKind.HUB:
             return _download(model, revision, dense_only, progress)
+        case kind:
+            raise CheckpointError(_missing(model, kind))
+
+
+def config_folder(model: str, revision: str | None) -> Path:
+    """Return the folder of config.json of a hub model; nothing else is downloaded.
+
+    Raises:
+        CheckpointError: there is no such model, or it was the name of a file or folder that is not there.
+    """
+    kind = kind_of(model)
+    if kind is not NameKind.HUB:
+        raise CheckpointError(_missing(model, kind))
+    with _hub_errors(model, revision):
+        return _config_of_hub(model, revision).parent
+
+
+def _missing(model: str, kind: NameKind) -> str:
+    if kind is NameKind.FILE:
+        return f"{model!r} is a file; give the folder it lies in, or a .gguf file"
+    return f"there is no {'file' if kind is NameKind.MISSING_GGUF else 'folder or file'} {model!r}"
 
 
 def find_built_in(name: str) -> Path:
@@ -104,16 +121,33 @@ def find_built_in(name: str) -> Path:
 
 
 def _download(model: str, revision: str | None, dense_only: bool, progress: Progress) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    shown = f"{model!r}" + (f" at revision {revision!r}" if revision else "")
-    try:
+    with _hub_errors(model, revision):
         # The config alone first: an unsupported model is refused before gigabytes are downloaded.
-        config = Path(hf_hub_download(model, "config.json", revision=revision))
+        config = _config_of_hub(model, revision)
         if dense_only:
-            read_config(config.parent, model)
-        progress.note(f"Fetching {shown} from the Hugging Face hub (nothing is downloaded twice)")
+            check_architecture(config.parent, model)
+        progress.note(f"Fetching {_shown(model, revision)} from the Hugging Face hub (nothing is downloaded twice)")
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(_HUB_PATTERNS)))
+
+
+def _config_of_hub(model: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(model, "config.json", revision=revision))
+
+
+def _shown(model: str, revision: str | None) -> str:
+    return f"{model!r}" + (f" at revision {revision!r}" if revision else "")
+
+
+@contextmanager
+def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Say what the hub answers in one sentence."""
+    shown = _shown(model, revision)
+    try:
+        yield
     except hub_errors.GatedRepoError as error:
         raise CheckpointError(
             f"hub model {shown} asks for a licence agreement; accept it on its page and log in with 'hf auth login'"

@@ -9,16 +9,21 @@ import errno
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import cast
 
 import typer
 
+from intraslice.border import printable
 from intraslice.cli import bench, compare, evaluate, export, heal, inspect, prune, report
-from intraslice.cli.console import INTERRUPTED_STATUS, complain
+from intraslice.cli.console import complain, interrupted, log_json, stop_signals
 from intraslice.errors import IntraSliceError, RecipeError, one_line
+from intraslice.files import check_home
 
 ERROR_STATUS = 2
+MAX_ARGUMENT = 1 << 16
+"""Characters of an argument; names of files are much shorter."""
+MAX_SENTENCE = 2000
+"""Characters of a sentence; what is beyond them is cut."""
 
 # typer brings its own copy of click or uses the installed one, depending on its version; both have this base.
 _UsageError, _ClickException = cast("tuple[type[Exception], type[Exception]]", typer.BadParameter.__mro__[1:3])
@@ -26,6 +31,9 @@ _UsageError, _ClickException = cast("tuple[type[Exception], type[Exception]]", t
 app = typer.Typer(
     name="intraslice",
     help="Prune Hugging Face language models to smaller dense checkpoints that load everywhere.",
+    epilog="Exit status: 0 done; 1 cells of a comparison failed; 2 a wrong input, which one line on standard error "
+    "explains; 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP: what is finished is kept, and the last line says "
+    "how to go on.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -60,27 +68,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0; 2 after a wrong input (one line on standard error); 130 after Ctrl-C.
+        0; 1 when cells of a comparison failed; 2 after a wrong input (one line on standard error); 130 after Ctrl-C,
+        143 after SIGTERM, 129 after SIGHUP.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--log-json" in given
     try:
         _check_readable(given)
-        status = app(given, prog_name="intraslice", standalone_mode=False, obj=given)
+        with stop_signals():
+            status = app(given, prog_name="intraslice", standalone_mode=False, obj=given)
     except IntraSliceError as error:
         if "--debug" in given:
             raise
-        return _fail(str(error))
+        return _fail(str(error), as_json)
     except _UsageError as error:
-        return _fail(_usage_sentence(error))
+        return _fail(_usage_sentence(error), as_json)
     except _ClickException as error:
-        return _fail(str(error))
-    except (typer.Abort, KeyboardInterrupt):
-        complain("interrupted.")
-        return INTERRUPTED_STATUS
+        return _fail(str(error), as_json)
+    except (typer.Abort, KeyboardInterrupt) as error:
+        stopped = error if isinstance(error, KeyboardInterrupt) else KeyboardInterrupt()
+        return interrupted(stopped, "nothing was written: repeat the command.", as_json=as_json)
     except (OSError, MemoryError) as error:
         if "--debug" in given:
             raise
-        return _fail(f"out of memory. {error}" if isinstance(error, MemoryError) else _system_sentence(error))
+        sentence = f"out of memory. {error}" if isinstance(error, MemoryError) else _system_sentence(error)
+        return _fail(sentence, as_json)
     return status if isinstance(status, int) else 0
 
 
@@ -94,17 +106,24 @@ def _check_readable(arguments: Sequence[str]) -> None:
         try:
             argument.encode("utf-8")
         except UnicodeEncodeError:
-            raise RecipeError(f"the argument {ascii(argument)} is not UTF-8 text; rename the file or folder.") from None
-        try:
-            Path(argument).expanduser()
-        except RuntimeError:
             raise RecipeError(
-                f"there is no home folder for {Path(argument).parts[0]!r} in {argument!r}; write the whole path."
+                f"the argument {ascii(argument)[:200]} is not UTF-8 text; rename the file or folder."
             ) from None
+        if len(argument) > MAX_ARGUMENT:
+            raise RecipeError(
+                f"an argument has {len(argument)} characters, and none needs more than {MAX_ARGUMENT}; it begins with "
+                f"{argument[:40]!r}."
+            )
+        check_home(argument)
 
 
-def _fail(sentence: str) -> int:
-    complain(f"error: {one_line(sentence)}")
+def _fail(sentence: str, as_json: bool) -> int:
+    # Words of a stranger may be in it: as text that does not rewrite the screen, and not page after page of it.
+    words = printable(one_line(sentence), MAX_SENTENCE)
+    if as_json:
+        log_json("error", message=words)
+    else:
+        complain(f"error: {words}")
     return ERROR_STATUS
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from intraslice.cli.console import INTERRUPTED_STATUS, ConsoleProgress, complain, print_line, print_table, write_json
+from intraslice.cli.console import ConsoleProgress, LogJson, complain, interrupted, print_line, print_table, write_json
+from intraslice.names import expanded
 
 if TYPE_CHECKING:
     from intraslice.comparison.run import Planned
@@ -23,6 +24,7 @@ def compare(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for results; finished cells in it are kept.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run; write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison (or the plan) as JSON.")] = False,
+    log_json: LogJson = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Prune models by several methods at several sparsities, measure all in one way, and write tables and a report.
@@ -34,17 +36,17 @@ def compare(
     spec = load_spec(file)
     from intraslice.comparison.run import Comparison
 
-    folder = output.expanduser()
-    with ConsoleProgress() as progress:
+    folder = expanded(output)
+    with ConsoleProgress(log_json) as progress:
         comparison = Comparison(spec, folder, progress)
         if dry_run:
             _print_plan(comparison.plan(), as_json)
             return
         try:
             document = comparison.run(shlex.join(["intraslice", *context.obj]))
-        except KeyboardInterrupt:
-            complain(f"interrupted; what is finished is in {folder}: repeat the command to go on.")
-            raise typer.Exit(INTERRUPTED_STATUS) from None
+        except KeyboardInterrupt as error:
+            advice = f"what is finished is in {folder}: repeat the command to go on."
+            raise typer.Exit(interrupted(error, advice, as_json=log_json)) from None
     if as_json:
         write_json(document)
     else:

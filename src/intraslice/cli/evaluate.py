@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from intraslice.cli.console import ConsoleProgress, print_line, print_table, write_json
+from intraslice.cli.console import ConsoleProgress, LogJson, print_line, print_table, write_json
 from intraslice.errors import RecipeError
 from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
 from intraslice.evaluation.text_choice import is_plain
@@ -69,6 +69,7 @@ def evaluate(
         bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    log_json: LogJson = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Measure the perplexity of a saved model on one or more texts; with --tasks its zero-shot accuracy."""
@@ -80,14 +81,15 @@ def evaluate(
         "trust_remote_code": trust_remote_code,
     }
     if tasks is not None:
-        _tasks(model, tasks, against, as_json, task_data=task_data, limit=limit, batch_size=batch_size, **shared)
+        shared |= {"task_data": task_data, "limit": limit, "batch_size": batch_size}
+        _tasks(model, tasks, against, as_json, log_json, **shared)
         return
     shared |= {"seqlen": seqlen, "windows": windows, "text_field": text_field}
     texts = text or [DEFAULT_TEXT]
     if against is None and len(texts) == 1 and is_plain(texts[0]):
-        _perplexity(model, texts[0], as_json, **shared)
+        _perplexity(model, texts[0], as_json, log_json, **shared)
     else:
-        _texts(model, texts, against, as_json, **shared)
+        _texts(model, texts, against, as_json, log_json, **shared)
 
 
 def _refuse_options(context: typer.Context, names: tuple[str, ...], with_tasks: bool) -> None:
@@ -102,10 +104,10 @@ def _refuse_options(context: typer.Context, names: tuple[str, ...], with_tasks: 
             )
 
 
-def _perplexity(model: str, text: str, as_json: bool, **options: Any) -> None:
+def _perplexity(model: str, text: str, as_json: bool, log_json: bool, **options: Any) -> None:
     from intraslice import api
 
-    with ConsoleProgress() as progress:
+    with ConsoleProgress(log_json) as progress:
         result = api.evaluate(model, text=text, progress=progress, **options)
     if as_json:
         write_json({"model": model, "text": text, **result.to_dict()})
@@ -117,10 +119,10 @@ def _perplexity(model: str, text: str, as_json: bool, **options: Any) -> None:
     )
 
 
-def _texts(model: str, texts: list[str], against: str | None, as_json: bool, **options: Any) -> None:
+def _texts(model: str, texts: list[str], against: str | None, as_json: bool, log_json: bool, **options: Any) -> None:
     from intraslice import api
 
-    with ConsoleProgress() as progress:
+    with ConsoleProgress(log_json) as progress:
         scores = api.evaluate_texts(model, texts, against=against, progress=progress, **options)
     if as_json:
         write_json({"model": model, "against": against, **scores.to_dict()})
@@ -150,11 +152,11 @@ def _distances(gap: float | None, kl: float | None, agreement: float | None) -> 
     return [_decimals(gap), _decimals(kl), _share(agreement, None)]
 
 
-def _tasks(model: str, tasks: str, against: str | None, as_json: bool, **options: Any) -> None:
+def _tasks(model: str, tasks: str, against: str | None, as_json: bool, log_json: bool, **options: Any) -> None:
     from intraslice import api
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    with ConsoleProgress() as progress:
+    with ConsoleProgress(log_json) as progress:
         if against is None:
             found, results = None, api.evaluate_tasks(model, names, progress=progress, **options)
         else:

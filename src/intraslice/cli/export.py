@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from intraslice.cli.console import ConsoleProgress, print_line, write_json
+from intraslice.cli.console import ConsoleProgress, LogJson, print_line, write_json
 from intraslice.exporters.registry import EXPORTERS, readers
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def export(
     ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    log_json: LogJson = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Write a pruned checkpoint for stock transformers classes, llama.cpp or ONNX."""
@@ -55,7 +56,7 @@ def export(
         "verify": verify,
         "overwrite": overwrite,
     }
-    with ConsoleProgress() as progress:
+    with ConsoleProgress(log_json) as progress:
         report = api.export(checkpoint, to=to, output=output, progress=progress, **settings)
     if as_json:
         write_json(asdict(report))

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intraslice.cli.console import (
-    INTERRUPTED_STATUS,
     ConsoleProgress,
-    complain,
+    LogJson,
+    interrupted,
     print_line,
     print_table,
     write_json,
 )
+from intraslice.names import expanded
 from intraslice.numbers import count, duration, number, size
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def heal(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted healing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    log_json: LogJson = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Train a pruned checkpoint to agree with its dense model; sizes and shapes stay as they are."""
@@ -112,14 +114,14 @@ def heal(
         "resume": resume,
         "command": shlex.join(["intraslice", *context.obj]),
     }
-    output = output.expanduser()
+    output = expanded(output)
     try:
-        result = _run(checkpoint, output, options, settings)
-    except KeyboardInterrupt:
+        result = _run(checkpoint, output, options, settings, log_json)
+    except KeyboardInterrupt as error:
         work = output.with_name(output.name + ".partial")
         kept = f"the last measured state is in {work}: repeat the command with --resume to go on."
-        complain(f"interrupted; {kept if work.exists() else 'nothing was written.'}")
-        raise typer.Exit(INTERRUPTED_STATUS) from None
+        advice = kept if work.exists() else "nothing was written: repeat the command."
+        raise typer.Exit(interrupted(error, advice, as_json=log_json)) from None
     if as_json:
         write_json(result.to_dict())
     else:
@@ -127,10 +129,10 @@ def heal(
         print_line(f"checkpoint    {result.output}")
 
 
-def _run(checkpoint: str, output: Path, options: Any, settings: dict[str, Any]) -> HealResult:
+def _run(checkpoint: str, output: Path, options: Any, settings: dict[str, Any], log_json: bool) -> HealResult:
     from intraslice.healing.run import heal_checkpoint
 
-    with ConsoleProgress() as progress:
+    with ConsoleProgress(log_json) as progress:
         return heal_checkpoint(checkpoint, output, options, progress=progress, **settings)
 
 

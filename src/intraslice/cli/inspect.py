@@ -52,3 +52,10 @@ def _print(info: ModelInfo) -> None:
         print_line(f"residual stream     {info.hidden_size} of {info.dense_hidden_size} channels, with its matrices")
     if info.weight_bytes:
         print_line(f"weights on disk     {size(info.weight_bytes)}")
+    if info.code == "shipped":
+        print_line(f"code in the folder  that of this release (sha256 {info.code_digest[:16]})")
+    elif info.code == "other":
+        print_line(
+            f"code in the folder  NOT that of this release (sha256 {info.code_digest[:16] or 'unknown'}); it runs only "
+            "with trust_remote_code, see SECURITY.md"
+        )

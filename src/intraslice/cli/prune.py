@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intraslice.cli.console import (
-    INTERRUPTED_STATUS,
     ConsoleProgress,
-    complain,
+    LogJson,
+    interrupted,
     layer_columns,
     layer_row,
     print_line,
@@ -22,6 +22,7 @@ from intraslice.cli.console import (
 from intraslice.cli.heal import print_healing
 from intraslice.data.mixture import CALIBRATION_HELP
 from intraslice.methods.registry import METHODS
+from intraslice.names import expanded
 from intraslice.numbers import count, percent, size
 from intraslice.results.sites import list_sites, site_errors
 
@@ -125,6 +126,7 @@ def prune(
         bool, typer.Option("--resume", help="Go on from the last finished layer of an interrupted run.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    log_json: LogJson = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Prune a model and write a smaller checkpoint that loads like any other."""
@@ -157,29 +159,31 @@ def prune(
     if heal is not None:
         parse_budget(heal)
     if dry_run:
-        _dry_run(merged, as_json)
+        _dry_run(merged, as_json, log_json)
         return
     try:
-        result = _run(merged, heal, overwrite, resume, context.obj)
-    except KeyboardInterrupt:
-        complain(_interrupted(Path(f"{merged.output}.partial").expanduser()))
-        raise typer.Exit(INTERRUPTED_STATUS) from None
+        result = _run(merged, heal, overwrite, resume, context.obj, log_json)
+    except KeyboardInterrupt as error:
+        advice = _advice(expanded(f"{merged.output}.partial"))
+        raise typer.Exit(interrupted(error, advice, as_json=log_json)) from None
     if as_json:
         write_json(result.to_dict())
     else:
         print_result(result)
 
 
-def _interrupted(work_folder: Path) -> str:
+def _advice(work_folder: Path) -> str:
     if not work_folder.exists():
-        return "interrupted; nothing was written."
-    return f"interrupted; what is finished is in {work_folder}: repeat the command with --resume to go on."
+        return "nothing was written: repeat the command."
+    return f"what is finished is in {work_folder}: repeat the command with --resume to go on."
 
 
-def _run(recipe: Recipe, heal: str | None, overwrite: bool, resume: bool, arguments: Sequence[str]) -> PruneResult:
+def _run(
+    recipe: Recipe, heal: str | None, overwrite: bool, resume: bool, arguments: Sequence[str], log_json: bool
+) -> PruneResult:
     shared: dict[str, Any] = {"overwrite": overwrite, "resume": resume}
     shared["command"] = shlex.join(["intraslice", *arguments])
-    with ConsoleProgress() as progress:
+    with ConsoleProgress(log_json) as progress:
         if heal is None:
             from intraslice.pruning import prune_recipe
 
@@ -242,10 +246,10 @@ def _asked(result: PruneResult) -> str:
     return f"{result.requested_sparsity:g}, for {result.recipe['speedup_of']} {speedup:g} times as fast"
 
 
-def _dry_run(recipe: Recipe, as_json: bool) -> None:
+def _dry_run(recipe: Recipe, as_json: bool, log_json: bool) -> None:
     from intraslice.pruning import dry_run
 
-    with ConsoleProgress() as progress:
+    with ConsoleProgress(log_json) as progress:
         plan = dry_run(recipe, progress=progress)
     if as_json:
         write_json(

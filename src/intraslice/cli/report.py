@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from intraslice.cli.console import print_line
+from intraslice.names import expanded
 
 
 def report(
@@ -27,10 +28,10 @@ def report(
     from intraslice.files import check_replaced, write_text
     from intraslice.report import PAGE_BEGINS, render_report
 
-    output = output.expanduser()
+    output = expanded(output)
     check_replaced(output, PAGE_BEGINS)
     if table is not None:
-        table = table.expanduser()
+        table = expanded(table)
         check_replaced(table, TABLE_BEGINS.get(table.suffix, ""))
     document = merge_results(results)
     page = render_report(document)

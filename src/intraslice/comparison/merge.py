@@ -9,13 +9,16 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from intraslice.border import check_schema, read_json
 from intraslice.comparison.cells import digest, short_names
 from intraslice.comparison.document import pruned_fields
+from intraslice.comparison.schema import Document, PruneRecord
 from intraslice.comparison.tables import DOCUMENT_FILE
-from intraslice.errors import CheckpointError, ComparisonError, one_line
+from intraslice.errors import CheckpointError, ComparisonError
 from intraslice.methods.registry import METHODS
+from intraslice.names import expanded
 from intraslice.report.document import DENSE, FORMAT, HEALED
-from intraslice.results.result import RESULT_FILE
+from intraslice.results.result import RESULT_FILE, PruneResult
 
 
 @dataclass(frozen=True)
@@ -59,20 +62,21 @@ def merge_results(paths: Sequence[str]) -> dict[str, Any]:
 
 
 def _load(path: str) -> _Result:
-    given = Path(path).expanduser()
+    given = expanded(path)
     candidates = [given / DOCUMENT_FILE, given / RESULT_FILE] if given.is_dir() else [given]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         raise CheckpointError(
             f"{path!r} holds no result; give a folder that `intraslice compare` or `intraslice prune` has written."
         )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{str(file)!r} cannot be read: {one_line(error)}") from None
-    if isinstance(content, dict) and content.get("format") == FORMAT and "cells" in content:
+    what = repr(str(file))
+    content = read_json(file, what, CheckpointError)
+    if content.get("format") == FORMAT and "cells" in content:
+        check_schema(Document, content, what, CheckpointError)
         return _Result(path, content)
-    if isinstance(content, dict) and "requested_sparsity" in content:
+    if "requested_sparsity" in content:
+        PruneResult.from_foreign(content, what)
+        check_schema(PruneRecord, content, what, CheckpointError)
         return _Result(path, _document_of_prune(content))
     raise CheckpointError(f"{str(file)!r} is neither a comparison of format {FORMAT} nor the result of a prune.")
 

@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
+from intraslice.border import MAX_YAML_BYTES, parse_yaml, read_text
 from intraslice.data.mixture import check_source, map_parts
-from intraslice.errors import RecipeError, nearest, one_line
+from intraslice.errors import RecipeError, nearest
 from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
 from intraslice.evaluation.text_choice import TextChoice, parse_texts, with_base
 from intraslice.healing.options import HealOptions, heal_options, parse_budget
 from intraslice.methods.registry import METHODS
-from intraslice.names import NameKind, kind_of
+from intraslice.names import NameKind, expanded, kind_of
 from intraslice.options import CalibrationOptions
 from intraslice.recipes.old_names import translate
 from intraslice.recipes.recipe import Recipe, load_recipe
@@ -232,18 +232,14 @@ def load_spec(path: str | Path) -> ComparisonSpec:
         spec = ComparisonSpec.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"{str(path)!r}: {_sentence(error)}") from None
-    spec = _with_absolute_paths(spec, Path(path).expanduser().absolute().parent)
+    spec = _with_absolute_paths(spec, expanded(path).absolute().parent)
     _check(spec)
     return spec
 
 
 def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"the comparison {str(path)!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the comparison {str(path)!r} is not YAML: {one_line(error)}") from None
+    what = f"the comparison {str(path)!r}"
+    content = parse_yaml(read_text(expanded(path), what, RecipeError, max_bytes=MAX_YAML_BYTES), what, RecipeError)
     if not isinstance(content, dict):
         raise RecipeError(
             f"the comparison {str(path)!r} must hold `name: value` lines with models, methods, sparsities"
@@ -278,19 +274,19 @@ def _with_absolute_paths(spec: ComparisonSpec, base: Path) -> ComparisonSpec:
     def part(source: str) -> str:
         # A bare word is the name of a data set, so that a misspelt one gets the nearest name.
         is_file = Path(source).suffix.lower() in _TEXT_FILES or "/" in source
-        return str(base / Path(source).expanduser()) if is_file else source
+        return str(base / expanded(source)) if is_file else source
 
     def text(source: str) -> str:
         # One file beside the comparison may have a comma in its name; a mixture cannot.
-        return part(source) if (base / Path(source).expanduser()).is_file() else map_parts(source, part)
+        return part(source) if (base / expanded(source)).is_file() else map_parts(source, part)
 
     def model(name: str) -> str:
         is_name = kind_of(name, base) in (NameKind.BUILT_IN, NameKind.HUB)
-        return name if is_name else str(base / Path(name).expanduser())
+        return name if is_name else str(base / expanded(name))
 
     tasks = spec.tasks
     if tasks is not None and tasks.task_data is not None:
-        tasks = tasks.model_copy(update={"task_data": str(base / Path(tasks.task_data).expanduser())})
+        tasks = tasks.model_copy(update={"task_data": str(base / expanded(tasks.task_data))})
     sweeps = [
         sweep.model_copy(update={"values": [text(str(value)) for value in sweep.values]})
         if sweep.option == "calibration.source"

@@ -32,9 +32,10 @@ from intraslice.data.calibration import SHIPPED_CHARS_PER_TOKEN
 from intraslice.data.mixture import is_sampled, parse_source, share_out
 from intraslice.data.sampling import SAMPLING_VERSION
 from intraslice.data.text import SAMPLED, load_text
+from intraslice.data.windows import token_stream
 from intraslice.errors import ComparisonError
 from intraslice.evaluation.domains import measure_divergence
-from intraslice.evaluation.perplexity import check_windows, measure_perplexity, tokenize
+from intraslice.evaluation.perplexity import check_windows, measure_perplexity
 from intraslice.evaluation.text_choice import TextChoice
 from intraslice.healing.options import HealOptions
 from intraslice.inspection import inspect_model
@@ -125,7 +126,7 @@ def _model_facts(
     checkpoint = open_checkpoint(model, progress=parent)
     tokenizer = checkpoint.load_tokenizer()
     for choice, text in zip(choices, contents, strict=True):
-        check_windows(checkpoint.config, tokenize(text, tokenizer), seqlen, choice.windows, first=choice.first)
+        check_windows(checkpoint.config, token_stream(text, tokenizer), seqlen, choice.windows, first=choice.first)
     fingerprint = checkpoint.fingerprint()
     found: dict[str, str] = {}
     for calibration in calibrations:
@@ -209,7 +210,7 @@ def _measure(
             choice = next(iter(choices.values())) if part == PERPLEXITY else choices[name]
             text = load_text(choice.source, split="test", text_field=asked.text_field)
             chosen: dict[str, Any] = {"seqlen": asked.seqlen, "windows": choice.windows, "first": choice.first}
-            tokens = tokenize(text, tokenizer)
+            tokens = token_stream(text, tokenizer)
             if part.startswith(DIVERGENCE):
                 if dense_model is None:
                     dense_model, _ = load_model(dense, dtype=asked.dtype, device=device)
@@ -250,7 +251,7 @@ def _analyze(parent: Parent, folder: str, device: str, evaluation: dict[str, Any
 def _evaluation_tokens(evaluation: dict[str, Any], tokenizer: Any) -> torch.Tensor:
     asked = Evaluation(**evaluation)
     choice = asked.choices()[0]
-    tokens = tokenize(load_text(choice.source, split="test", text_field=asked.text_field), tokenizer)
+    tokens = token_stream(load_text(choice.source, split="test", text_field=asked.text_field), tokenizer)
     return tokens[choice.first * asked.seqlen :]
 
 

@@ -14,7 +14,7 @@ import torch
 from intraslice.data.mixture import check_source, parse_source, share_out, short_source
 from intraslice.data.sampling import SAMPLING_VERSION, sample
 from intraslice.data.text import SAMPLED, load_text
-from intraslice.data.windows import begin_windows
+from intraslice.data.windows import begin_windows, token_stream
 from intraslice.errors import CalibrationError, OutputError
 from intraslice.files import write_text
 from intraslice.placement import choose_device
@@ -101,9 +101,7 @@ def load_calibration(
             text = load_text(
                 part.source, text_field=text_field, min_chars=enough, progress=progress, tokenizer=tokenizer
             )
-            # verbose=False: the stream is meant to be longer than the model's context.
-            stream = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-            blocks[index] = _choose_blocks(stream, part.source, counts[index], seqlen, seed)
+            blocks[index] = _choose_blocks(token_stream(text, tokenizer), part.source, counts[index], seqlen, seed)
     if sampled:
         # Last, because it takes longest and all else may still be refused; together, because the model is loaded once.
         sources = [parts[index].source for index in sampled for _ in range(counts[index])]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from intraslice.data.text import NAMED_TEXTS, SAMPLED, check_text
 from intraslice.errors import CalibrationError
+from intraslice.names import expanded
 from intraslice.options import DEFAULT_CALIBRATION
 
 
@@ -103,7 +104,7 @@ def share_out(parts: Sequence[Part], num_samples: int) -> list[int]:
 
 def _written(source: str) -> list[tuple[str, str | None]]:
     """Return the names of the parts with their weights as they are written, None where there is none."""
-    if Path(source).expanduser().is_file():
+    if expanded(source).is_file():
         return [(source, None)]
     parts: list[tuple[str, str | None]] = []
     for text in source.split(","):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from intraslice.border import foreign, parse_json
 from intraslice.data.shipped import SHIPPED
 from intraslice.errors import CalibrationError, MissingExtraError, nearest, one_line
+from intraslice.names import expanded
 from intraslice.progress import Progress
 
 SELF = "self"
@@ -19,7 +20,7 @@ SELF_KINDS = (START, "prose", "dialogue", "questions", "code", "mathematics", "l
 SAMPLED = (SELF, *(f"{SELF}-{kind}" for kind in SELF_KINDS))
 FILE_TYPES = (".txt", ".jsonl", ".parquet")
 # A tokenizer holds a whole text several times over; no calibration or evaluation needs more than this.
-MAX_CHARS = 1 << 25
+MAX_CHARS = 1 << 24
 # To judge a model on; to calibrate on, as much as is asked for.
 _STREAMED_CHARS = 1 << 22
 
@@ -115,7 +116,7 @@ def check_text(source: str, names: Sequence[str] = NAMED_TEXTS) -> None:
     """
     if source in NAMED_TEXTS:
         return
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         if path.suffix.lower() not in FILE_TYPES:
             raise CalibrationError(f"text file {source!r} is not of a known type; use one of {', '.join(FILE_TYPES)}")
@@ -163,7 +164,7 @@ def load_text(
     elif source in SHIPPED:
         documents, joiner = SHIPPED[source](min_chars), "\n\n"
     else:
-        documents, joiner = _file_documents(Path(source).expanduser(), text_field), "\n\n"
+        documents, joiner = _file_documents(expanded(source), text_field), "\n\n"
     text, whole = _join(documents, joiner)
     if not text.strip():
         raise CalibrationError(f"text {source!r} is empty")
@@ -245,10 +246,7 @@ def _json_lines(path: Path, text_field: str | None) -> Iterator[str]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise CalibrationError(f"line {number} of {str(path)!r} is not JSON: {error}") from error
+            row = parse_json(line, f"line {number} of {str(path)!r}", CalibrationError)
             if not isinstance(row, dict):
                 raise CalibrationError(f"line {number} of {str(path)!r} is not a JSON object")
             if column is None:
@@ -269,7 +267,7 @@ def _parquet_rows(path: Path, text_field: str | None) -> Iterator[str]:
         raise MissingExtraError(
             "reading .parquet files needs the package pyarrow: pip install 'intraslice[data]'"
         ) from error
-    try:
+    with foreign(f"text file {str(path)!r} is not a parquet file", CalibrationError):
         with parquet.ParquetFile(path) as file:
             strings = [
                 column.name
@@ -283,8 +281,6 @@ def _parquet_rows(path: Path, text_field: str | None) -> Iterator[str]:
             column = text_field or _choose_column(strings, path)
             for batch in file.iter_batches(columns=[column]):
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except pyarrow.ArrowInvalid as error:
-        raise CalibrationError(f"text file {str(path)!r} is not a parquet file: {error}") from error
 
 
 def _choose_column(strings: list[str], path: Path) -> str:

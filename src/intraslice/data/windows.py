@@ -1,12 +1,52 @@
-"""What a window of text begins with."""
+"""A text as tokens, and what a window of it begins with."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from intraslice.border import foreign
+from intraslice.errors import CalibrationError
 from intraslice.runtime.families_intraslice import FAMILIES
+
+PIECE_CHARS = 1 << 22
+"""Characters that a tokenizer is handed at a time: it holds a text some fifty times over."""
+
+
+def token_stream(text: str, tokenizer: Any) -> Tensor:
+    """Return a text as one stream of tokens, with the special tokens that the tokenizer adds by default.
+
+    A text of more than `PIECE_CHARS` is cut into pieces, at the ends of lines or words where there are any.
+
+    Returns:
+        int64 token ids, [N].
+
+    Raises:
+        CalibrationError: the tokenizer cannot take the text.
+    """
+    with foreign("the tokenizer cannot take this text", CalibrationError):
+        if len(text) <= PIECE_CHARS:
+            # verbose=False: the stream is meant to be longer than the model's context.
+            return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+        begin = tokenizer("")["input_ids"][:1]
+        streams = [begin if begin == [tokenizer.bos_token_id] else []]
+        streams += [tokenizer(part, verbose=False, add_special_tokens=False)["input_ids"] for part in _pieces(text)]
+        return torch.cat([torch.tensor(stream, dtype=torch.int64) for stream in streams])
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = start + PIECE_CHARS
+        if end < len(text):
+            # In the last half of the piece: a text may be one word.
+            cuts = (text.rfind(mark, start + PIECE_CHARS // 2, end) for mark in ("\n", " "))
+            end = next((cut for cut in cuts if cut > 0), end)
+        yield text[start:end]
+        start = end
 
 
 def first_token(config: Any) -> int | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from intraslice.checkpoint.ownership import check_names, delete_ours
 from intraslice.checkpoint.tensorfile import write_tensors
-from intraslice.errors import CheckpointError, IntraSliceError, OutputError, ResumeMismatchError
+from intraslice.errors import CheckpointError, IntraSliceError, NumericalError, OutputError, ResumeMismatchError
 from intraslice.files import write_text, writing
 from intraslice.results.result import LayerRecord, layer_record_from_dict
 
@@ -144,6 +144,9 @@ class RunDir:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Let others in, and leave nothing when the run was refused before anything worth keeping was finished."""
         finished = self.records or self.plan is not None or any(self.path.glob("*.safetensors"))
+        # A resumed run would do the same and fail in the same way.
+        if kind is not None and issubclass(kind, NumericalError):
+            finished = False
         if kind is not None and issubclass(kind, IntraSliceError) and not finished:
             self.remove()
         self._lock.release()

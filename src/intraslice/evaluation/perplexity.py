@@ -48,16 +48,6 @@ class Perplexity:
         return asdict(self)
 
 
-def tokenize(text: str, tokenizer: Any) -> Tensor:
-    """Tokenise a whole text at once, with the special tokens that the tokenizer adds by default.
-
-    Returns:
-        int64 token ids, [N].
-    """
-    # verbose=False: the stream is meant to be longer than the model's context.
-    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-
-
 def measure_perplexity(
     model: PreTrainedModel,
     tokens: Tensor,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from intraslice.border import parse_json
 from intraslice.errors import TaskError
 
 DEFAULT_BATCH_SIZE = 16
@@ -116,10 +117,7 @@ def read_rows(folder: Path, task: str) -> list[Row]:
 
 
 def _checked(line: str, where: str, task: str) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise TaskError(f"{where} is not JSON: {error}.") from error
+    row = parse_json(line, where, TaskError)
     if not isinstance(row, dict):
         raise TaskError(f"{where} is not a JSON object.")
     fields = FIELDS[task]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from intraslice.data.text import FILE_TYPES, NAMED_TEXTS, check_text
 from intraslice.errors import RecipeError
+from intraslice.names import expanded
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _WINDOWS = re.compile(r"(?P<source>.+)@(?P<first>\d+)(?:-(?P<last>\d*))?")
@@ -36,12 +37,12 @@ def with_base(given: str, base: Path) -> str:
     if given in NAMED_TEXTS:
         return given
     before, sign, rest = given.partition("=")
-    named = bool(sign) and _NAME.fullmatch(before) is not None and not (base / Path(given).expanduser()).is_file()
+    named = bool(sign) and _NAME.fullmatch(before) is not None and not (base / expanded(given)).is_file()
     name, source = (f"{before}=", rest) if named else ("", given)
     match = _WINDOWS.fullmatch(source)
-    file = match["source"] if match and not (base / Path(source).expanduser()).is_file() else source
+    file = match["source"] if match and not (base / expanded(source)).is_file() else source
     is_file = Path(file).suffix.lower() in FILE_TYPES or "/" in file
-    return f"{name}{base / Path(file).expanduser()}{source[len(file) :]}" if is_file else given
+    return f"{name}{base / expanded(file)}{source[len(file) :]}" if is_file else given
 
 
 def parse_text(given: str, windows: int | None = None) -> TextChoice:
@@ -96,7 +97,7 @@ def parse_texts(given: Sequence[str], windows: int | None = None) -> list[TextCh
 
 
 def _is_text(source: str) -> bool:
-    return source in NAMED_TEXTS or Path(source).expanduser().is_file()
+    return source in NAMED_TEXTS or expanded(source).is_file()
 
 
 def _name_of(source: str) -> str:

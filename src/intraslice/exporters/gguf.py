@@ -28,6 +28,7 @@ from intraslice.exporters.options import ExportOptions, ExportReport
 from intraslice.exporters.padding import pad_layer, scale_queries, with_output_biases
 from intraslice.exporters.verify import verify
 from intraslice.files import writing
+from intraslice.names import expanded
 from intraslice.placement import dtype_name
 from intraslice.progress import Progress
 from intraslice.runtime.families_intraslice import LayerShape
@@ -102,7 +103,7 @@ def _check_output(output: Path, options: ExportOptions) -> None:
         raise OutputError(f"output {name} is a folder; give the name of a .gguf file")
     if not options.overwrite:
         raise OutputError(f"output {name} already exists; choose another name or pass --overwrite")
-    if options.tokenizer_from and output.resolve() == Path(options.tokenizer_from).expanduser().resolve():
+    if options.tokenizer_from and output.resolve() == expanded(options.tokenizer_from).resolve():
         raise OutputError(f"output {name} is the file that the tokenizer comes from; choose another name")
     with open(output, "rb") as file:
         begins = file.read(_HEADER_BYTES)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from intraslice.border import foreign, read_json
+from intraslice.checkpoint.gguf_header import read_header
 from intraslice.checkpoint.pruned import PrunedCheckpoint
 from intraslice.checkpoint.source import BUILT_IN, find_built_in
-from intraslice.errors import CheckpointError, one_line
+from intraslice.errors import CheckpointError
+from intraslice.names import expanded
 from intraslice.results.result import RESULT_FILE
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -54,7 +55,7 @@ def add_vocabulary(writer: Any, checkpoint: PrunedCheckpoint, tokenizer_from: st
     Raises:
         CheckpointError: there is no tokenizer, or it is not one that can be expressed exactly.
     """
-    source = Path(tokenizer_from).expanduser() if tokenizer_from else _pruned_from(checkpoint)
+    source = expanded(tokenizer_from) if tokenizer_from else _pruned_from(checkpoint)
     if source is None:
         _add_from_folder(writer, checkpoint, rows)
         return "the tokenizer was built from tokenizer.json."
@@ -66,10 +67,7 @@ def _pruned_from(checkpoint: PrunedCheckpoint) -> Path | None:
     path = checkpoint.folder / RESULT_FILE
     if not path.is_file():
         return None
-    try:
-        model = json.loads(path.read_text(encoding="utf-8")).get("model")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{RESULT_FILE} of {checkpoint.name!r} is not valid: {one_line(error)}") from error
+    model = read_json(path, f"{RESULT_FILE} of {checkpoint.name!r}", CheckpointError).get("model")
     if not isinstance(model, str):
         return None
     if model in BUILT_IN:
@@ -78,7 +76,7 @@ def _pruned_from(checkpoint: PrunedCheckpoint) -> Path | None:
         except CheckpointError:
             # The package that ships it is gone; tokenizer.json is next.
             return None
-    found = Path(model).expanduser()
+    found = expanded(model)
     return found if found.suffix.lower() == ".gguf" and found.is_file() else None
 
 
@@ -87,14 +85,11 @@ def _copy(writer: Any, source: Path, rows: int) -> None:
 
     if not source.is_file():
         raise CheckpointError(f"there is no file {str(source)!r} to copy the tokenizer from")
-    try:
+    read_header(source, str(source))
+    with foreign(f"GGUF file {str(source)!r}, given for its tokenizer, is truncated or corrupt", CheckpointError):
         fields = GGUFReader(source).fields
         wanted = {key: field for key, field in fields.items() if key.startswith("tokenizer.")}
         values = {key: _value(field) for key, field in wanted.items()}
-    except (ValueError, IndexError, KeyError, OSError, struct.error, OverflowError) as error:
-        raise CheckpointError(
-            f"GGUF file {str(source)!r}, given for its tokenizer, is truncated or corrupt ({one_line(error)})"
-        ) from error
     count = len(values.get("tokenizer.ggml.tokens") or ())
     if count != rows:
         raise CheckpointError(
@@ -124,8 +119,8 @@ def _add_from_folder(writer: Any, checkpoint: PrunedCheckpoint, rows: int) -> No
     path = checkpoint.folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(f"{checkpoint.name!r} has no tokenizer.json to build GGUF's tokenizer from; {_ADVICE}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_json(path, f"tokenizer.json of {checkpoint.name!r}", CheckpointError)
+    with foreign(f"the tokenizer of {checkpoint.name!r} cannot be read", CheckpointError, f"; {_ADVICE}"):
         model = data["model"]
         if model.get("type", "BPE") != "BPE":
             raise CheckpointError(f"tokenizer.json holds a {model['type']} tokenizer, not a BPE one; {_ADVICE}")
@@ -145,10 +140,6 @@ def _add_from_folder(writer: Any, checkpoint: PrunedCheckpoint, rows: int) -> No
         # llama.cpp would add a first token to some kinds of tokenizer of its own accord.
         special.add_special_token.setdefault("bos", False)
         special.add_to_gguf(writer, quiet=True)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(
-            f"the tokenizer of {checkpoint.name!r} cannot be read ({one_line(error)}); {_ADVICE}"
-        ) from error
 
 
 def _tokens(data: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
+from intraslice.border import foreign
 from intraslice.checkpoint.pruned import PrunedCheckpoint
 from intraslice.checkpoint.tensorfile import write_tensors
 from intraslice.checkpoint.writer import assemble, save_side_files, staged_folder
@@ -252,10 +253,8 @@ def _verified(checkpoint: PrunedCheckpoint, folder: Path, dtype: str) -> float:
     from transformers import AutoModelForCausalLM
 
     def run(tokens_1T: Tensor) -> Tensor:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
-            raise CheckpointError(f"transformers cannot load the export: {one_line(error)}") from error
+        with foreign("transformers cannot load the export", CheckpointError):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
         return model(tokens_1T).logits
 
     return verify(checkpoint, run, runtime="transformers", dtype=dtype)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intraslice.checkpoint.composite import text_arguments
+from intraslice.checkpoint.composite import load_arguments
 from intraslice.checkpoint.pruned import PrunedCheckpoint
 from intraslice.errors import CheckpointError
 from intraslice.quiet import quiet
@@ -106,6 +106,8 @@ def reference_logits(checkpoint: PrunedCheckpoint, tokens_1T: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=torch.float32, **text_arguments(checkpoint.folder)
+        checkpoint.folder,
+        dtype=torch.float32,
+        **load_arguments(checkpoint.config, of_composite=checkpoint.composite),
     ).eval()
     return model(tokens_1T).logits

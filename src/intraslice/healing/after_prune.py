@@ -15,6 +15,7 @@ from intraslice.errors import CheckpointError, IntraSliceError, NumericalError, 
 from intraslice.files import write_text
 from intraslice.healing.options import HealOptions
 from intraslice.healing.run import check_extras, heal_checkpoint
+from intraslice.names import expanded
 from intraslice.progress import Progress, SilentProgress
 from intraslice.pruning import prune_recipe
 from intraslice.recipes.recipe import Recipe
@@ -51,8 +52,8 @@ def prune_and_heal(
     if recipe.output is None:
         raise RecipeError("no output is given; name the folder to write with -o.")
     check_extras(options)
-    output = Path(recipe.output).expanduser()
-    check_output(output, overwrite, source=Path(recipe.model).expanduser())
+    output = expanded(recipe.output)
+    check_output(output, overwrite, source=expanded(recipe.model))
     work = output.with_name(output.name + ".partial")
     resume = _open(work, {"prune": recipe.to_dict(), "heal": options.to_dict()}, resume=resume, overwrite=overwrite)
     pruned, healed = work / "pruned", work / "healed"

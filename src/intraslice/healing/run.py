@@ -26,6 +26,7 @@ from intraslice.healing.options import HealOptions, num_steps, parse_budget
 from intraslice.healing.source import Student, check_hidden_states, config_with_dtype, open_student, open_teacher
 from intraslice.healing.workdir import HealDir
 from intraslice.loading import load_model
+from intraslice.names import expanded
 from intraslice.options import CalibrationOptions
 from intraslice.placement import Placement, dtype_from_name, dtype_name
 from intraslice.progress import Progress, SilentProgress
@@ -94,7 +95,7 @@ def heal_checkpoint(
     """
     progress = progress or SilentProgress()
     check_extras(options)
-    check_output(output, overwrite, source=Path(checkpoint).expanduser())
+    check_output(output, overwrite, source=expanded(checkpoint))
     if options.calibration is not None:
         check_source(options.calibration)
     student = open_student(checkpoint)

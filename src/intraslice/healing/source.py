@@ -14,9 +14,11 @@ from intraslice.checkpoint.folder import StoredTensor, read_headers
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.tensorfile import DTYPES
+from intraslice.checkpoint.tokenizer import open_tokenizer
 from intraslice.errors import CheckpointError, RecipeError, UnsupportedModelError
 from intraslice.inspection import family_of
 from intraslice.loading import load_config
+from intraslice.names import expanded
 from intraslice.progress import Progress
 from intraslice.results.result import RESULT_FILE, PruneResult
 
@@ -66,7 +68,7 @@ def open_student(name: str) -> Student:
         CheckpointError: it is not there or damaged.
         UnsupportedModelError: its architecture is not one of ours.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{name!r} is not a checkpoint folder; give the output folder of 'intraslice prune'.")
     config = load_config(name)
@@ -81,10 +83,9 @@ def _result(folder: Path, name: str) -> PruneResult | None:
         return None
     try:
         return PruneResult.load(folder)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{RESULT_FILE} of {name!r} is damaged ({type(error).__name__}); prune again, or delete that file and name "
-            "the dense model with --teacher."
+            f"{error}; prune again, or delete that file and name the dense model with --teacher."
         ) from error
 
 
@@ -142,22 +143,14 @@ def _check_pair(student: Student, teacher: Checkpoint) -> None:
             f"teacher {teacher.name!r} has a vocabulary of {theirs} tokens, and {student.name!r} one of {ours}; name "
             "the dense model that it was pruned from."
         )
-    numbers = _vocabulary(teacher.folder)
+    numbers = teacher.load_tokenizer().get_vocab()
+    own = open_tokenizer(student.folder, student.name, student.config).get_vocab()
     # A class of tokenizers may add tokens of its own behind those of the files.
-    if any(numbers.get(token, number) != number for token, number in _vocabulary(student.folder).items()):
+    if any(numbers.get(token, number) != number for token, number in own.items()):
         raise CheckpointError(
             f"the tokenizers of teacher {teacher.name!r} and of {student.name!r} give other numbers to the same "
             "tokens; name the dense model that it was pruned from."
         )
-
-
-def _vocabulary(folder: Path) -> dict[str, int]:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder).get_vocab()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise CheckpointError(f"the tokenizer of {str(folder)!r} cannot be read; it is needed to heal.") from error
 
 
 def check_hidden_states(student: Student, teacher: Checkpoint) -> None:

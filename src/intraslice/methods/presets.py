@@ -56,7 +56,7 @@ TRANSACT = {
     "ffn": {"score": "magnitude", "repair": "none", "repair_against": "own_output"},
 }
 SOBP = {
-    "allocation": {"rule": "head_search", "budget_unit": "units"},
+    "allocation": {"rule": "head_search", "budget_unit": "units", "max_site_sparsity": 0.8},
     "attention": {
         "score": "obs",
         "obs_damping": 0.01,
@@ -68,7 +68,14 @@ SOBP = {
 }
 PAPER = {
     "allocation": {"ffn_share": 1.0},
-    "attention": {"shrink_to": "zero", "damping": 0.01, "repair_against": "own_output"},
+    "attention": {
+        "head_multiple": 2,
+        "head_budget": "queries",
+        "removal_order": "score",
+        "shrink_to": "zero",
+        "damping": 0.01,
+        "repair_against": "own_output",
+    },
     "ffn": {"shrink_to": "zero", "damping": 0.01, "repair_against": "own_output", "iter_pca": True},
 }
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from intraslice.errors import RecipeError, one_line
+from intraslice.border import MAX_YAML_BYTES, parse_yaml, read_text
+from intraslice.errors import RecipeError
+from intraslice.names import expanded
 from intraslice.recipes import words
 
 
@@ -50,15 +50,8 @@ def read_file(path: str | Path, sections: Sequence[str]) -> dict[str, Any]:
     Raises:
         RecipeError: it cannot be read, or is not a recipe.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise RecipeError(f"the recipe {str(path)!r} cannot be read: {reason}") from None
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the recipe {str(path)!r} is not YAML: {one_line(error)}") from None
+    what = f"the recipe {str(path)!r}"
+    content = parse_yaml(read_text(expanded(path), what, RecipeError, max_bytes=MAX_YAML_BYTES), what, RecipeError)
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -90,8 +83,5 @@ def parse_sets(sets: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
             raise RecipeError(f"--set takes name=value, for example ffn.iter_pca=false; got {text!r}")
         if name not in known:
             raise RecipeError(words.unknown(name, words.option_names(None, old=False)))
-        try:
-            values[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise RecipeError(f"the value of --set {name} cannot be read: {value!r}") from None
+        values[name] = parse_yaml(value, f"the value of --set {name}", RecipeError)
     return values

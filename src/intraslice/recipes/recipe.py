@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from intraslice.errors import RecipeError, nearest
+from intraslice.files import check_home
 from intraslice.methods.choices import option_values
 from intraslice.methods.presets import TARGETS
 from intraslice.methods.registry import METHODS, MethodEntry, MethodOptions
@@ -27,6 +28,9 @@ from intraslice.runtime.families_intraslice import FamilySpec
 
 ALIGNMENTS = {"ffn": "ffn.ffn_multiple", "head": "attention.head_multiple", "context": "attention.context_multiple"}
 """What `--align` calls the multiples."""
+
+# A multiple of a billion channels is beyond every model.
+_ALIGN_DIGITS = 9
 
 SIZE_TARGETS = {"target_parameters": (parse_count, "6B or 500M"), "target_size": (parse_size, "4GB or 800MB")}
 """Sizes as the budget: how they are read, and examples."""
@@ -266,6 +270,8 @@ def _check_missing(values: Mapping[str, Any], method: str) -> None:
         decides = "the other" if len(budgets) == 2 else "the others"
         raise RecipeError(f"{given} are {every} given; one decides {decides}, so keep only one.")
     everything = words.option_names(None)
+    for name in ("model", "output"):
+        check_home(str(values.get(name) or ""))
     for name in values:
         if name not in everything:
             raise RecipeError(words.unknown(name, words.option_names(None, old=False)))
@@ -297,9 +303,10 @@ def parse_align(text: str) -> dict[str, int]:
     options = {}
     for part in text.split(","):
         name, _, number = part.strip().partition("=")
-        if name not in ALIGNMENTS or not number.isdecimal():
+        if name not in ALIGNMENTS or not number.isdecimal() or not 1 <= len(number) <= _ALIGN_DIGITS:
             raise RecipeError(
-                f"--align takes name=number pairs of {', '.join(ALIGNMENTS)}, for example ffn=256,head=32; got {text!r}"
+                f"--align takes name=number pairs of {', '.join(ALIGNMENTS)}, for example ffn=256,head=32; got "
+                f"{text[:200]!r}"
             )
         options[ALIGNMENTS[name]] = int(number)
     return options

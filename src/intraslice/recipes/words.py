@@ -172,8 +172,12 @@ def range_text(hint: Any) -> str:
     if low is None:
         return ""
     if high is None:
-        text = f"{'greater than' if low_open else 'at least'} {low:g}"
+        text = f"{'greater than' if low_open else 'at least'} {_number(low)}"
     else:
         opening, closing = "(["[not low_open], ")]"[not high_open]
-        text = f"in {opening}{low:g}, {high:g}{closing}"
+        text = f"in {opening}{_number(low)}, {_number(high)}{closing}"
     return text if multiple is None else f"{text} and a multiple of {multiple}"
+
+
+def _number(value: Any) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"

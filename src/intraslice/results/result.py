@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from intraslice.border import check_schema, read_json
+from intraslice.errors import CheckpointError
 from intraslice.results.healing import HealingRecord
+from intraslice.results.sites import OLD_FIELDS
 from intraslice.runtime.families_intraslice import LayerShape
 
 RESULT_FILE = "result.json"
@@ -115,15 +118,42 @@ class PruneResult:
 
     @classmethod
     def load(cls, folder: str | Path) -> PruneResult:
-        """Read result.json of a pruned checkpoint."""
-        return cls.from_dict(json.loads((Path(folder) / RESULT_FILE).read_text()))
+        """Read result.json of a pruned checkpoint.
+
+        Raises:
+            CheckpointError: there is none, or it does not hold what a prune records.
+        """
+        path = Path(folder) / RESULT_FILE
+        what = f"{RESULT_FILE} of {str(folder)!r}"
+        return cls.from_foreign(read_json(path, what, CheckpointError), what)
+
+    @classmethod
+    def from_foreign(cls, data: dict[str, Any], what: str) -> PruneResult:
+        """Return the content of a result.json that somebody else may have written, of this release or of 0.1.
+
+        Args:
+            data: its content.
+            what: how messages call it.
+
+        Raises:
+            CheckpointError: it does not hold what a prune records.
+        """
+        layers = data.get("layers")
+        records = [_with_errors(layer) for layer in layers] if isinstance(layers, list) else layers
+        return check_schema(cls, {**data, "layers": records}, what, CheckpointError)
 
 
 def layer_record_from_dict(data: dict[str, Any]) -> LayerRecord:
     """Rebuild a `LayerRecord` from its JSON form, of this release or of 0.1, which knew two sites by name."""
-    values = dict(data)
-    if "errors" not in values:
-        values["errors"] = {"attention": values.pop("attention_error"), "ffn": values.pop("ffn_error")}
+    values = dict(_with_errors(data))
     shape = LayerShape.from_dict(values["shape"])
     distilled = {site: tuple(errors) for site, errors in values.pop("distilled", {}).items()}
     return LayerRecord(**{**values, "shape": shape, "heads": tuple(values["heads"]), "distilled": distilled})
+
+
+def _with_errors(record: Any) -> Any:
+    """Return the record of a layer with its errors by site, as 0.1 did not write them."""
+    if not isinstance(record, dict) or "errors" in record:
+        return record
+    values = {name: value for name, value in record.items() if name not in OLD_FIELDS}
+    return {**values, "errors": {site: record.get(name) for name, site in OLD_FIELDS.items()}}

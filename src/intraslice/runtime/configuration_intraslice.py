@@ -133,6 +133,95 @@ def dense_sizes(config: PretrainedConfig) -> Iterator[None]:
         config.per_layer_config = per_layer
 
 
+_SIZES = ("qk_head_dim", "v_head_dim", "intermediate_size")
+_SWITCHES = ("output_bias", "shortcuts", "headed_qk_norm")
+_BLOCKS = ("attention", "ffn")
+
+
+def check_record(record: Any, config: PretrainedConfig, spec: FamilySpec) -> None:
+    """Check what config.json says of a pruned model: nobody knows who has written it.
+
+    Args:
+        record: its field `intraslice`.
+        config: the config it stands in, with the dense sizes.
+        spec: its family.
+
+    Raises:
+        ValueError: a field is missing, unknown, of another type, or a shape is no smaller layer of this family.
+    """
+    for name, kind in (("family", str), ("method", str), ("recipe", dict), ("layers", list)):
+        if not isinstance(record.get(name), kind):
+            raise ValueError(f"intraslice.{name} of config.json is missing, or is no {_WORDS[kind]}.")
+    if record["family"] != spec.name:
+        raise ValueError(f"intraslice.family of config.json is {record['family']!r}, but the model is {spec.name}.")
+    if not isinstance(record.get("dense", {}), dict):
+        raise ValueError("intraslice.dense of config.json is no object.")
+    layers, count = record["layers"], vars(config)["num_hidden_layers"]
+    if len(layers) != count:
+        raise ValueError(f"config.json has shapes of {len(layers)} layers, but {count} layers.")
+    for layer_idx, shape in enumerate(layers):
+        wrong = _wrong_types(shape) or _wrong_shape(LayerShape.from_dict(shape), config, spec, layer_idx)
+        if wrong:
+            raise ValueError(f"layer {layer_idx} of intraslice.layers in config.json {wrong}.")
+
+
+_WORDS = {str: "text", dict: "object", list: "list"}
+
+
+def _wrong_types(shape: Any) -> str:
+    """Return what is wrong with the fields of a shape, to stand behind its name; "" when they can be read."""
+    if not isinstance(shape, dict):
+        return "is no object"
+    needed = {"heads_per_kv", *_SIZES}
+    unknown = sorted(map(str, shape.keys() - needed - {*_SWITCHES, "ranks", "dropped"}))
+    if unknown or needed - shape.keys():
+        return f"has the unknown field {unknown[0]!r}" if unknown else f"has no {min(needed - shape.keys())}"
+    groups, ranks, dropped = shape["heads_per_kv"], shape.get("ranks", []), shape.get("dropped", [])
+    if not isinstance(groups, list) or not all(type(heads) is int and heads > 0 for heads in groups):
+        return f"has heads_per_kv = {str(groups)[:80]}, which is no list of whole numbers above 0"
+    for name in _SIZES:
+        if type(shape[name]) is not int or shape[name] < 0:
+            return f"has {name} = {str(shape[name])[:80]}, which is no whole number from 0"
+    for name in _SWITCHES:
+        if type(shape.get(name, False)) is not bool:
+            return f"has {name} = {str(shape[name])[:80]}, which is neither true nor false"
+    if (
+        not isinstance(dropped, list)
+        or not all(block in _BLOCKS for block in dropped)
+        or len({*dropped}) < len(dropped)
+    ):
+        return f"has dropped = {str(dropped)[:80]}, which is no list of blocks"
+    if not isinstance(ranks, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) is int
+        for pair in ranks
+    ):
+        return "has ranks that are no list of names with whole numbers"
+    return ""
+
+
+def _wrong_shape(shape: LayerShape, config: PretrainedConfig, spec: FamilySpec, layer_idx: int) -> str:
+    """Return why a shape is no smaller layer of a family, to stand behind its name; "" when it is one."""
+    dense = dense_shape(config, spec, layer_idx)
+    sizes = {
+        "query heads": (shape.num_attention_heads, dense.num_attention_heads, shape.has_attention),
+        "kv heads": (shape.num_key_value_heads, dense.num_key_value_heads, shape.has_attention),
+        "channels of query and key": (shape.qk_head_dim, dense.qk_head_dim, shape.has_attention),
+        "channels of the value": (shape.v_head_dim, dense.v_head_dim, shape.has_attention),
+        "FFN channels": (shape.intermediate_size, dense.intermediate_size, shape.has_ffn),
+    }
+    for name, (size, largest, kept) in sizes.items():
+        low, high = (1, largest) if kept else (0, 0)
+        if not low <= size <= high:
+            return f"has {size} {name}, and there are {low} to {high}"
+    if shape.has_attention and rotated(config, spec, layer_idx) and shape.qk_head_dim % 2:
+        return f"has {shape.qk_head_dim} channels of query and key, which are rotated in pairs"
+    linears = spec.linear_sizes(shape, vars(config)["hidden_size"])
+    for path, rank in shape.ranks:
+        if path not in linears or not 1 <= rank <= min(linears[path]):
+            return f"has two factors of rank {rank} for {path!r}, which it cannot have"
+    return ""
+
+
 if TYPE_CHECKING:
     _ConfigBase = PretrainedConfig
 else:
@@ -161,10 +250,10 @@ class _PrunedConfig(_ConfigBase):
         return tuple(LayerShape.from_dict(layer) for layer in self.intraslice["layers"])
 
     def validate_architecture(self) -> None:
-        """Check that there is a shape for each layer, in a format that is not newer than this code.
+        """Check that there is a shape for each layer, in a format that is not newer than this code, and possible.
 
         Raises:
-            ValueError: when there is not.
+            ValueError: when there is not; it says which layer is wrong.
         """
         if self.intraslice is None:
             return
@@ -177,9 +266,7 @@ class _PrunedConfig(_ConfigBase):
                 f"format version {version} of this checkpoint is newer than version {FORMAT_VERSION}, the newest that "
                 "this code reads; install a newer release of intraslice."
             )
-        layers = len(self.intraslice["layers"])
-        if layers != self.num_hidden_layers:
-            raise ValueError(f"config.json has shapes of {layers} layers, but {self.num_hidden_layers} layers.")
+        check_record(self.intraslice, self, FAMILIES[self.family])
 
     def check_vllm(self, tensor_parallel_size: int) -> None:
         """Refuse what vLLM would run with wrong results or stop at without saying why.

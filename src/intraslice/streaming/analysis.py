@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from intraslice.algebra.linalg import decomposing
 from intraslice.algebra.scores import rope_pair_scores
 from intraslice.algebra.selection import top_indices
 from intraslice.algebra.statistics import BlockSecondMoment, SecondMoment, Statistics
@@ -295,7 +296,11 @@ def _eigenvalues(moment: Tensor, layer: int) -> Tensor:
     """Return eigenvalues [..., C], largest first, clipped at 0."""
     if not torch.isfinite(moment).all():
         raise NumericalError(f"layer {layer}: the activations contain NaN or infinite values.")
-    return torch.linalg.eigvalsh(moment).flip(-1).clamp_min(0.0)
+    try:
+        with decomposing():
+            return torch.linalg.eigvalsh(moment).flip(-1).clamp_min(0.0)
+    except NumericalError as error:
+        raise NumericalError(f"layer {layer}: {error}") from error
 
 
 def _normalized(eigenvalues: Tensor) -> Tensor:

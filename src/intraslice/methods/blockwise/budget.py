@@ -102,10 +102,21 @@ class Budget:
         if planned == 0.0:
             return _Range(0.0, 0.0, 0.0)
         if site.kind == ATTENTION:
-            exact = self._planned_heads or self._keep[layer][site.name] >= 1.0
-            return _Range(planned, planned, planned, 0.0 if exact else site.unit_weights)
+            kept = self._keep[layer][site.name]
+            exact = self._planned_heads or kept >= 1.0
+            return _Range(planned, planned, planned, 0.0 if exact else site.unit_weights + self._overspent(site, kept))
         widths = self.widths(site)
         return _Range(widths[0] * site.unit_weights, planned, widths[-1] * site.unit_weights)
+
+    def _overspent(self, site: Site, kept: float) -> float:
+        """Return the most that attention weighs more than planned where the share counts query dimensions alone.
+
+        With all kv heads and as few query heads as full width allows, kept * H of them, the kv heads stay whole.
+        """
+        attention = self._options.attention
+        if attention.head_budget == "weights" or "attention.head_budget" not in self._options.read():
+            return 0.0
+        return (1.0 - kept) * site.num_weights * (1.0 - site.unit_share)
 
     def check(self, sparsity: float) -> None:
         """Refuse a sparsity that the possible widths do not reach.

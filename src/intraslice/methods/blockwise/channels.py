@@ -24,7 +24,21 @@ def own_output(moments: OutputMoments, down_weight: Tensor) -> OutputMoments:
     down = down_weight.double()
     cross = moments.gram @ down.T
     return replace(
-        moments, cross=cross, target_sum=moments.input_sum @ down.T, target_energy=float((down.T * cross).sum())
+        moments,
+        cross=cross,
+        target_sum=moments.input_sum @ down.T,
+        target_energy=float((down.T * cross).sum()),
+        own_cross=None,
+        halves=tuple(own_output(half, down_weight) for half in moments.halves),
+    )
+
+
+def with_own_output(moments: OutputMoments, down_weight: Tensor) -> OutputMoments:
+    """Return the moments with those of the site's own output, act W_down^T, beside those of the target."""
+    return replace(
+        moments,
+        own_cross=moments.gram @ down_weight.double().T,
+        halves=tuple(with_own_output(half, down_weight) for half in moments.halves),
     )
 
 

@@ -126,7 +126,8 @@ class _Task:
     ) -> None:
         self._layer, self._teacher, self._streams = layer, teacher, streams
         self._is_attention = site.kind == ATTENTION
-        self._against_stream = of_site.repair_against == "dense_stream" and streams.dense is not None
+        to_stream = of_site.repair_against == "dense_stream" and of_site.measured_on == "pruned_stream"
+        self._against_stream = to_stream and streams.dense is not None
         self._share = of_site.drift_share
 
     def _sum_before(self, states_BTD: Tensor) -> Tensor:

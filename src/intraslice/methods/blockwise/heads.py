@@ -167,6 +167,8 @@ def choose_qk(
             min_width=options.min_head_fraction * head_dim,
             groups=options.gqa_groups,
             qk_width=qk_width,
+            budget=options.head_budget,
+            order=options.removal_order,
         )
         width = _rounded_width(choice.width, head_dim, options)
     else:

@@ -146,8 +146,8 @@ def _optimise_slices(
 ) -> tuple[Tensor, Tensor | None]:
     """Return maps after a few Adam steps on each slice in turn; Paper: Eq. 7.
 
-    One step sees one batch of tokens; the steps of all slices walk through the calibration tokens in order. The
-    learning rate falls slice by slice, and halves each round.
+    A step sees iter_pca_batches batches of tokens; the steps of all slices walk through the calibration tokens in
+    order. The learning rate falls slice by slice, and halves each round.
     """
     up_map, gate_map = maps[0].clone(), None if maps[1] is None else maps[1].clone()
     width = up_map.shape[0]
@@ -155,12 +155,13 @@ def _optimise_slices(
     slices = [slice(start, min(start + size, width)) for start in range(0, width, size)]
     batches = _endless(preactivations)
     for number, part in enumerate(slices):
-        rate = options.iter_pca_lr * (1.0 - number / len(slices)) * 0.5**round_index
+        share = 0.5**number if options.iter_pca_decay == "halving" else 1.0 - number / len(slices)
+        rate = options.iter_pca_lr * share * 0.5**round_index
         up_part = up_map[part].clone().requires_grad_(True)
         gate_part = None if gate_map is None else gate_map[part].clone().requires_grad_(True)
         parameters = [up_part] if gate_part is None else [up_part, gate_part]
         adam = torch.optim.Adam(parameters, lr=rate)
-        for _ in range(options.iter_pca_steps):
+        for step in range(options.iter_pca_steps * options.iter_pca_batches):
             up, gate, _ = next(batches)
             with torch.no_grad():
                 target = _compressed(preactivations.activation, up, gate) @ inverse_FP  # Y^r, [N, P]
@@ -176,9 +177,10 @@ def _optimise_slices(
                     gate_out = gate[:, part] @ gate_part + gate_rest
                 output = _compressed(preactivations.activation, up_out, gate_out)
                 loss = (output - target).square().sum() / target.square().sum().clamp_min(1e-30)
+                (loss / options.iter_pca_batches).backward()
+            if (step + 1) % options.iter_pca_batches == 0:
+                adam.step()
                 adam.zero_grad()
-                loss.backward()
-            adam.step()
         up_map[part] = up_part.detach()
         if gate_map is not None and gate_part is not None:
             gate_map[part] = gate_part.detach()

@@ -30,6 +30,7 @@ from intraslice.methods.blockwise.measure import (
     attention_stats,
     context_moments,
     ffn_moments,
+    share_in_target,
     with_gain,
 )
 from intraslice.methods.blockwise.options import AttentionOptions, BlockwiseOptions, FFNOptions
@@ -284,9 +285,8 @@ class _Replay:
             if self._options.repair_against == "dense_stream" and dense is not None:
                 # `ffn_moments` has already advanced the dense stream past this layer.
                 missing = dense.read(part) - layer.ffn_residual(states)
-                if self._options.drift_share < 1.0:
-                    own = layer.added(FFN, layer.down_projection(act))
-                    missing = aimed_between(own, missing, self._options.drift_share)
+                if (share := share_in_target(self._options)) < 1.0:
+                    missing = aimed_between(layer.added(FFN, layer.down_projection(act)), missing, share)
                 target, _ = self._aim.to_stream(missing, None)
             else:
                 target = act @ self._down_weight.to(act).T

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from intraslice.algebra.norms import energy_rows
 from intraslice.algebra.statistics import Statistics
-from intraslice.errors import NumericalError
+from intraslice.errors import NumericalError, RecipeError
 from intraslice.layers.decoder import DecoderLayer, norm_eps, read_ffn
 from intraslice.layers.sites import ATTENTION, FFN
-from intraslice.methods.blockwise.channels import own_output
+from intraslice.methods.blockwise.channels import own_output, with_own_output
 from intraslice.methods.blockwise.heads import AttentionStats, QKNorms
 from intraslice.methods.blockwise.options import AttentionOptions, FFNOptions
-from intraslice.methods.blockwise.repairs import OutputMoments
-from intraslice.methods.blockwise.strategies import SCORES
+from intraslice.methods.blockwise.repairs import OutputMoments, merged_halves
+from intraslice.methods.blockwise.strategies import REPAIRS, SCORES
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 from intraslice.streaming.hidden import HiddenStates, Streams
 from intraslice.streaming.model import StreamedModel
@@ -108,33 +108,41 @@ def context_moments(
     The target is what the site should add to the pruned stream x: the dense site's output on x itself, or what leads
     from x to the dense model's stream, (h + dense output on h) - x, or a point between the two (`aimed_between`).
     Measured on the dense stream, it is the dense site's output there.
+
+    Raises:
+        RecipeError: the repair asks for two halves of the sequences, and all are in one batch.
     """
-    sums = _OutputSums(model, layer.out_projection.in_features)
+    splits, share = REPAIRS[options.repair].splits, share_in_target(options)
+    sums = _OutputSums(model, layer.out_projection.in_features, streams, splits)
     aim = OutputAim(layer, ATTENTION)
     if options.measured_on == "dense_stream":
         assert streams.dense is not None
         for part in streams.dense.slices():
             states = streams.dense.read(part)
             raw = layer.raw_output(dense, states)
-            sums.update(layer.context(layer.attention, layer.attention_input(states)), *aim.own(raw))
+            target = aim.own(raw)
+            sums.update(layer.context(layer.attention, layer.attention_input(states)), *target, target[0])
             streams.dense.write(part, layer.before_ffn(states, layer.added(ATTENTION, raw)))
         return sums.moments()
     for part in streams.pruned.slices():
         states = streams.pruned.read(part)
-        target = None
+        target, own = None, None
         if streams.dense is not None:
             dense_states = streams.dense.read(part)
             raw = layer.raw_output(dense, dense_states)
             output = layer.added(ATTENTION, raw)
             if options.repair_against == "dense_stream":
                 missing = dense_states + output - states
-                if options.drift_share < 1.0:
-                    missing = aimed_between(layer.attention_output(dense, states), missing, options.drift_share)
+                if share < 1.0:
+                    missing = aimed_between(layer.attention_output(dense, states), missing, share)
+                if splits:
+                    own, _ = aim.own(layer.raw_output(dense, states))
                 target = aim.to_stream(missing, raw)
             streams.dense.write(part, layer.before_ffn(dense_states, output))
         if target is None:
             target = aim.own(layer.raw_output(dense, states))
-        sums.update(layer.context(layer.attention, layer.attention_input(states)), *target)
+            own = target[0]
+        sums.update(layer.context(layer.attention, layer.attention_input(states)), *target, own)
     return sums.moments()
 
 
@@ -152,9 +160,11 @@ def ffn_moments(
 
     Raises:
         NumericalError: activations are NaN or infinite.
+        RecipeError: the repair asks for two halves of the sequences, and all are in one batch.
     """
+    splits, share = REPAIRS[options.repair].splits, share_in_target(options)
     read_width = model.config.hidden_size if SCORES[options.score].needs_reading else None
-    sums = _OutputSums(model, layer.down_projection.in_features, read_width)
+    sums = _OutputSums(model, layer.down_projection.in_features, streams, splits, read_width)
     aim = OutputAim(layer, FFN)
     on_pruned = options.measured_on == "pruned_stream"
     to_stream = on_pruned and options.repair_against == "dense_stream" and streams.dense is not None
@@ -178,17 +188,23 @@ def ffn_moments(
             residual, output = layer.ffn_residual(dense_states, dense), layer.added(FFN, raw)
             if to_stream:
                 missing = residual + output - layer.ffn_residual(states)
-                if options.drift_share < 1.0:
-                    own = layer.added(FFN, layer.down_projection(act))
-                    missing = aimed_between(own, missing, options.drift_share)
+                if share < 1.0:
+                    missing = aimed_between(layer.added(FFN, layer.down_projection(act)), missing, share)
                 target = aim.to_stream(missing, raw)
             streams.dense.write(part, layer.add_ffn(residual, output))
         sums.update(act, *target)
     moments = sums.moments()
     if not torch.isfinite(moments.gram).all():
         raise NumericalError("the FFN activations contain NaN or infinite values.")
-    down = read_ffn(layer, layer.shape).down
-    return moments if to_stream else own_output(moments, with_gain(down, layer.output_gain(FFN)))
+    down = with_gain(read_ffn(layer, layer.shape).down, layer.output_gain(FFN))
+    if not to_stream:
+        return own_output(moments, down)
+    return with_own_output(moments, down) if splits else moments
+
+
+def share_in_target(options: AttentionOptions | FFNOptions) -> float:
+    """Return the share of the drift in the target that is measured: all of it where the repair chooses the share."""
+    return 1.0 if REPAIRS[options.repair].splits else options.drift_share
 
 
 def with_gain(weight_DP: Tensor, gain_D: Tensor | None) -> Tensor:
@@ -253,20 +269,69 @@ class OutputAim:
 
 
 class _OutputSums:
+    """Adds up `OutputMoments` batch by batch, of all sequences or of every other batch as well.
+
+    Args:
+        model: the streamed model.
+        width: inputs of the output projection.
+        streams: what is measured.
+        splits: whether halves are wanted.
+        read_width: channels of what the site itself reads, where their energy is wanted.
+
+    Raises:
+        RecipeError: all sequences are in one batch, which has no halves.
+    """
+
+    def __init__(
+        self, model: StreamedModel, width: int, streams: Streams, splits: bool, read_width: int | None = None
+    ) -> None:
+        if splits and streams.pruned.num_batches < 2:
+            raise RecipeError(
+                "repair = cross_fit compares two halves of the calibration text, and all of it is in one batch; give "
+                "more --num-samples, lower run.batch_tokens, or set repair = ridge."
+            )
+        self._splits, self._given = splits, 0
+        owns = (True, True) if splits else (False,)
+        self._folds = [_FoldSums(model, width, with_own, read_width) for with_own in owns]
+
+    def update_read(self, read_BTD: Tensor) -> None:
+        """Add what the site itself reads, where it is wanted."""
+        self._folds[self._given % len(self._folds)].update_read(read_BTD)
+
+    def update(
+        self,
+        inputs_BTP: Tensor,
+        targets_BTD: Tensor | None,
+        counts_BT: Tensor | None = None,
+        own_BTD: Tensor | None = None,
+    ) -> None:
+        """Add a batch, as `_FoldSums` takes it; after what the site reads of it."""
+        self._folds[self._given % len(self._folds)].update(inputs_BTP, targets_BTD, counts_BT, own_BTD)
+        self._given += 1
+
+    def moments(self) -> OutputMoments:
+        """Return the sums in float64."""
+        halves = [fold.moments() for fold in self._folds]
+        return merged_halves(*halves) if self._splits else halves[0]
+
+
+class _FoldSums:
     """Adds up `OutputMoments` batch by batch.
 
     Args:
         model: the streamed model.
         width: inputs of the output projection.
+        with_own: whether the site's own output is given beside the target.
         read_width: channels of what the site itself reads, where their energy is wanted.
     """
 
-    def __init__(self, model: StreamedModel, width: int, read_width: int | None = None) -> None:
+    def __init__(self, model: StreamedModel, width: int, with_own: bool, read_width: int | None) -> None:
         outputs = model.config.hidden_size
         self._dtype = model.placement.stat_dtype
         self._statistics = Statistics(model.placement.device, self._dtype)
         self._gram = self._statistics.second_moment("gram", width)
         self._cross = self._statistics.second_moment("cross", width, outputs)
+        self._own = self._statistics.second_moment("own_cross", width, outputs) if with_own else None
         self._input_sum = self._statistics.sum("input_sum", width)
         self._target_sum = self._statistics.sum("target_sum", outputs)
         self._energy = self._statistics.number("target_energy")
@@ -278,13 +343,20 @@ class _OutputSums:
         if self._read_energy is not None:
             self._read_energy.update(read_BTD.flatten(0, 1).to(self._dtype).square().sum(0))
 
-    def update(self, inputs_BTP: Tensor, targets_BTD: Tensor | None, counts_BT: Tensor | None = None) -> None:
+    def update(
+        self,
+        inputs_BTP: Tensor,
+        targets_BTD: Tensor | None,
+        counts_BT: Tensor | None = None,
+        own_BTD: Tensor | None = None,
+    ) -> None:
         """Add a batch.
 
         Args:
             inputs_BTP: inputs of the output projection.
             targets_BTD: what it should give; without them only what the inputs decide is added.
             counts_BT: how much each token counts; None is 1.
+            own_BTD: the site's own output.
         """
         inputs = inputs_BTP.flatten(0, 1)
         targets = None if targets_BTD is None else targets_BTD.flatten(0, 1)
@@ -296,6 +368,9 @@ class _OutputSums:
         summed = inputs if root is None else inputs * root
         self._input_sum.update(summed.sum(0, dtype=self._dtype))
         self._num_tokens.update(inputs.shape[0] if counts_BT is None else float(counts_BT.sum(dtype=torch.float64)))
+        if self._own is not None and own_BTD is not None:
+            own = own_BTD.flatten(0, 1)
+            self._own.update(inputs, own if root is None else own * root)
         if targets is not None:
             self._cross.update(inputs, targets)
             summed = targets if root is None else targets * root
@@ -312,5 +387,6 @@ class _OutputSums:
             target_sum=sums["target_sum"],
             target_energy=float(sums["target_energy"]),
             num_tokens=float(sums["num_tokens"]),
+            own_cross=sums.get("own_cross"),
             read_energy=sums.get("read_energy"),
         )

@@ -90,9 +90,10 @@ class Blockwise:
         """Return the layers whose FFN loses the most: the share of layers that iter_pca_fraction names."""
         if not self._options.ffn.iter_pca:
             return set()
-        count = max(1, round(self._options.ffn.iter_pca_fraction * len(ffn_fractions)))
+        ffn = self._options.ffn
+        count = max(1, round(ffn.iter_pca_fraction * len(ffn_fractions)))
         # An FFN that goes as a whole keeps nothing to iterate on.
-        kept = [index for index, fraction in enumerate(ffn_fractions) if fraction > 0.0]
+        kept = [index for index, fraction in enumerate(ffn_fractions) if 0.0 < fraction <= ffn.iter_pca_most_kept]
         return set(sorted(kept, key=lambda index: (ffn_fractions[index], index))[:count])
 
     def layer(self, context: Context, state: _State, index: int, layer: DecoderLayer) -> LayerOutcome:

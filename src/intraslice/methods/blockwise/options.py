@@ -18,6 +18,9 @@ from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from intraslice.methods.blockwise import strategies
 from intraslice.methods.choices import OneOf, Row, option_values, read_names
 
+MAX_MULTIPLE = 1 << 16
+"""No model has layers of which this many channels could be a step."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AllocationOptions:
@@ -35,6 +38,7 @@ class AllocationOptions:
             and FFN channels; a kv head is no unit and stays until the last of its query heads goes), or "groups": kv
             heads with all their query heads, and FFN channels.
         similarity_scale: alpha of "similarity": layers lose in proportion to exp(alpha * cosine similarity).
+        channel_balance: what a channel counts beside a head in "head_search": this times the ratio of their weights.
         kept_layers: share of the layers that lose nothing with "similarity", those of the lowest similarity.
         max_site_sparsity: cap on what one site may lose; the excess goes to other layers.
         num_channel_groups: into how many groups the channels of `act` are cut for the rotation.
@@ -55,6 +59,7 @@ class AllocationOptions:
     ffn_share: Annotated[float, Gt(0)] = 1.15
     budget_unit: Literal["weights", "units", "groups"] = "weights"
     similarity_scale: Annotated[float, Ge(0)] = 10.0
+    channel_balance: Annotated[float, Gt(0)] = 250.0
     kept_layers: Annotated[float, Ge(0), Lt(1)] = 0.1875
     max_site_sparsity: Annotated[float, Gt(0), Lt(1)] = 0.9
     num_channel_groups: Annotated[int, Ge(1)] = 32
@@ -87,10 +92,14 @@ class AttentionOptions:
         repair_against: "own_output" (what the dense site makes of the same input), or "dense_stream" (the dense
             model's residual stream there, so that the errors of the layers before are repaired as well).
         drift_share: which share of these errors, alpha, the target of "dense_stream" has in it: it is the dense site's
-            own output plus alpha times what is missing besides.
+            own output plus alpha times what is missing besides. With repair = "cross_fit" the largest share.
         gqa_groups: "ragged" lets the query heads of a kv head go one by one; "uniform" keeps one group size per layer;
             with "whole" a kv head goes with all its query heads.
         measured_on: the input on which scores and repair are measured, a row of MEASUREMENTS.
+        head_budget: what the share of attention counts where heads become narrower: all its "weights", or with grouped
+            queries the dimensions of "queries" alone, as published; then the FFN of the layer pays for the kv heads.
+        removal_order: which head is tried next: the one of which the narrower heads keep least ("kept_score"), until
+            one gains nothing, or each once by its whole "score" (Algorithm 2, line 10).
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -101,8 +110,8 @@ class AttentionOptions:
     basis: Annotated[str, OneOf(strategies.BASES)] = "pca"
     qk_width: Literal["narrow", "dense"] = "narrow"
     min_head_fraction: Annotated[float, Ge(0), Le(1)] = 0.75
-    head_multiple: Annotated[int, Ge(2), MultipleOf(2)] = 4
-    context_multiple: Annotated[int, Ge(1)] = 1
+    head_multiple: Annotated[int, Ge(2), Le(MAX_MULTIPLE), MultipleOf(2)] = 4
+    context_multiple: Annotated[int, Ge(1), Le(MAX_MULTIPLE)] = 1
     repair: Annotated[str, OneOf(strategies.REPAIRS)] = "ridge"
     damping: Annotated[float, Gt(0)] = 0.05
     damping_scale: Literal["mean", "channel"] = "mean"
@@ -111,6 +120,8 @@ class AttentionOptions:
     drift_share: Annotated[float, Gt(0), Le(1)] = 1.0
     gqa_groups: Literal["ragged", "uniform", "whole"] = "ragged"
     measured_on: Annotated[str, OneOf(strategies.MEASUREMENTS, lambda row: row.of_attention)] = "pruned_stream"
+    head_budget: Literal["weights", "queries"] = "weights"
+    removal_order: Literal["kept_score", "score"] = "kept_score"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +143,11 @@ class FFNOptions:
         iter_pca_fraction: the share of layers it is applied to, those with the highest FFN sparsity first.
         iter_pca_rounds: how often Eq. 7 and Eq. 8 alternate.
         iter_pca_slice: width of an input slice; 0 cuts the input into four slices.
+        iter_pca_most_kept: only in FFNs that keep at most this fraction of their channels.
         iter_pca_steps: Adam steps per slice.
+        iter_pca_batches: forward batches (run.batch_tokens) that a step sees.
         iter_pca_lr: learning rate of the first slice, relative to the size of Q_c's entries.
+        iter_pca_decay: how it falls from slice to slice: "linear", or "halving" as in the published code.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -146,14 +160,17 @@ class FFNOptions:
     shrink_to: Literal["weights", "zero"] = "weights"
     repair_against: Annotated[str, OneOf(strategies.REPAIR_AGAINST)] = "dense_stream"
     drift_share: Annotated[float, Gt(0), Le(1)] = 1.0
-    ffn_multiple: Annotated[int, Ge(1)] = 8
+    ffn_multiple: Annotated[int, Ge(1), Le(MAX_MULTIPLE)] = 8
     measured_on: Annotated[str, OneOf(strategies.MEASUREMENTS)] = "pruned_stream"
     iter_pca: bool = False
     iter_pca_fraction: Annotated[float, Ge(0), Le(1)] = 0.1
     iter_pca_rounds: Annotated[int, Ge(1)] = 2
     iter_pca_slice: Annotated[int, Ge(0)] = 0
+    iter_pca_most_kept: Annotated[float, Gt(0), Le(1)] = 1.0
     iter_pca_steps: Annotated[int, Ge(1)] = 20
+    iter_pca_batches: Annotated[int, Ge(1)] = 1
     iter_pca_lr: Annotated[float, Gt(0)] = 1e-3
+    iter_pca_decay: Literal["linear", "halving"] = "linear"
 
 
 @dataclass(frozen=True, kw_only=True)

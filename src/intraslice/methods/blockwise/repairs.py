@@ -35,6 +35,8 @@ class OutputMoments:
         target_sum: sum of Y, [D].
         target_energy: ||Y||^2.
         num_tokens: N, or the sum of the counts.
+        own_cross: Z^T of the dense site's own output on the pruned stream, [P, D]; None where that is Y, or not read.
+        halves: the same sums over two halves of the sequences, for repairs that are fitted across them.
         read_energy: ||x_:,i||^2 of what the site itself reads, [D]; None unless a score needs it.
     """
 
@@ -44,17 +46,50 @@ class OutputMoments:
     target_sum: Tensor
     target_energy: float
     num_tokens: float
+    own_cross: Tensor | None = None
+    halves: tuple[OutputMoments, ...] = ()
     read_energy: Tensor | None = None
 
     def of_channels(self, channels: Tensor) -> OutputMoments:
         """Return the moments of some of the inputs."""
-        gram, cross, total = self.gram[channels][:, channels], self.cross[channels], self.input_sum[channels]
-        return replace(self, gram=gram, cross=cross, input_sum=total)
+        return replace(
+            self,
+            gram=self.gram[channels][:, channels],
+            cross=self.cross[channels],
+            input_sum=self.input_sum[channels],
+            own_cross=None if self.own_cross is None else self.own_cross[channels],
+            halves=tuple(half.of_channels(channels) for half in self.halves),
+        )
 
     def projected(self, projection_PQ: Tensor) -> OutputMoments:
         """Return the moments of the inputs Z projection."""
-        gram = projection_PQ.T @ self.gram @ projection_PQ
-        return replace(self, gram=gram, cross=projection_PQ.T @ self.cross, input_sum=self.input_sum @ projection_PQ)
+        return replace(
+            self,
+            gram=projection_PQ.T @ self.gram @ projection_PQ,
+            cross=projection_PQ.T @ self.cross,
+            input_sum=self.input_sum @ projection_PQ,
+            own_cross=None if self.own_cross is None else projection_PQ.T @ self.own_cross,
+            halves=tuple(half.projected(projection_PQ) for half in self.halves),
+        )
+
+
+def merged_halves(first: OutputMoments, second: OutputMoments) -> OutputMoments:
+    """Return the moments of all sequences, from those of two halves."""
+
+    def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        return None if a is None or b is None else a + b
+
+    return OutputMoments(
+        gram=first.gram + second.gram,
+        cross=first.cross + second.cross,
+        input_sum=first.input_sum + second.input_sum,
+        target_sum=first.target_sum + second.target_sum,
+        target_energy=first.target_energy + second.target_energy,
+        num_tokens=first.num_tokens + second.num_tokens,
+        own_cross=both(first.own_cross, second.own_cross),
+        halves=(first, second),
+        read_energy=both(first.read_energy, second.read_energy),
+    )
 
 
 @dataclass(frozen=True)
@@ -95,6 +130,57 @@ def ridge(moments: OutputMoments, removed_PD: Tensor, options: RepairOptions) ->
     prior = removed_PD if options.shrink_to == "weights" else None
     per_channel = options.damping_scale == "channel"
     return Output(ridge_solve(moments.gram, moments.cross, options.damping, prior, per_channel=per_channel))
+
+
+DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Tried by `cross_fit`, for half of the tokens."""
+
+
+def cross_fit(moments: OutputMoments, removed_PD: Tensor, options: RepairOptions) -> Output:
+    """Fit the site's own output y and the drift m - y by two ridge regressions, and choose their dampings and a share.
+
+    W = W_y(lambda_y) + alpha W_d(lambda_d), with W_y pulled towards W_0 or zero and W_d towards zero. Each half of the
+    sequences is fitted, and judged by what the other half misses of the whole target m. For a pair of dampings that is
+    quadratic in alpha, so that the best alpha is a quotient; it is kept in [0, drift_share]. The best dampings are then
+    halved, because all sequences are twice as many, and all are fitted.
+
+    Raises:
+        NumericalError: a system cannot be solved.
+    """
+    count = len(DAMPINGS)
+    # What the other half misses with W_y = W_y(i) and W_d = W_d(j): missed_i - 2 alpha linear_ij + alpha^2 energy_j.
+    missed, energy = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    linear = torch.zeros(count, count, dtype=torch.float64)
+    for half, other in (moments.halves, moments.halves[::-1]):
+        fits = [_own_and_drift(half, removed_PD, damping, options) for damping in DAMPINGS]
+        own_left = [other.cross - other.gram @ own for own, _ in fits]
+        for i, (own, drift) in enumerate(fits):
+            missed[i] -= ((other.cross + own_left[i]) * own).sum()
+            energy[i] += (drift * (other.gram @ drift)).sum()
+            linear[:, i] += torch.stack([(left * drift).sum() for left in own_left])
+    share = (linear / energy.clamp_min(1e-300)).clamp(0.0, options.drift_share)
+    error = missed[:, None] - 2.0 * share * linear + share.square() * energy
+    best_own, best_drift = divmod(int(error.argmin()), len(DAMPINGS))
+    own, drift = _own_and_drift(moments, removed_PD, DAMPINGS[best_own] / 2, options)
+    if best_drift != best_own:
+        _, drift = _own_and_drift(moments, removed_PD, DAMPINGS[best_drift] / 2, options)
+    return Output(own + share[best_own, best_drift] * drift)
+
+
+def _own_and_drift(
+    moments: OutputMoments, removed_PD: Tensor, damping: float, options: RepairOptions
+) -> tuple[Tensor, Tensor]:
+    """Return the regressions of the own output and of the drift, [P, D] each."""
+    own = moments.cross if moments.own_cross is None else moments.own_cross
+    prior = removed_PD if options.shrink_to == "weights" else torch.zeros_like(removed_PD)
+    solution = ridge_solve(
+        moments.gram,
+        torch.cat([own, moments.cross - own], 1),
+        damping,
+        torch.cat([prior, torch.zeros_like(prior)], 1),
+        per_channel=options.damping_scale == "channel",
+    )
+    return solution[:, : own.shape[1]], solution[:, own.shape[1] :]
 
 
 def mean_bias(moments: OutputMoments, removed_PD: Tensor, options: RepairOptions) -> Output:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intraslice.algebra.linalg import eigh_descending, ridge_solve
+from intraslice.algebra.linalg import decomposing, eigh_descending, ridge_solve
 from intraslice.algebra.selection import heads_per_kv, kept_kv_heads
 
 
@@ -278,11 +278,13 @@ def elimination_ranks(moment_CC: Tensor, weight_DC: Tensor, units: int, count: i
         # What is gone has zero rows in H^-1; any invertible block does, because its cost is masked.
         blocks = blocks + torch.eye(width, dtype=torch.float64) * gone[:, None, None]
         parts = weight_CD.view(units, width, -1)
-        costs = (torch.linalg.inv(blocks) * (parts @ parts.transpose(1, 2))).sum((1, 2))
+        with decomposing():
+            costs = (torch.linalg.inv(blocks) * (parts @ parts.transpose(1, 2))).sum((1, 2))
         unit = int(costs.masked_fill(gone, torch.inf).argmin())
         ranks[unit] = rank
         rows = slice(unit * width, (unit + 1) * width)
-        update = torch.linalg.solve(blocks[unit], inverse[rows])  # [width, C]
+        with decomposing():
+            update = torch.linalg.solve(blocks[unit], inverse[rows])  # [width, C]
         weight_CD.addmm_(update.T, weight_CD[rows].clone(), alpha=-1.0)
         inverse.addmm_(inverse[:, rows].clone(), update, alpha=-1.0)
         weight_CD[rows] = 0.0

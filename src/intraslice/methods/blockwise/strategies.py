@@ -90,9 +90,11 @@ class Repair(Row):
 
     Attributes:
         adds_bias: whether output projections get a bias.
+        splits: whether it reads the sums over two halves of the sequences, and the site's own output beside the target.
     """
 
     adds_bias: bool = False
+    splits: bool = False
 
 
 REPAIRS: dict[str, Repair] = {
@@ -101,6 +103,12 @@ REPAIRS: dict[str, Repair] = {
         function=f"{_HERE}.repairs:ridge",
         reads=("damping", "damping_scale", "shrink_to", "repair_against"),
         paper="IntraSlice, Eq. 6 and 8",
+    ),
+    "cross_fit": Repair(
+        summary="ridge regressions of the site's own output and of the drift, chosen across two halves of the text",
+        function=f"{_HERE}.repairs:cross_fit",
+        reads=("damping_scale", "shrink_to", "repair_against"),
+        splits=True,
     ),
     "bias": Repair(
         summary="a bias that adds back the mean of what is missing",
@@ -174,6 +182,8 @@ HEAD_RULES: dict[str, Row] = {
             "attention.gqa_groups",
             "attention.basis",
             "attention.qk_width",
+            "attention.head_budget",
+            "attention.removal_order",
         ),
         paper="IntraSlice, Algorithm 2",
     ),
@@ -247,13 +257,16 @@ ALLOCATION_RULES: dict[str, AllocationRule] = {
         summary="whole heads and channels ranked by squared mask gradients, the number of heads searched",
         function=f"{_ALLOCATORS}.mask_gradient:allocate_by_head_search",
         measures="gradients",
-        reads=("allocation.gradient_group",),
+        reads=("allocation.gradient_group", "allocation.channel_balance"),
         paper="SoBP",
     ),
 }
 """`allocation.rule`."""
 
-_SHAPED = ("attention.gqa_groups", "attention.qk_width", "allocation.budget_unit")
+_SHAPED = (
+    *("attention.gqa_groups", "attention.qk_width", "allocation.budget_unit"),
+    *("attention.head_budget", "attention.removal_order"),
+)
 SHAPE_FREEDOMS: dict[str, Row] = {
     "free": Row(summary="every layer its own, groups may be ragged", paper="IntraSlice"),
     "layer": Row(summary="one group size per layer", reads=("attention.context_multiple",), excludes=_SHAPED),
@@ -305,8 +318,11 @@ ITER_PCA: dict[bool, Row] = {
             "ffn.iter_pca_fraction",
             "ffn.iter_pca_rounds",
             "ffn.iter_pca_slice",
+            "ffn.iter_pca_most_kept",
             "ffn.iter_pca_steps",
+            "ffn.iter_pca_batches",
             "ffn.iter_pca_lr",
+            "ffn.iter_pca_decay",
             "ffn.damping",
             "ffn.damping_scale",
             "ffn.shrink_to",

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from intraslice.algebra.linalg import eigh_descending
+from intraslice.algebra.linalg import decomposing, eigh_descending
 from intraslice.algebra.selection import MULTIPLES, TOLERANCE
 from intraslice.errors import BudgetError
 
@@ -91,5 +91,6 @@ def factor_weight(weight_OC: Tensor, root_CC: Tensor, rank: int) -> tuple[Tensor
         second = eigh_descending(product @ product.T)[1][:, :rank]
     else:
         right = eigh_descending(product.T @ product)[1][:, :rank]
-        second = torch.linalg.qr(product @ right).Q
+        with decomposing():
+            second = torch.linalg.qr(product @ right).Q
     return second.T @ weight_OC, second

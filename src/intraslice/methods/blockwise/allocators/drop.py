@@ -67,7 +67,7 @@ def _candidates(
     candidates = []
     for kind, lost, rotate in ((ATTENTION, attention, options.pca_attention), (FFN, ffn, options.pca_ffn)):
         found = measured.of(sites, kind)
-        importance = [site.importance(rotate, options).flatten() for site in found]
+        importance = [worth.flatten() for worth in measured.importance(sites, kind, rotate, options)]
         units = torch.cat(importance).sort().values
         last = float(units[min(round(lost * len(units)), len(units) - 1)]) * len(units) / sum(sites.sizes(kind))
         for (layer, site), gradients, worth in zip(sites.of(kind), found, importance, strict=True):

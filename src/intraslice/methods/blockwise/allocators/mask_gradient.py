@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from intraslice.algebra.linalg import eigh_descending, rotate_blocks
+from intraslice.errors import NumericalError
 from intraslice.layers.sites import ATTENTION, FFN, ModelSites
 from intraslice.methods.blockwise.allocators.base import Allocation, split_sparsity
 from intraslice.methods.blockwise.options import AllocationOptions
@@ -64,6 +65,26 @@ class MaskGradients:
     def of(self, sites: ModelSites, kind: str) -> list[SiteGradients]:
         """Return the gradients of all sites of a kind, in the order of `ModelSites.of`."""
         return [self.layers[layer][site.name] for layer, site in sites.of(kind)]
+
+    def importance(self, sites: ModelSites, kind: str, rotate: bool, options: AllocationOptions) -> list[Tensor]:
+        """Return the importance of the channels of each site of a kind, [C] or [H, C / H] as they were measured.
+
+        Args:
+            sites: of the model.
+            kind: of the sites.
+            rotate: into the eigenvectors of the second moments; Paper: Eq. 11.
+            options: of the allocation.
+
+        Raises:
+            NumericalError: the second moments of a layer, which it names, have no eigenvectors.
+        """
+        found = []
+        for (layer, _), site in zip(sites.of(kind), self.of(sites, kind), strict=True):
+            try:
+                found.append(site.importance(rotate, options))
+            except NumericalError as error:
+                raise NumericalError(f"layer {layer}: {error}") from error
+        return found
 
 
 def channel_importance(grad_SC: Tensor, moment_bww: Tensor | None) -> Tensor:
@@ -130,6 +151,8 @@ def allocate_by_head_search(
 
     For each number of heads that the model may keep, the best heads stay, and the best channels that fit in the rest
     of the budget; the number that keeps most importance wins. A mask on a head has the sum of its channels' gradients.
+    The importance of a channel counts channel_balance times its weights over those of a head; the published search has
+    250. Of attention, what counts is what goes with a query head (`Units`).
     """
     heads = [
         channel_importance(
@@ -145,6 +168,7 @@ def allocate_by_head_search(
     attention_sizes, ffn_sizes = sites.sizes(ATTENTION), sites.sizes(FFN)
     total_attention, total_ffn = sum(attention_sizes), sum(ffn_sizes)
     budget = (1.0 - sparsity) * (total_attention + total_ffn)
+    balance = options.channel_balance * (total_ffn / sum(map(len, channels))) / (total_attention / sum(map(len, heads)))
     cap = options.max_site_sparsity
     best = None
     for count in range(len(ranked_heads)):
@@ -152,7 +176,7 @@ def allocate_by_head_search(
         ffn = (budget - attention * total_attention) / total_ffn
         if not (1.0 - cap - 1e-9 <= attention and 1.0 - cap - 1e-9 <= ffn <= 1.0 + 1e-9):
             continue
-        value = float(ranked_heads[count] + ranked_channels[int(ffn * (len(ranked_channels) - 1))])
+        value = float(ranked_heads[count] + balance * ranked_channels[int(ffn * (len(ranked_channels) - 1))])
         if best is None or value > best[0]:
             best = (value, 1.0 - attention, 1.0 - ffn)
     # No whole number of heads leaves the FFNs a possible rest: both lose the same.
@@ -171,6 +195,6 @@ def allocate_by_mask_gradient(
     attention, ffn = split_sparsity(sites, sparsity, options)
     keep = {}
     for kind, lost, rotate in ((ATTENTION, attention, options.pca_attention), (FFN, ffn, options.pca_ffn)):
-        importance = [site.importance(rotate, options) for site in measured.of(sites, kind)]
+        importance = measured.importance(sites, kind, rotate, options)
         keep[kind] = keep_fractions(importance, sites.sizes(kind), lost, options.max_site_sparsity)
     return Allocation.of_kinds(sites, keep)

@@ -136,11 +136,11 @@ def _importance(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the importance of head channels [H, d], in the order in which they would be kept, and of channels [F]."""
     heads = []
-    for site in measured.of(sites, ATTENTION):
-        importance = site.importance(options.pca_attention, options).view(len(site.moment), -1)
+    worth = measured.importance(sites, ATTENTION, options.pca_attention, options)
+    for site, flat in zip(measured.of(sites, ATTENTION), worth, strict=True):
+        importance = flat.view(len(site.moment), -1)
         heads.append(importance if options.pca_attention else importance.sort(1, descending=True).values)
-    channels = [site.importance(options.pca_ffn, options) for site in measured.of(sites, FFN)]
-    return heads, channels
+    return heads, measured.importance(sites, FFN, options.pca_ffn, options)
 
 
 def _exchange_rate(
