@@ -187,6 +187,29 @@ def test_a_weight_beyond_all_others(method: str, make_folder, tmp_path: Path, re
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (("eval", "--text", "builtin@" + "9" * 100), "is unknown"),
+        (("bench", "--kv-lengths", "9" * 5000), "--kv-lengths takes whole numbers"),
+        (("prune", "-o", "out", "--sparsity", "0.3", "--heal", "9" * 400), "is neither tokens nor a time"),
+        (("prune", "-o", "out", "--sparsity", "0.3", "--calibration", "a:1e400,b:1"), "weights are above 0"),
+    ],
+)
+def test_numbers_beyond_all_use(command: tuple[str, ...], sentence: str, tiny_folder, refused: Refused) -> None:
+    assert sentence in refused(*command, tiny_folder("llama"))
+
+
+def test_names_are_no_markup(make_folder, tmp_path: Path, capsys) -> None:
+    folder = make_folder("llama").rename(tmp_path / "[")
+    (folder / "x]").mkdir()
+    for file in [path for path in folder.iterdir() if path.is_file()]:
+        file.rename(folder / "x]" / file.name)
+    # As a path, "[/x]" closes a markup that nobody has opened.
+    assert main(["inspect", str(folder / "x]")]) == 0
+    assert "[/x]" in capsys.readouterr().out.replace("\n", "")
+
+
 def test_words_of_a_stranger_do_not_rewrite_the_screen(make_folder, refused: Refused) -> None:
     folder = make_folder("llama")
     config = json.loads((folder / "config.json").read_text())
