@@ -206,8 +206,8 @@ def plan_work(spec: ComparisonSpec, cell: Cell, facts: Facts, texts: TextFacts, 
     identities = {} if recipe is None else {PRUNE: model}
     if cell.heal is not None:
         # The teacher is the dense model of the prune; the text may be read beyond the calibration tokens.
-        model = {"pruned": model, "heal": cell.heal.to_dict(), "text": texts.calibration}
-        del model["heal"]["calibration"]
+        heal = {name: value for name, value in cell.heal.to_dict().items() if name != "calibration"}
+        model = {"pruned": model, "heal": heal, "text": texts.calibration}
         identities[HEAL] = model
     loaded = {"model": model, "dtype": spec.evaluation.dtype, "device": device, "code": code_digest()}
     identities[PERPLEXITY] = {**loaded, **measured_on}
