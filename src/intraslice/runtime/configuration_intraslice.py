@@ -441,7 +441,9 @@ def dense_config(config: PretrainedConfig) -> PretrainedConfig:
     family = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
     stock = stock_config_class(family)
     values = {**_carried_over(config), **((vars(config)["intraslice"] or {}).get("dense", {}))}
-    return stock(**values, architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]])
+    # Of some text towers transformers has no such class, see `causal_lm_class`.
+    head = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family, f"{class_stem(family)}ForCausalLM")
+    return stock(**values, architectures=[head])
 
 
 def class_names(pruned: type[Any]) -> dict[str, Any]:
