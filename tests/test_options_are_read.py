@@ -100,6 +100,7 @@ TRIALS: dict[str, Trial] = {
     "attention.score": Trial(("fluctuation", "norm")),
     "attention.obs_damping": Trial((50.0,), (_in(attention__score="obs"),)),
     "attention.basis": Trial(("channels", "pca"), (_in("opt"),)),
+    "attention.pair_score": Trial(("energy", "mean_product")),
     "attention.head_budget": Trial(("queries", "weights")),
     "attention.removal_order": Trial(("score", "kept_score"), (_in("opt"),)),
     "attention.measured_on": Trial(("dense_stream", "pruned_stream")),

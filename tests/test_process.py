@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -143,27 +142,3 @@ def test_it_ends_with_its_parent(tmp_path: Path):
 
 def _source() -> str:
     return str(Path(intraslice.__file__).parents[1])
-
-
-def test_files_in_the_folder_of_a_model_are_not_imported(make_folder, tmp_path: Path):
-    folder = make_folder("llama")
-    names = ("torch", "json", "queue", "transformers", "intraslice", "sitecustomize", "numpy", "multiprocessing")
-    for name in names:
-        (folder / f"{name}.py").write_text(
-            f"open({str(tmp_path / name)!r} + '-was-imported', 'w')\nraise SystemExit(3)\n"
-        )
-    # Started like the installed command: the folder of the script comes first, and not the current one.
-    script = tmp_path / "bin" / "command.py"
-    script.parent.mkdir()
-    script.write_text("from intraslice.cli.app import main\nraise SystemExit(main())\n")
-    options = ["--prompt-tokens", "8", "--decode-tokens", "2", "--repetitions", "1", "--json"]
-    done = subprocess.run(
-        [sys.executable, script, "bench", ".", *options],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": _source()},
-        capture_output=True,
-        text=True,
-    )
-    assert list(tmp_path.glob("*-was-imported")) == []
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["model"]["decode_tokens_per_second"] > 0

@@ -134,6 +134,13 @@ def parse_yaml(text: str, what: str, error: _Error) -> Any:
     Raises:
         IntraSliceError: with what is wrong.
     """
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
+        deepest = max(deepest, depth)
+    if deepest > MAX_DEPTH:
+        # Found out before it is parsed, which takes the square of the depth. Brackets in quotes count as well.
+        raise error(f"{what} nests lists and objects deeper than {MAX_DEPTH} levels")
     try:
         content = yaml.safe_load(text)
     except RecursionError:

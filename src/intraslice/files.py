@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from intraslice.errors import OutputError
+from intraslice.errors import OutputError, RecipeError
+
+_RESERVED_AT_ONCE = 1 << 24
 
 
 def write_text(path: Path, text: str) -> None:
@@ -38,6 +40,43 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def reserve(path: Path, num_bytes: int) -> None:
+    """Make a file of this size whose space on the disk is really there.
+
+    A mapped file without it kills the process when the disk turns out to be full in the middle of the work.
+
+    Args:
+        path: the file; what it holds is lost, its folder exists.
+        num_bytes: its size.
+
+    Raises:
+        OutputError: the disk is too full, or the file cannot be written; nothing is left behind.
+    """
+    try:
+        with writing(path), open(path, "wb") as file:
+            if not _allocated(file.fileno(), num_bytes):
+                zeros = bytes(min(num_bytes, _RESERVED_AT_ONCE))
+                for begin in range(0, num_bytes, _RESERVED_AT_ONCE):
+                    file.write(zeros[: num_bytes - begin])
+    except OutputError:
+        if path.is_file():
+            path.unlink()
+        raise
+
+
+def _allocated(descriptor: int, num_bytes: int) -> bool:
+    """Let the file system reserve the space; return False where system or file system cannot."""
+    if num_bytes == 0 or not hasattr(os, "posix_fallocate"):
+        return False
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        raise
+    return True
+
+
 def check_replaced(path: Path, begins: str) -> None:
     """Refuse to write over a file that is something else than what it is replaced by.
 
@@ -57,6 +96,20 @@ def check_replaced(path: Path, begins: str) -> None:
             raise OutputError(
                 f"{str(path)!r} exists and is something else than what would be written there; give another name"
             )
+
+
+def check_home(name: str) -> None:
+    """Refuse a path in the home folder of somebody who has none here.
+
+    Raises:
+        RecipeError: with the name.
+    """
+    try:
+        Path(name).expanduser()
+    except RuntimeError:
+        raise RecipeError(
+            f"there is no home folder for {Path(name).parts[0]!r} in {name!r}; write the whole path."
+        ) from None
 
 
 @contextmanager

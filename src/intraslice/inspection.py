@@ -13,6 +13,7 @@ from intraslice.border import foreign
 from intraslice.checkpoint.composite import is_composite, text_config
 from intraslice.checkpoint.config_file import read_config_data
 from intraslice.checkpoint.folder import check_family, composite_reason, is_pruned_config
+from intraslice.checkpoint.ownership import Verification, check_intact, verify_folder
 from intraslice.checkpoint.shipped_code import CodeState, code_in
 from intraslice.errors import CheckpointError, UnsupportedModelError
 from intraslice.loading import count_parameters, load_whole_config
@@ -154,6 +155,28 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
         code=code,
         code_digest=digest,
     )
+
+
+def verify_model(name: str) -> Verification:
+    """Compare every file of a checkpoint with what was written.
+
+    Args:
+        name: folder of a checkpoint, or of what was exported or healed.
+
+    Raises:
+        CheckpointError: a file has changed or is missing, or the folder does not say what was written.
+    """
+    folder = expanded(name)
+    if not folder.is_dir():
+        raise CheckpointError(f"{name!r} is no folder, so that there is nothing to verify; give a checkpoint folder.")
+    check_intact(folder, name)
+    found = verify_folder(folder, name)
+    problems = [f"{file!r} of {name!r} is not what was written" for file in found.changed]
+    problems += [f"{file!r} of {name!r} is missing" for file in found.missing]
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise CheckpointError(f"{problems[0]}{more}; the weights are what was written.")
+    return found
 
 
 def _check_dense(data: dict[str, Any], name: str) -> None:

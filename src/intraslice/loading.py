@@ -13,6 +13,7 @@ from intraslice.checkpoint.composite import load_arguments, text_config
 from intraslice.checkpoint.config_file import check_layers, make_config, read_config_data
 from intraslice.checkpoint.folder import StoredTensor, read_headers, weight_files
 from intraslice.checkpoint.gguf import read_gguf_config
+from intraslice.checkpoint.ownership import check_intact
 from intraslice.checkpoint.source import config_folder, find_built_in, resolve_model
 from intraslice.checkpoint.tokenizer import open_tokenizer
 from intraslice.errors import CheckpointError
@@ -97,13 +98,15 @@ def load_model(
         progress: shows the conversion of a GGUF file.
 
     Raises:
-        CheckpointError: the model is missing, corrupt, unsafe, or its weights do not fit its config.
+        CheckpointError: the model is missing, corrupt, unsafe, its weights do not fit its config, or a checkpoint that
+            lists its files does not hold what was written.
         RecipeError: dtype or device is unknown.
     """
     register()
     chosen_device = choose_device(device)
     chosen_dtype: Any = "auto" if dtype == "auto" else dtype_from_name(dtype)
     folder = resolve_model(name, revision=revision, progress=progress)
+    check_intact(folder, name)
     # Also finds truncated files, and refuses pickles.
     tensors = read_headers(folder, name)
     config = _config(folder, name, tensors, trust_remote_code)

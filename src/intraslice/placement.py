@@ -50,6 +50,20 @@ def choose_device(name: str = "auto") -> torch.device:
     raise RecipeError(f"device {name!r} is not available (accelerator here: {present}); use --device auto.")
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with this many threads of the CPU in the block: sums are rounded differently with another number."""
+    before = torch.get_num_threads()
+    if count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where tensors live and in which precision the work is done.

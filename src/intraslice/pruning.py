@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ from intraslice.checkpoint.composite import load_arguments
 from intraslice.checkpoint.gguf import cache_folder
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.source import open_checkpoint
-from intraslice.checkpoint.writer import check_output
+from intraslice.checkpoint.workfolder import settle
+from intraslice.checkpoint.writer import check_apart, check_output
 from intraslice.data.calibration import Calibration, load_calibration
-from intraslice.data.mixture import check_source, is_sampled
+from intraslice.data.mixture import check_source, is_sampled, parse_source
 from intraslice.data.windows import first_token
 from intraslice.engine.run import Job, batch_size, prune_checkpoint
 from intraslice.engine.rundir import interrupted_sparsity
-from intraslice.errors import OutputError, RecipeError
+from intraslice.errors import RecipeError
 from intraslice.inspection import ModelInfo, compute_width, estimate_peak_bytes, family_of, inspect_model
 from intraslice.layers.decoder import norms_come_first
 from intraslice.loading import load_config
@@ -49,7 +49,8 @@ def prune_recipe(
     if recipe.output is None:
         raise RecipeError("no output is given; name the folder to write with -o.")
     output = folder or expanded(recipe.output)
-    _check_output_apart(recipe.model, output)
+    check_apart(output, inputs_of(recipe))
+    settle(output)
     check_output(output, overwrite)
     # Before the model is opened, which may mean a long download: a wrong name must answer at once.
     check_source(recipe.calibration.source)
@@ -229,11 +230,10 @@ def _check_composite(recipe: Recipe, model_type: str | None) -> None:
         )
 
 
-def _check_output_apart(model: str, output: Path) -> None:
-    source = expanded(model)
-    # realpath, because resolve stops at links that go round in circles.
-    if source.exists() and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(output)):
-        raise OutputError(f"the output {str(output)!r} would replace the input model; choose another folder.")
+def inputs_of(recipe: Recipe) -> dict[str, str]:
+    """Return what a prune reads, by what messages call it; what is no file or folder of this machine is among it."""
+    parts = parse_source(recipe.calibration.source)
+    return {"input model": recipe.model, **{f"calibration text ({part.source})": part.source for part in parts}}
 
 
 @dataclass(frozen=True, kw_only=True)

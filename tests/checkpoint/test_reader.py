@@ -78,7 +78,8 @@ def test_shards_hold_the_same_model(tiny_folder: Folder, tmp_path: Path) -> None
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     assert not (tmp_path / "model.safetensors").exists()
     sharded = open_folder(tmp_path)
-    assert sharded.fingerprint() == open_folder(whole).fingerprint()
+    before, now = open_folder(whole).identity(), sharded.identity()
+    assert {**now, "files": None} == {**before, "files": None}  # saved without a tokenizer
     assert torch.equal(sharded.load_rest()["lm_head.weight"], model.lm_head.weight)
 
 

@@ -27,6 +27,7 @@ from intraslice.checkpoint.writer import (
     save_side_files,
     shard_names,
 )
+from intraslice.digests import file_digest
 from intraslice.errors import OutputError
 from intraslice.files import write_text
 from intraslice.runtime import RUNTIME_FILES
@@ -56,8 +57,7 @@ def write_layers(folder: Path, checkpoint_folder: Path) -> tuple[list[Path], lis
 
 def test_other_readers_read_what_is_written(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file.safetensors"
-    nbytes = write_tensors(path, TENSORS)
-    assert path.stat().st_size == nbytes
+    assert write_tensors(path, TENSORS) == file_digest(path)
     loaded = load_file(path)
     assert loaded.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():

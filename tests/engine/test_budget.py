@@ -62,7 +62,7 @@ def test_what_is_carried_on_is_what_was_planned_less_what_was_kept(method, tiny_
         out = tmp_path / str(stop)
         with pytest.raises(KeyboardInterrupt):
             prune(folder, out, method, sparsity=0.35, progress=StopAt("layers", stop), **COARSE)
-        manifest = json.loads((tmp_path / f"{stop}.partial" / "manifest.json").read_text())
+        manifest = json.loads((tmp_path / f"{stop}.partial" / "manifest.json").read_text())["state"]
         assert len(manifest["records"]) == stop + 1
         keep = Allocation.from_dict(manifest["plan"]).keep
         dense = {"attention": 2 * 32 * 4 * (8 + 4), "ffn": 3 * 32 * 64}

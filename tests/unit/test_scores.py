@@ -94,6 +94,18 @@ def test_the_feature_score_has_what_gate_and_up_read_and_keeps_the_lowest_percen
     torch.testing.assert_close(found[others], plain[others])
 
 
+def test_leverage_is_what_the_other_channels_cannot_say(x):
+    """diag(G (G + lambda I)^-1) = 1 - lambda / (least squared norm of a damped combination that has the channel)."""
+    moment, damping = x.T @ x, 0.05
+    strength = damping * float(moment.diagonal().mean())
+    found = scores.leverage_scores(moment, damping)
+    for i in range(C):
+        others = [j for j in range(C) if j != i]
+        damped = moment[others][:, others] + strength * torch.eye(C - 1, dtype=torch.float64)
+        left = moment[i, i] + strength - moment[i, others] @ torch.linalg.solve(damped, moment[others, i])
+        assert found[i] == pytest.approx(1.0 - strength / float(left))
+
+
 def test_head_scores_are_the_correlations_without_the_head(x, w):
     found = scores.HeadCorrelation(x.T @ x, x.sum(0), N, w, HEADS).scores()
     for head in range(HEADS):

@@ -124,6 +124,24 @@ def low_rank_scores(query_dd: Tensor, key_dd: Tensor, rank: int) -> tuple[Tensor
     return query_basis, key_basis
 
 
+def low_rank_product(moment_dd: Tensor, reader_gram_dd: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A [d, r] and B [r, d] such that V A B W^T is the best approximation of V W^T of this rank.
+
+    With V^T V = R R^T the product is Q R^T W^T with orthonormal Q, so A = R^-T U_r and B = U_r^T R^T with the leading
+    left singular vectors U_r of R^T W^T, which are the eigenvectors of R^T (W^T W) R; B A = I.
+
+    Args:
+        moment_dd: V^T V, the second moment of the values of one kv head.
+        reader_gram_dd: W^T W of the output weights that read them, summed over the query heads of the kv head.
+        rank: r.
+    """
+    width = moment_dd.shape[0]
+    scale = moment_dd.diagonal().mean().clamp_min(torch.finfo(moment_dd.dtype).tiny)
+    root = torch.linalg.cholesky(moment_dd + 1e-8 * scale * torch.eye(width, dtype=moment_dd.dtype))
+    leading = eigh_descending(root.T @ reader_gram_dd @ root)[1][:, :rank]
+    return torch.linalg.solve_triangular(root.T, leading, upper=True), leading.T @ root.T
+
+
 def rotate_blocks(vectors_NC: Tensor, bases_bww: Tensor) -> Tensor:
     """Multiply rows [N, C] by a block-diagonal matrix given as blocks [C / w, w, w]; Paper: g Q_s in Eq. 11."""
     blocks, width, _ = bases_bww.shape

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from intraslice.checkpoint.config_file import check_layers, make_config, read_co
 from intraslice.checkpoint.missing import missing_features
 from intraslice.checkpoint.tensorfile import StoredTensor
 from intraslice.checkpoint.writer import INDEX_FILE, WEIGHTS_FILE
+from intraslice.digests import range_digest
 from intraslice.errors import CheckpointError, UnsupportedModelError
 from intraslice.runtime.families_intraslice import FAMILIES
 
@@ -220,3 +222,23 @@ def data_offsets(path: Path) -> dict[str, tuple[int, int]]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
+
+
+def with_digests(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the tensors with the digests of their bytes; reads all weights, a few megabytes in memory at a time.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError, KeyError: it is not the file any more whose header was read.
+    """
+    found: dict[str, StoredTensor] = {}
+    by_file: dict[Path, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_file.setdefault(tensor.path, []).append(name)
+    for path, names in by_file.items():
+        offsets = data_offsets(path)
+        with open(path, "rb") as file:
+            for name in sorted(names, key=lambda name: offsets[tensors[name].name]):
+                digest = range_digest(file, *offsets[tensors[name].name])
+                found[name] = replace(tensors[name], digest=digest)
+    return {name: found[name] for name in tensors}

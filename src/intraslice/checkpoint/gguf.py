@@ -124,7 +124,7 @@ def _convert(reader: Any, path: Path, name: str, folder: Path, progress: Progres
     with progress.step(f"Converting {name}", total) as advance, open(path, "rb") as file:
         for file_name, keys in zip(file_names, shards, strict=True):
             with TensorFile(folder / file_name, {key: slots[key] for key in keys}) as shard:
-                for key in keys:
+                for key in shard.names:
                     weight = _dequantize(file, sources[key], shapes[key], name)
                     shard.write(key, _restored(weight, sources[key].name, _architecture(reader), config))
                     advance(slots[key].nbytes)

@@ -13,6 +13,7 @@ from torch import Tensor
 from intraslice.checkpoint.composite import is_composite, text_config, text_tensors
 from intraslice.checkpoint.config_file import CONFIG_FILE, check_layers, make_config, read_config_data
 from intraslice.checkpoint.folder import StoredTensor, read_headers
+from intraslice.checkpoint.ownership import check_intact
 from intraslice.checkpoint.tensorfile import DTYPES
 from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
 from intraslice.layers.state_dict import NeutralLayer, split_layer
@@ -162,6 +163,7 @@ def open_pruned(model: str) -> PrunedCheckpoint:
     folder = expanded(model)
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(f"{model!r} is not a checkpoint folder; give the output folder of 'intraslice prune'.")
+    check_intact(folder, model)
     data = read_config_data(folder, model)
     tower = data.get("text_config")
     if not any("intraslice" in part for part in (data, tower) if isinstance(part, dict)):

@@ -6,10 +6,10 @@ is opened; NaN and Inf are found when a tensor is loaded.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from safetensors import safe_open
 
 from intraslice.border import foreign
 from intraslice.checkpoint.composite import Composite, take_apart, text_tensors
-from intraslice.checkpoint.folder import check_architecture, composites, data_offsets, read_config, read_headers
-from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor
+from intraslice.checkpoint.folder import check_architecture, composites, read_config, read_headers, with_digests
+from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor, read_stored
 from intraslice.checkpoint.tokenizer import open_tokenizer
-from intraslice.errors import CheckpointError, NumericalError, UnsupportedModelError
+from intraslice.checkpoint.writer import side_files
+from intraslice.digests import bytes_digest, file_digest
+from intraslice.errors import CheckpointError, NumericalError, UnsupportedModelError, one_line
 from intraslice.runtime.configuration_intraslice import dense_shapes
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
 
@@ -29,8 +31,6 @@ OUTPUT_EMBEDDING = "lm_head.weight"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Llama checkpoints of 2023 carry this buffer; every version of transformers since then computes it.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
-_SAMPLE_BYTES = 1024
-_SAMPLES_PER_TENSOR = 4
 
 
 class Checkpoint:
@@ -66,6 +66,7 @@ class Checkpoint:
         self.composite = composite
         self.tied = bool(config.tie_word_embeddings)
         self._tensors = tensors
+        self._identity: dict[str, Any] | None = None
         self._check_against_config()
         with foreign(f"config.json of {name!r} is not valid", CheckpointError):
             dense_shapes(config, spec)
@@ -138,42 +139,76 @@ class Checkpoint:
         config = self.config if self.composite is None else self.composite.config
         return open_tokenizer(self.folder, self.name, config, trust_remote_code=self.trust_remote_code)
 
-    def fingerprint(self) -> str:
-        """Return a sha256 of the config and of names, dtypes, shapes and sampled bytes of all tensors.
+    def identity(self) -> dict[str, Any]:
+        """Return digests of everything that decides what the model is: "config", "weights" and the other "files".
 
-        Cheap on a checkpoint of any size; independent of the folder's name and of how tensors are sharded.
+        All bytes of all weights are read, the first time; independent of the folder's name and of how tensors are
+        sharded. What is loaded from then on is compared with it.
+
+        Raises:
+            CheckpointError: a file cannot be read.
         """
-        digest = hashlib.sha256()
+        if self._identity is None:
+            self._identity = self._read_identity()
+        return self._identity
+
+    def fingerprint(self) -> str:
+        """Return the digest of `identity`.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        return bytes_digest(json.dumps(self.identity(), sort_keys=True).encode())
+
+    def _read_identity(self) -> dict[str, Any]:
         config = self.config if self.composite is None else self.composite.config
-        digest.update(json.dumps(_plain_config(config), sort_keys=True).encode())
+        try:
+            self._tensors = with_digests(self._tensors)
+            if self.composite is not None:
+                self.composite = replace(self.composite, tensors=with_digests(self.composite.tensors))
+            files = self._side_files()
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.name!r} cannot be read any more: {one_line(error)}") from error
         tensors = {**self._tensors, **self.carried}
-        by_file: dict[Path, list[str]] = {}
-        for name in sorted(tensors):
-            by_file.setdefault(tensors[name].path, []).append(name)
-        samples: dict[str, bytes] = {}
-        for path, names in by_file.items():
-            offsets = data_offsets(path)
-            with open(path, "rb") as file:
-                for name in names:
-                    begin, end = offsets[tensors[name].name]
-                    step = max((end - begin - _SAMPLE_BYTES) // (_SAMPLES_PER_TENSOR - 1), 1)
-                    for k in range(_SAMPLES_PER_TENSOR):
-                        position = min(begin + k * step, max(end - _SAMPLE_BYTES, begin))
-                        file.seek(position)
-                        samples[name] = samples.get(name, b"") + file.read(min(_SAMPLE_BYTES, end - position))
-        for name in sorted(tensors):
-            tensor = tensors[name]
-            digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + samples[name])
-        return digest.hexdigest()
+        lines = [f"{name} {found.dtype} {found.shape} {found.digest}" for name, found in sorted(tensors.items())]
+        return {
+            "config": bytes_digest(json.dumps(_plain_config(config), sort_keys=True).encode()),
+            "weights": bytes_digest("\n".join(lines).encode()),
+            "files": files,
+        }
+
+    def _side_files(self) -> dict[str, str]:
+        paths = side_files(self.folder, composite=self.composite is not None)
+        return {path.name: file_digest(path) for path in paths}
+
+    def check_side_files(self) -> None:
+        """Refuse to copy files that are not those that `identity` has found.
+
+        Raises:
+            CheckpointError: with the first one that has changed.
+        """
+        before, now = self.identity()["files"], self._side_files()
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise CheckpointError(
+                    f"{name!r} of {self.name!r} has changed during the run; put it back, and repeat the command with "
+                    "--resume."
+                )
+
+    def check_unchanged(self) -> None:
+        """Read everything again, and refuse to go on if anything has changed since `identity`.
+
+        Raises:
+            CheckpointError: the model is another one now.
+        """
+        before, self._identity = self.identity(), None
+        if self.identity() != before:
+            raise CheckpointError(
+                f"{self.name!r} has changed while it was in use; put it back, and repeat the command with --resume."
+            )
 
     def _load(self, name: str, where: str = "") -> torch.Tensor:
-        stored = self._tensors[name]
-        # One opening a tensor: pages of the mapped file count as resident until it is closed.
-        with (
-            foreign(f"cannot read {name!r} from {str(stored.path)!r}", CheckpointError),
-            safe_open(stored.path, framework="pt") as file,
-        ):
-            tensor = file.get_tensor(stored.name).clone()
+        tensor = read_stored(self._tensors[name])
         if tensor.numel():
             # The extremes are NaN if any element is, and need no memory, unlike isfinite on the whole tensor.
             low, high = torch.aminmax(tensor)

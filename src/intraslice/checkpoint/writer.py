@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from intraslice.checkpoint.ownership import check_ours, write_list
-from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor, TensorFile, TensorSlot, read_slots
+from intraslice.checkpoint.ownership import check_ours, delete_published, write_list
+from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor, TensorFile, TensorSlot, read_slots, read_stored
 from intraslice.errors import OutputError
 from intraslice.files import write_text, writing
+from intraslice.names import expanded
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+OLD = "old"
+"""Name, in a work folder, of an output that is being replaced."""
+
+_GENERATION = "generation_config.json"
 # Licence files travel with the weights because most model licences ask for it.
 SIDE_PATTERNS = (
     "tokenizer*.json",
@@ -75,22 +77,22 @@ def assemble(
         OutputError: the disk is full or the folder cannot be written.
     """
     slots = {name: TensorSlot(tensor.dtype, tuple(tensor.shape)) for name, tensor in rest.items()}
-    origin: dict[str, tuple[Path, str]] = {}
+    origin: dict[str, StoredTensor] = {}
     for path, prefix in zip(layer_files, layer_prefixes, strict=True):
         for name, slot in read_slots(path).items():
             slots[prefix + name] = slot
-            origin[prefix + name] = (path, name)
+            origin[prefix + name] = StoredTensor(path, name, "", slot.shape)
     for name, tensor in (carried or {}).items():
         slots[name] = TensorSlot(DTYPES[tensor.dtype], tensor.shape)
-        origin[name] = (tensor.path, tensor.name)
+        origin[name] = tensor
 
     shards = plan_shards(slots, max_shard_bytes)
     file_names = shard_names(len(shards))
     written = 0
     for file_name, names in zip(file_names, shards, strict=True):
         with TensorFile(folder / file_name, {name: slots[name] for name in names}) as file:
-            for name in names:
-                file.write(name, rest[name] if name in rest else _read_one(*origin[name]))
+            for name in file.names:
+                file.write(name, rest[name] if name in rest else read_stored(origin[name]))
         written += file.nbytes
     if len(shards) > 1:
         write_index(folder, dict(zip(file_names, shards, strict=True)), slots)
@@ -146,21 +148,27 @@ def save_side_files(folder: Path, config: Any, tokenizer_source: Path, *, runtim
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(folder)
-        generation = tokenizer_source / "generation_config.json"
-        if generation.is_file():
-            shutil.copyfile(generation, folder / generation.name)
-        else:
+        if not (tokenizer_source / _GENERATION).is_file():
             GenerationConfig.from_model_config(config).save_pretrained(folder)
-        composite = getattr(config, "text_config", None) is not None
-        for pattern in SIDE_PATTERNS + (PROCESSOR_PATTERNS if composite else ()):
-            for path in sorted(tokenizer_source.glob(pattern)):
-                if path.is_file():
-                    shutil.copyfile(path, folder / path.name)
+        for path in side_files(tokenizer_source, composite=getattr(config, "text_config", None) is not None):
+            shutil.copyfile(path, folder / path.name)
         if runtime_files:
             from intraslice.runtime import RUNTIME_FILES
 
             for path in RUNTIME_FILES:
                 shutil.copyfile(path, folder / Path(path).name)
+
+
+def side_files(folder: Path, *, composite: bool) -> list[Path]:
+    """Return the files of a dense model that a pruned one takes over as they are.
+
+    Args:
+        folder: of the dense model.
+        composite: whether it is a composite model.
+    """
+    patterns = (_GENERATION, *SIDE_PATTERNS, *(PROCESSOR_PATTERNS if composite else ()))
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found)
 
 
 def check_output(out: Path, overwrite: bool, *, source: Path | None = None) -> None:
@@ -192,63 +200,54 @@ def check_output(out: Path, overwrite: bool, *, source: Path | None = None) -> N
         raise OutputError(f"output {str(out)!r} cannot be made: {str(parent)!r} is not a writable folder")
 
 
-def publish(temp: Path, out: Path, overwrite: bool) -> None:
+def check_apart(output: Path, inputs: Mapping[str, str | Path]) -> None:
+    """Refuse an output that would replace, or whose work folder holds, what is read.
+
+    Args:
+        output: the folder to write.
+        inputs: what is read, by what it is called; names of things that are no files or folders here are passed over.
+
+    Raises:
+        OutputError: with the first input that lies there.
+    """
+    # realpath, because resolve stops at links that go round in circles.
+    replaced = [os.path.realpath(folder) for folder in (output, output.with_name(f"{output.name}.partial"))]
+    for what, given in inputs.items():
+        path = expanded(str(given))
+        real = Path(os.path.realpath(path))
+        if os.path.lexists(path) and any(real.is_relative_to(folder) for folder in replaced):
+            raise OutputError(
+                f"the output {str(output)!r} would replace the {what}, {str(given)!r}, which lies in it or in its work "
+                "folder; choose another output."
+            )
+
+
+def publish(temp: Path, out: Path, overwrite: bool, *, attic: Path | None = None, run: str = "") -> None:
     """Give a finished folder its final name.
 
     Args:
         temp: finished folder on the same file system as `out`.
         out: final name.
         overwrite: replace an existing checkpoint; the old one is removed only after the new one is in place.
+        attic: where the old one is in between; beside `temp` unless given.
+        run: what wrote the folder; stands in its list of files.
 
     Raises:
         OutputError: `out` exists and may not be replaced, or the rename fails; `temp` is left as it is.
     """
     check_output(out, overwrite)
     if temp.is_dir():
-        write_list(temp)
+        write_list(temp, run)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         if not out.exists():
             os.replace(temp, out)
             return
-        attic = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.absolute().parent))
-        os.replace(out, attic / out.name)
+        attic = attic or temp.with_name(OLD)
+        os.replace(out, attic)
         try:
             os.replace(temp, out)
-        except OSError:
-            os.replace(attic / out.name, out)
-            attic.rmdir()
+        except BaseException:
+            os.replace(attic, out)
             raise
-        shutil.rmtree(attic)
-
-
-@contextmanager
-def staged_folder(output: Path, overwrite: bool, *, source: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `output` at the end; after an error nothing is left of it.
-
-    Args:
-        output: final name.
-        overwrite: replace an existing output.
-        source: folder of the checkpoint; it is never replaced.
-
-    Raises:
-        OutputError: `output` may not be replaced, or cannot be written.
-    """
-    check_output(output, overwrite, source=source)
-    parent = output.absolute().parent
-    with writing(output):
-        parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{output.absolute().name}.partial-", dir=parent))
-        # A folder inside, because mkdtemp makes one that nobody else may read.
-        staging = scratch / output.absolute().name
-        staging.mkdir()
-    try:
-        yield staging
-        publish(staging, output, overwrite)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _read_one(path: Path, name: str) -> torch.Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+        delete_published(attic)

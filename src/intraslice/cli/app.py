@@ -9,7 +9,6 @@ import errno
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import cast
 
 import typer
@@ -18,6 +17,7 @@ from intraslice.border import printable
 from intraslice.cli import bench, compare, evaluate, export, heal, inspect, prune, report
 from intraslice.cli.console import complain, interrupted, log_json, stop_signals
 from intraslice.errors import IntraSliceError, RecipeError, one_line
+from intraslice.files import check_home
 
 ERROR_STATUS = 2
 MAX_ARGUMENT = 1 << 16
@@ -114,12 +114,7 @@ def _check_readable(arguments: Sequence[str]) -> None:
                 f"an argument has {len(argument)} characters, and none needs more than {MAX_ARGUMENT}; it begins with "
                 f"{argument[:40]!r}."
             )
-        try:
-            Path(argument).expanduser()
-        except RuntimeError:
-            raise RecipeError(
-                f"there is no home folder for {Path(argument).parts[0]!r} in {argument!r}; write the whole path."
-            ) from None
+        check_home(argument)
 
 
 def _fail(sentence: str, as_json: bool) -> int:

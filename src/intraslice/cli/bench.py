@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from intraslice.speed.timing import Spread
 
 
+MAX_DIGITS = 9
+"""Of a number in a list; no prompt is longer."""
+
+
 def bench(
     model: Annotated[str, typer.Argument(help="Dense or pruned: folder, hub id, .gguf file or smollm2-135m.")],
     against: Annotated[
@@ -84,8 +88,10 @@ def bench(
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...]:
     parts = [] if text is None else [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise RecipeError(f"{option} takes whole numbers separated by commas, for example 512,2048; got {text!r}")
+    if not all(part.isdecimal() and len(part) <= MAX_DIGITS for part in parts):
+        raise RecipeError(
+            f"{option} takes whole numbers separated by commas, for example 512,2048; got {str(text)[:80]!r}"
+        )
     return tuple(map(int, parts))
 
 

@@ -37,6 +37,8 @@ from intraslice.results.sites import short_site_title
 if TYPE_CHECKING:
     from intraslice.runtime.families_intraslice import LayerShape
 
+MAX_LINE = 100_000
+"""Characters of a line of a result: a row of a table may be long."""
 MAX_NOTE = 2000
 """Characters of a line of progress."""
 
@@ -146,7 +148,8 @@ class ConsoleProgress:
         self._stop = threading.Event()
         self._bars = RichBars(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            # Words of a stranger may be in it, which are no markup.
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             _Rate(),
@@ -165,7 +168,9 @@ class ConsoleProgress:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._bars.stop()
+        # Without a terminal it was not started, and would leave an empty line.
+        if self._bars.live.is_started:
+            self._bars.stop()
 
     @contextmanager
     def step(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -240,17 +245,22 @@ def log_json(event: str, **fields: Any) -> None:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table whose columns are aligned to the right, but for the first."""
     # As narrow as it gets: ten columns have to fit into 80 characters.
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=_words(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        table.add_column(_words(column), justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_words, row))
     _output().print(table)
+
+
+def _words(text: str) -> Text:
+    """Return a text that is shown as it is, whatever brackets and signs of control are in it."""
+    return Text(printable(text, MAX_NOTE))
 
 
 def print_line(line: str) -> None:
     """Print a line on standard output."""
-    _output().print(line, markup=False, highlight=False, soft_wrap=True)
+    _output().print(printable(line, MAX_LINE), markup=False, highlight=False, soft_wrap=True)
 
 
 def _output() -> Console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,17 +21,26 @@ def inspect(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Compare every file with what was written; needs a checkpoint folder."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the shapes as JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Show the shape of each layer; no weights are loaded."""
-    from intraslice.inspection import inspect_model
+    """Show the shape of each layer; without --verify no weights are read."""
+    from intraslice.inspection import inspect_model, verify_model
 
+    verified = verify_model(model) if verify else None
     info = inspect_model(model, revision=revision, trust_remote_code=trust_remote_code)
     if as_json:
-        write_json(info.to_dict())
-    else:
-        _print(info)
+        write_json(info.to_dict() if verified is None else {**info.to_dict(), "verified": asdict(verified)})
+        return
+    _print(info)
+    if verified is not None:
+        print_line(f"verified            {count(len(verified.intact))} files are what was written")
+        for name in verified.others:
+            print_line(f"not of this run     {name}")
 
 
 def _print(info: ModelInfo) -> None:

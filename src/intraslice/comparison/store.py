@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +11,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from intraslice.checkpoint.ownership import delete_published
+from intraslice.checkpoint.workfolder import WorkFolder, work_path
 from intraslice.comparison.cells import PRUNE, Work, digest
+from intraslice.digests import SEAL, UNSEALED, is_sealed, seal
 from intraslice.errors import CheckpointError, OutputError
-from intraslice.files import write_text
+from intraslice.files import write_text, writing
 from intraslice.results.result import RESULT_FILE, PruneResult
 
 
@@ -51,21 +53,27 @@ class Store:
 
     def part(self, name: str, identity: dict[str, Any]) -> Any:
         """Return the result of a finished part, or None."""
-        content = _read(self._part_path(name, identity))
-        return None if content is None else content["result"]
+        path = self._part_path(name, identity)
+        content = _read(path)
+        if content is None:
+            return None
+        if content["identity"] != json.loads(json.dumps(identity)):
+            raise CheckpointError(f"{str(path)!r} was measured for something else; delete it to measure it again.")
+        return content["result"]
 
     def keep_part(self, name: str, identity: dict[str, Any], result: Any) -> None:
         """Write the result of a part, with what decided it."""
         content = {"identity": identity, "result": result}
-        write_text(self._part_path(name, identity), json.dumps(content, indent=1))
+        _write(self._part_path(name, identity), content)
 
     def cell(self, work: Work) -> dict[str, Any] | None:
         """Return a finished cell as it stands in the document, or None."""
-        return _read(self._cell_path(work))
+        content = _read(self._cell_path(work))
+        return None if content is None else content["cell"]
 
     def keep_cell(self, work: Work, cell: dict[str, Any]) -> None:
         """Write a finished cell."""
-        write_text(self._cell_path(work), json.dumps(cell, indent=1))
+        _write(self._cell_path(work), {"cell": cell})
 
     def parts(self, work: Work) -> dict[str, Any]:
         """Return the results of the finished parts of a cell."""
@@ -81,10 +89,13 @@ class Store:
         return self.folder / "checkpoints" / f"{words}-{digest(work.identities[PRUNE])[:8]}"
 
     def drop_checkpoint(self, work: Work) -> None:
-        """Delete the pruned model of a cell, whole or unfinished."""
+        """Delete the pruned model of a cell, whole or unfinished, but nothing that others put into it."""
         folder = self.checkpoint(work)
-        for path in (folder, folder.with_name(folder.name + ".partial")):
-            shutil.rmtree(path, ignore_errors=True)
+        with writing(folder):
+            if folder.is_dir():
+                delete_published(folder)
+            if work_path(folder).is_dir():
+                WorkFolder(folder, "prune").remove()
 
     def _part_path(self, name: str, identity: dict[str, Any]) -> Path:
         return self.folder / "parts" / f"{name}-{digest(identity)}.json"
@@ -93,10 +104,14 @@ class Store:
         return self.folder / "cells" / f"{work.key}.json"
 
 
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, seal(json.dumps({SEAL: UNSEALED, **content}, indent=1)))
+
+
 def _read(path: Path) -> Any:
     if not path.is_file():
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{str(path)!r} is not readable ({error}); delete it to measure it again.") from error
+    content = path.read_bytes()
+    if not is_sealed(content):
+        raise CheckpointError(f"{str(path)!r} is not what was written; delete it to measure it again.")
+    return json.loads(content)

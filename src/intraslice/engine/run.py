@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from intraslice.checkpoint.reader import Checkpoint
-from intraslice.checkpoint.writer import check_output, publish
+from intraslice.checkpoint.workfolder import settle
+from intraslice.checkpoint.writer import check_output
 from intraslice.data.calibration import Calibration
 from intraslice.engine.rundir import RunDir
-from intraslice.engine.stages import FinishStage, LayersStage, PlanStage, Run, Stage, WriteStage
+from intraslice.engine.stages import FinishStage, LayersStage, PlanStage, Run, Stage, WriteStage, versions
 from intraslice.methods.base import Context, Method
 from intraslice.options import RunOptions
-from intraslice.placement import Placement, dtype_name
+from intraslice.placement import Placement, dtype_name, threads
 from intraslice.progress import Progress
 from intraslice.results.result import PruneResult
 from intraslice.streaming.model import StreamedModel
@@ -64,7 +65,7 @@ class Job:
         """Return everything that decides the result."""
         tokens = self.calibration.tokens
         identity = {
-            "model": self.checkpoint.fingerprint(),
+            "model": self.checkpoint.identity(),
             "calibration": {
                 "name": self.calibration.source,
                 "num_samples": tokens.shape[0],
@@ -79,6 +80,7 @@ class Job:
             "compute": dtype_name(placement.compute_dtype),
             "matmul": self.run.matmul,
             "batch_tokens": batch * tokens.shape[1],
+            "versions": versions(),
         }
         return identity if self.budget_from is None else {**identity, "target_speedup": self.budget_from}
 
@@ -124,6 +126,7 @@ def prune_checkpoint(job: Job, stages: Sequence[Stage] | None = None) -> PruneRe
         IntraSliceError: whatever a user can mend; nothing appears under the output then.
     """
     stages = stages or (PlanStage(), LayersStage(), FinishStage(), WriteStage())
+    settle(job.output)
     check_output(job.output, job.overwrite, source=job.checkpoint.folder)
     placement = Placement.choose(job.run.device, job.run.dtype, job.checkpoint.dtype)
     placement.reset_peak()
@@ -137,7 +140,7 @@ def prune_checkpoint(job: Job, stages: Sequence[Stage] | None = None) -> PruneRe
     if work.records or work.plan:
         job.progress.note(f"resuming: {len(work.records)} of {job.checkpoint.num_layers} layers are finished")
     with work:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), threads(work.threads):
             torch.manual_seed(job.calibration.seed)
             context = Context(
                 model=StreamedModel(job.checkpoint, placement, (batch, seqlen)),
@@ -153,7 +156,7 @@ def prune_checkpoint(job: Job, stages: Sequence[Stage] | None = None) -> PruneRe
                 stage.run(run)
                 clock.end_stage(stage.name)
         result = run.finished_result()
-        publish(work.staging, job.output, job.overwrite)
+        work.publish(job.overwrite)
         work.remove()
     return result
 

@@ -1,86 +1,52 @@
-"""The work folder of a run: what is finished, so that an interrupted run goes on where it stopped."""
+"""The work folder of a prune: what is finished, so that an interrupted run goes on where it stopped."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from intraslice.checkpoint.ownership import check_names, delete_ours
-from intraslice.checkpoint.tensorfile import write_tensors
-from intraslice.errors import CheckpointError, IntraSliceError, NumericalError, OutputError, ResumeMismatchError
-from intraslice.files import write_text, writing
-from intraslice.results.result import LayerRecord, layer_record_from_dict
-
-_MANIFEST = "manifest.json"
-_LOCK = ".lock"
-# All that a run, whole or killed, leaves in its work folder.
-_OURS = (
-    *(_MANIFEST, _LOCK, f".{_MANIFEST}.tmp", "gradients.safetensors", ".gradients.safetensors.tmp", "*.bin"),
-    *("layers/?????.safetensors", "layers/.?????.safetensors.tmp", "checkpoint/*"),
-)
+from intraslice.checkpoint.tensorfile import read_tensors, write_tensors
+from intraslice.checkpoint.workfolder import MANIFEST, WorkFolder, work_path
+from intraslice.errors import CheckpointError, IntraSliceError, NumericalError
+from intraslice.results.result import LayerRecord
 
 
-def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dictionaries as one with dotted names, to say precisely which field differs."""
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
+class PruneState(BaseModel):
+    """How far a prune is.
 
-
-def check_identity(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
-    """Refuse to go on with an interrupted run that has begun with other settings.
-
-    Args:
-        old: what decides the result of the interrupted run, flattened.
-        new: the same of this one.
-        path: the work folder.
-
-    Raises:
-        ResumeMismatchError: they differ.
+    Attributes:
+        plan: what is decided for all layers; None before it is.
+        records: of the finished layers, in their order.
+        carry: what the method has to know of them.
+        seconds: spent so far, by all runs together.
+        threads: with which the run computes; another number may round differently.
     """
-    differ = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    # A fingerprint says the least: it is named only when nothing else explains the difference.
-    for name in sorted(differ, key=lambda name: name.endswith("fingerprint"))[:1]:
-        raise ResumeMismatchError(
-            f"the interrupted run in {str(path)!r} has {name} = {old.get(name)!r}, this one has "
-            f"{new.get(name)!r}; repeat the first command with --resume, or pass --overwrite to start again."
-        )
+
+    model_config = ConfigDict(strict=True, extra="forbid", ser_json_inf_nan="constants")
+
+    plan: dict[str, Any] | None
+    records: list[LayerRecord]
+    carry: Any
+    seconds: float
+    threads: int
 
 
 def interrupted_sparsity(output: Path) -> float | None:
     """Return the sparsity of the interrupted run beside `output`, or None when there is none that can be read."""
     try:
-        identity = json.loads((_partial(output) / _MANIFEST).read_text())["identity"]
-    except (FileNotFoundError, json.JSONDecodeError):
+        sparsity = json.loads((work_path(output) / MANIFEST).read_bytes())["identity"]["method.sparsity"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return identity.get("method.sparsity")
-
-
-def _partial(output: Path) -> Path:
-    return output.with_name(output.name + ".partial")
-
-
-def _is_ours(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in _OURS)
+    return sparsity if isinstance(sparsity, float) else None
 
 
 class RunDir:
     """`<output>.partial`: the manifest, what the method keeps, one file per finished layer.
-
-    The manifest is rewritten after each layer, by renaming, so a run killed at any moment leaves a valid one. A lock
-    keeps a second run out, and only files that a run has written are ever deleted.
 
     Args:
         output: the final folder.
@@ -92,51 +58,37 @@ class RunDir:
         OutputError: an interrupted run is there and neither resume nor overwrite was asked for; another run works in
             the folder, or it holds files that no run has written.
         ResumeMismatchError: the interrupted run had another identity.
+        CheckpointError: what it has left is damaged.
     """
 
     def __init__(self, output: Path, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-        self.path = _partial(output)
-        self.staging = self.path / "checkpoint"
-        self._identity = json.loads(json.dumps(flatten(identity)))
+        self._folder = WorkFolder(output, "prune")
+        self.path, self.staging = self._folder.path, self._folder.staging
         self.records: list[LayerRecord] = []
         self.carry: Any = None
         self.plan: dict[str, Any] | None = None
         self.seconds = 0.0
-        self._lock = self._locked()
+        self.threads = torch.get_num_threads()
+        self._digests: dict[str, str] = {}
         try:
-            self._start(resume=resume, overwrite=overwrite)
+            state = self._folder.begin(PruneState, identity, resume=resume, overwrite=overwrite)
+            if state is not None:
+                self._go_on(state)
+            self.save()
         except BaseException:
-            self._lock.release()
+            self._folder.leave()
             raise
 
-    def _locked(self) -> FileLock:
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / _LOCK)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise OutputError(
-                    f"another run is working in {str(self.path)!r}; wait for it, or choose another output."
-                ) from None
-        return lock
-
-    def _start(self, *, resume: bool, overwrite: bool) -> None:
-        manifest = self.path / _MANIFEST
-        if manifest.exists() and resume:
-            self._load(manifest)
-        elif any(path.name != _LOCK for path in self.path.iterdir()):
-            if not overwrite:
-                raise OutputError(
-                    f"an interrupted run is in {str(self.path)!r}; pass --resume to continue it, or --overwrite "
-                    "to start again."
-                )
-            # Without a manifest it is no run of ours, whatever the files are called.
-            begun = manifest.exists()
-            check_names(self.path, lambda name: _is_ours(name) if begun else name in (_LOCK, f".{_MANIFEST}.tmp"))
-            delete_ours(self.path, lambda name: name != _LOCK)
-        shutil.rmtree(self.staging, ignore_errors=True)
-        self.save()
+    def _go_on(self, state: PruneState) -> None:
+        names = [self._name(index) for index in range(len(state.records))]
+        if [record.layer for record in state.records] != list(range(len(names))):
+            raise CheckpointError(
+                f"the manifest of the interrupted run in {str(self.path)!r} does not list its layers in order; pass "
+                "--overwrite to start again."
+            )
+        self.plan, self.records, self.carry = state.plan, state.records, state.carry
+        self.seconds, self.threads = state.seconds, state.threads
+        self._digests = self._folder.digests(names)
 
     def __enter__(self) -> RunDir:
         return self
@@ -144,34 +96,20 @@ class RunDir:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Let others in, and leave nothing when the run was refused before anything worth keeping was finished."""
         finished = self.records or self.plan is not None or any(self.path.glob("*.safetensors"))
-        # The same gradients would fail in the same way again.
-        if kind is not None and issubclass(kind, NumericalError) and not self.records:
+        # A resumed run would do the same and fail in the same way.
+        if kind is not None and issubclass(kind, NumericalError):
             finished = False
         if kind is not None and issubclass(kind, IntraSliceError) and not finished:
             self.remove()
-        self._lock.release()
-
-    def _load(self, manifest: Path) -> None:
-        try:
-            data = json.loads(manifest.read_text())
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{manifest} is not readable ({error}); pass --overwrite to start again.") from error
-        check_identity(data["identity"], self._identity, self.path)
-        self.records = [layer_record_from_dict(record) for record in data["records"]]
-        self.carry = data["carry"]
-        self.seconds = data["seconds"]
-        self.plan = data["plan"]
+        else:
+            self._folder.leave()
 
     def save(self) -> None:
         """Write the manifest."""
-        data = {
-            "identity": self._identity,
-            "plan": self.plan,
-            "records": [asdict(record) for record in self.records],
-            "carry": self.carry,
-            "seconds": self.seconds,
-        }
-        write_text(self.path / _MANIFEST, json.dumps(data, indent=1))
+        state = PruneState(
+            plan=self.plan, records=self.records, carry=self.carry, seconds=self.seconds, threads=self.threads
+        )
+        self._folder.save(state, self._digests)
 
     def keep_plan(self, plan: dict[str, Any], seconds: float) -> None:
         """Store what is decided for all layers."""
@@ -179,22 +117,47 @@ class RunDir:
         self.seconds = seconds
         self.save()
 
+    @staticmethod
+    def _name(index: int) -> str:
+        return f"layers/{index:05d}.safetensors"
+
     def layer_path(self, index: int) -> Path:
-        """Return the file of one finished layer."""
-        return self.path / "layers" / f"{index:05d}.safetensors"
+        """Return the file of one finished layer.
+
+        Raises:
+            CheckpointError: it is not what was written.
+        """
+        return self._folder.check(self._name(index))
+
+    def load_layer(self, index: int) -> dict[str, Tensor]:
+        """Return the tensors of one finished layer, by name within the layer.
+
+        Raises:
+            CheckpointError: they are not what was written.
+        """
+        return read_tensors(self.layer_path(index))
 
     def commit(self, record: LayerRecord, tensors: dict[str, Tensor], carry: Any, seconds: float) -> None:
         """Store a finished layer: first its tensors, then the manifest that names it."""
-        write_tensors(self.layer_path(record.layer), tensors)
+        name = self._name(record.layer)
+        self._digests[name] = write_tensors(self.path / name, tensors)
         self.records.append(record)
         self.carry = carry
         self.seconds = seconds
         self.save()
 
+    def forget_layers(self) -> None:
+        """Begin with the first layer again: the plan is all that is kept."""
+        self.records, self.carry, self._digests = [], None, {}
+
+    def publish(self, overwrite: bool) -> None:
+        """Give the finished checkpoint its name.
+
+        Raises:
+            OutputError: the output exists and may not be replaced, or cannot be written.
+        """
+        self._folder.publish(overwrite)
+
     def remove(self) -> None:
         """Delete the work folder, but nothing that others put into it."""
-        delete_ours(self.path, lambda name: _is_ours(name) and name != _LOCK)
-        self._lock.release()
-        (self.path / _LOCK).unlink(missing_ok=True)
-        if not os.listdir(self.path):
-            self.path.rmdir()
+        self._folder.remove()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from intraslice.checkpoint.tensorfile import count_parameters
 from intraslice.checkpoint.writer import assemble, save_side_files
@@ -24,6 +23,15 @@ from intraslice.runtime.configuration_intraslice import composite_config, pruned
 if TYPE_CHECKING:
     from intraslice.engine.run import Clock, Job
     from intraslice.engine.rundir import RunDir
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes; other ones may round differently."""
+    return {
+        "intraslice": version("intraslice"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 @dataclass(kw_only=True)
@@ -116,14 +124,13 @@ class LayersStage(_Stage):
             context.progress.note(
                 f"{run.job.method_name} goes from layer to layer in one run: the finished ones are made again"
             )
-            work.records.clear()
+            work.forget_layers()
         run.state = method.open(context, work.plan, work.carry if work.records else None)
         model.release()
         with context.progress.step("layers", total=model.num_layers) as advance:
             for index in range(model.num_layers):
                 if index < len(work.records):
-                    tensors = load_file(work.layer_path(index))
-                    layer = model.load_pruned_layer(index, work.records[index].shape, tensors)
+                    layer = model.load_pruned_layer(index, work.records[index].shape, work.load_layer(index))
                     method.replay(context, run.state, index, layer)
                 else:
                     self._one_layer(run, index)
@@ -192,6 +199,7 @@ class WriteStage(_Stage):
             checkpoint.carried,
         )
         run.outside = None
+        checkpoint.check_side_files()
         save_side_files(work.staging, config, checkpoint.folder)
         run.result = self._result(run, written)
 
@@ -218,12 +226,7 @@ class WriteStage(_Stage):
             seconds={},
             peak_memory_bytes=placement.peak_memory_bytes(),
             calibration=run.context.identity["calibration"],
-            versions={
-                "intraslice": version("intraslice"),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            versions={**versions(), "python": platform.python_version()},
             device=str(placement.device),
             dtype=dtype_name(placement.save_dtype),
             recipe=job.recipe,

@@ -12,7 +12,7 @@ from intraslice.errors import RecipeError
 from intraslice.names import expanded
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_WINDOWS = re.compile(r"(?P<source>.+)@(?P<first>\d+)(?:-(?P<last>\d*))?")
+_WINDOWS = re.compile(r"(?P<source>.+)@(?P<first>[0-9]{1,9})(?:-(?P<last>[0-9]{0,9}))?")
 
 
 @dataclass(frozen=True)

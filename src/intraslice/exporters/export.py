@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 
 from intraslice.checkpoint.pruned import open_pruned
+from intraslice.checkpoint.writer import check_apart
 from intraslice.exporters.options import ExportOptions, ExportReport
 from intraslice.exporters.registry import check_options, find_exporter
 from intraslice.progress import Progress, SilentProgress
@@ -28,6 +29,9 @@ def export_checkpoint(
     """
     exporter, options = find_exporter(to), options or ExportOptions()
     check_options(to, options)
+    check_apart(
+        output, {"checkpoint": model, **({"tokenizer": options.tokenizer_from} if options.tokenizer_from else {})}
+    )
     checkpoint = open_pruned(model)
     # Loaded by name: an exporter imports packages that need not be installed for the others.
     module, _, function = exporter.function.partition(":")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from intraslice.checkpoint.pruned import PrunedCheckpoint
+from intraslice.checkpoint.workfolder import GGUF_FILE, staged_output
 from intraslice.checkpoint.writer import check_output
 from intraslice.errors import CheckpointError, MissingExtraError, OutputError
 from intraslice.exporters.gguf_plan import FilePlan, make_plan
@@ -64,13 +65,12 @@ def export_gguf(checkpoint: PrunedCheckpoint, output: Path, options: ExportOptio
     _check_output(output, options)
     plan = make_plan(checkpoint, options)
     notes = list(plan.notes)
-    temporary = output.with_name(f".{output.name}.tmp")
-    writer = GGUFWriter(temporary, ARCHITECTURE)
     rest = _rest(checkpoint, plan)
     rows = rest["token_embd.weight"].shape[0]
-    _add_sizes(writer, checkpoint, plan, rows)
-    notes.append(add_vocabulary(writer, checkpoint, options.tokenizer_from, rows))
-    with _discarding(writer, temporary):
+    with staged_output(output, "export") as work, _closed(GGUFWriter(work.path / GGUF_FILE, ARCHITECTURE)) as writer:
+        temporary = work.path / GGUF_FILE
+        _add_sizes(writer, checkpoint, plan, rows)
+        notes.append(add_vocabulary(writer, checkpoint, options.tokenizer_from, rows))
         with progress.step(f"Writing {output.name}", checkpoint.num_layers) as advance:
             for _ in _written_layers(writer, checkpoint, plan, rest, output):
                 advance(1)
@@ -83,6 +83,8 @@ def export_gguf(checkpoint: PrunedCheckpoint, output: Path, options: ExportOptio
             difference = _verified(temporary, checkpoint, plan.dtype)
             if difference is None:
                 notes.append("not verified: llama-cpp-python is not installed.")
+        # Another process may have written it meanwhile.
+        _check_output(output, options)
         with writing(output):
             os.replace(temporary, output)
     return ExportReport(
@@ -174,7 +176,6 @@ def _written_layers(
     for name, size in slots.items():
         _announce(writer, name, size, plan.dtype)
     with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -269,17 +270,16 @@ def _write(writer: Any, name: str, tensor: Tensor, matrix_dtype: torch.dtype, ou
 
 
 @contextmanager
-def _discarding(writer: Any, temporary: Path) -> Iterator[None]:
-    """Remove the unfinished file when anything goes wrong; does nothing after it has its final name."""
+def _closed(writer: Any) -> Iterator[Any]:
+    """Close the file in any case, so that it can be deleted on every system."""
     try:
-        yield
+        yield writer
     finally:
         try:
             writer.close()
         except OSError:
             # A full disk: closing flushes. The error that counts is on its way already.
             pass
-        temporary.unlink(missing_ok=True)
 
 
 def _verified(path: Path, checkpoint: PrunedCheckpoint, dtype: torch.dtype) -> float | None:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from intraslice.checkpoint.pruned import PrunedCheckpoint
-from intraslice.checkpoint.writer import save_side_files, staged_folder
+from intraslice.checkpoint.workfolder import staged_output
+from intraslice.checkpoint.writer import check_output, save_side_files
 from intraslice.errors import MissingExtraError, UnsupportedModelError, one_line
 from intraslice.exporters.options import ExportOptions, ExportReport
 from intraslice.exporters.rope import rope_type
@@ -71,7 +72,9 @@ def export_onnx(checkpoint: PrunedCheckpoint, output: Path, options: ExportOptio
     if _has_window(checkpoint):
         notes.append("layers with a sliding window return all keys and values; cut older ones off to save memory.")
     difference = None
-    with staged_folder(output, options.overwrite, source=checkpoint.folder) as folder:
+    check_output(output, options.overwrite, source=checkpoint.folder)
+    with staged_output(output, "export") as work:
+        folder = work.staging
         with progress.step("export to ONNX", 4) as advance:
             model = load_model(str(checkpoint.folder), dtype=dtype, device="cpu")[0]
             model.requires_grad_(False)
@@ -91,6 +94,7 @@ def export_onnx(checkpoint: PrunedCheckpoint, output: Path, options: ExportOptio
                 difference = _verified(checkpoint, folder, dtype)
             elif options.verify:
                 notes.append("not verified: onnxruntime is not installed; pip install 'intraslice[onnx]' brings it.")
+            work.publish(options.overwrite)
             advance(1)
     return ExportReport(
         to="onnx",

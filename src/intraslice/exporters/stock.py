@@ -21,7 +21,8 @@ from torch import Tensor
 from intraslice.border import foreign
 from intraslice.checkpoint.pruned import PrunedCheckpoint
 from intraslice.checkpoint.tensorfile import write_tensors
-from intraslice.checkpoint.writer import assemble, save_side_files, staged_folder
+from intraslice.checkpoint.workfolder import staged_output
+from intraslice.checkpoint.writer import assemble, check_output, save_side_files
 from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
 from intraslice.exporters.options import ExportOptions, ExportReport
 from intraslice.exporters.padding import pad_layer, padding_cost, scale_queries, with_all_biases
@@ -111,8 +112,9 @@ def write_stock(
         pairs = None
     config = stock_config(checkpoint, shape, pairs)
     factor = 1.0 if checkpoint.spec.fixed_scale else (shape.qk_head_dim / dense_width) ** 0.5
-    with staged_folder(output, options.overwrite, source=checkpoint.folder) as staging:
-        layers = staging.parent / "layers"
+    check_output(output, options.overwrite, source=checkpoint.folder)
+    with staged_output(output, "export") as work:
+        staging, layers = work.staging, work.path / "layers"
         files: list[Path] = []
         dtype = None if options.dtype == "auto" else dtype_from_name(options.dtype)
         with progress.step(f"export to {to}", checkpoint.num_layers) as advance:
@@ -135,6 +137,7 @@ def write_stock(
         save_side_files(staging, config, checkpoint.folder, runtime_files=False)
         _write_both_rope_forms(staging / "config.json")
         difference = _verified(checkpoint, staging, options.dtype) if options.verify else None
+        work.publish(options.overwrite)
     return ExportReport(
         to=to,
         output=str(output),

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from intraslice.checkpoint.writer import check_output, publish
-from intraslice.engine.rundir import check_identity, flatten
-from intraslice.errors import CheckpointError, IntraSliceError, NumericalError, OutputError, RecipeError
-from intraslice.files import write_text
+from intraslice.checkpoint.ownership import check_intact
+from intraslice.checkpoint.workfolder import LOCK, MANIFEST, Nothing, WorkFolder, settle
+from intraslice.checkpoint.writer import check_apart, check_output
+from intraslice.errors import IntraSliceError, NumericalError, RecipeError
 from intraslice.healing.options import HealOptions, num_steps, parse_budget
 from intraslice.healing.run import check_extras, heal_checkpoint
 from intraslice.names import expanded
 from intraslice.progress import Progress, SilentProgress
-from intraslice.pruning import prune_recipe
+from intraslice.pruning import inputs_of, prune_recipe
 from intraslice.recipes.recipe import Recipe
 from intraslice.results.result import PruneResult
-
-_MANIFEST = "manifest.json"
 
 
 def heal_options(recipe: Recipe, budget: str) -> HealOptions:
@@ -77,11 +73,38 @@ def prune_and_heal(
         raise RecipeError("no output is given; name the folder to write with -o.")
     check_extras(options)
     output = expanded(recipe.output)
+    check_apart(output, inputs_of(recipe))
+    settle(output)
     check_output(output, overwrite, source=expanded(recipe.model))
-    work = output.with_name(output.name + ".partial")
-    resume = _open(work, {"prune": recipe.to_dict(), "heal": options.to_dict()}, resume=resume, overwrite=overwrite)
-    pruned, healed = work / "pruned", work / "healed"
+    work = WorkFolder(output, "prune with healing")
+    try:
+        identity = {"prune": recipe.to_dict(), "heal": options.to_dict()}
+        resume = work.begin(Nothing, identity, resume=resume, overwrite=overwrite) is not None
+        work.save(Nothing(), {})
+        healed = _prune_and_heal(recipe, options, work, output, resume=resume, command=command, progress=progress)
+        work.publish(overwrite, healed)
+    except BaseException:
+        work.leave()
+        raise
+    work.remove()
+    return PruneResult.load(output)
+
+
+def _prune_and_heal(
+    recipe: Recipe,
+    options: HealOptions,
+    work: WorkFolder,
+    output: Path,
+    *,
+    resume: bool,
+    command: str,
+    progress: Progress,
+) -> Path:
+    """Return the folder of the healed checkpoint, in the work folder."""
     shared: dict[str, Any] = {"command": command, "progress": progress, "overwrite": False}
+    pruned, healed = work.path / "pruned", work.path / "healed"
+    settle(pruned)
+    settle(healed)
     if not healed.exists():
         if not pruned.exists():
             with _nothing_left(work):
@@ -100,38 +123,16 @@ def prune_and_heal(
             )
         except NumericalError as error:
             raise NumericalError(f"{error} The pruned model is in {str(pruned)!r}.") from error
-    publish(healed, output, overwrite)
-    shutil.rmtree(work)
-    return PruneResult.load(output)
+    check_intact(healed, str(healed))
+    return healed
 
 
 @contextmanager
-def _nothing_left(work: Path) -> Iterator[None]:
+def _nothing_left(work: WorkFolder) -> Iterator[None]:
     """Remove the work folder when the prune was refused before anything worth keeping was finished."""
     try:
         yield
     except IntraSliceError:
-        if [path.name for path in work.iterdir()] == [_MANIFEST]:
-            shutil.rmtree(work)
+        if all(path.name in (MANIFEST, LOCK) for path in work.path.iterdir()):
+            work.remove()
         raise
-
-
-def _open(work: Path, identity: dict[str, Any], *, resume: bool, overwrite: bool) -> bool:
-    """Make the work folder; return whether an interrupted run in it goes on."""
-    manifest = work / _MANIFEST
-    settings = json.loads(json.dumps(flatten(identity)))
-    if resume and manifest.exists():
-        try:
-            old = json.loads(manifest.read_text(encoding="utf-8"))["identity"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{manifest} is not readable ({error}); pass --overwrite to start again.") from error
-        check_identity(old, settings, work)
-        return True
-    if work.exists() and any(work.iterdir()):
-        if not overwrite:
-            raise OutputError(
-                f"an interrupted run is in {str(work)!r}; pass --resume to continue it, or --overwrite to start again."
-            )
-        shutil.rmtree(work)
-    write_text(manifest, json.dumps({"identity": settings}, indent=1))
-    return False

@@ -31,17 +31,22 @@ class Budget:
     seconds: float | None = None
 
 
+# A billion of the largest unit.
+_MOST = 1e9
+
+
 def parse_budget(text: str) -> Budget:
     """Read "300k", "5M", "1G" or "1000000" as tokens, "20min", "90s" or "2h" as time.
 
     Raises:
-        RecipeError: it is none of them, or nothing.
+        RecipeError: it is none of them, nothing, or beyond all use.
     """
     match = _BUDGET.fullmatch(str(text).strip())
     unit = match[2].lower() if match else ""
-    if match is None or unit not in {**_TOKENS, **_SECONDS}:
+    if match is None or unit not in {**_TOKENS, **_SECONDS} or not float(match[1]) < _MOST:
         raise RecipeError(
-            f"budget {text!r} is neither tokens nor a time; write it like 300k, 5M or 1G (tokens), or 90s, 20min or 2h."
+            f"budget {str(text)[:80]!r} is neither tokens nor a time; write it like 300k, 5M or 1G (tokens), or 90s, "
+            "20min or 2h."
         )
     amount = float(match[1])
     if amount <= 0:

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from intraslice.checkpoint.ownership import LIST_FILE
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.tensorfile import DTYPES
-from intraslice.checkpoint.writer import INDEX_FILE, assemble, check_output, publish
+from intraslice.checkpoint.workfolder import settle
+from intraslice.checkpoint.writer import INDEX_FILE, assemble, check_apart, check_output
 from intraslice.data.mixture import check_source
-from intraslice.errors import CheckpointError, MissingExtraError, NumericalError, OutputError, RecipeError
+from intraslice.errors import CheckpointError, MissingExtraError, NumericalError, RecipeError
 from intraslice.files import write_text, writing
 from intraslice.healing.data import HealingText, load_healing_text
 from intraslice.healing.loss import Distillation
@@ -28,7 +30,7 @@ from intraslice.healing.workdir import HealDir
 from intraslice.loading import load_model
 from intraslice.names import expanded
 from intraslice.options import CalibrationOptions
-from intraslice.placement import Placement, dtype_from_name, dtype_name
+from intraslice.placement import Placement, dtype_from_name, dtype_name, threads
 from intraslice.progress import Progress, SilentProgress
 from intraslice.quiet import quiet
 from intraslice.results.healing import HealingRecord
@@ -39,7 +41,7 @@ HEALING_FILE = "healing.json"
 """Holds the record where the folder has no result.json."""
 
 _SHARD_BYTES = 1 << 30
-_NOT_COPIED = (RESULT_FILE, HEALING_FILE, "README.md", INDEX_FILE)
+_NOT_COPIED = (RESULT_FILE, HEALING_FILE, "README.md", INDEX_FILE, LIST_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,30 +97,33 @@ def heal_checkpoint(
     """
     progress = progress or SilentProgress()
     check_extras(options)
+    inputs = {"input model": checkpoint, "teacher": teacher or "", "calibration text": options.calibration or ""}
+    check_apart(output, {what: given for what, given in inputs.items() if given})
+    settle(output)
     check_output(output, overwrite, source=expanded(checkpoint))
     if options.calibration is not None:
         check_source(options.calibration)
     student = open_student(checkpoint)
-    if student.folder.resolve().is_relative_to(output.resolve()):
-        raise OutputError(f"the output {str(output)!r} would replace the input model; choose another folder.")
     dense = open_teacher(student, teacher, revision=revision, trust_remote_code=trust_remote_code, progress=progress)
     source = options.calibration or _default_source(student)
     check_source(source)
+    check_apart(output, {"teacher": dense.folder, "calibration text": source})
     _check_sizes(student, dense, options)
     placement = Placement.choose(options.device, options.dtype, student.dtype)
     placement.reset_peak()
     identity = {
-        "checkpoint": student.fingerprint(),
-        "teacher": dense.fingerprint(),
+        "checkpoint": student.identity(),
+        "teacher": dense.identity(),
+        "versions": _versions(options),
         **{name: value for name, value in options.to_dict().items() if name != "calibration"},
         "calibration": source,
         "device": placement.device.type,
     }
     with HealDir(output, identity, resume=resume, overwrite=overwrite) as work:
         job = _Job(student, dense, options, source, work, placement, progress, command)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), threads(work.threads):
             record = _heal(job, shown_as or str(output))
-        publish(work.staging, output, overwrite)
+        work.publish(overwrite)
         work.remove()
     return HealResult(output=shown_as or str(output), record=record)
 
@@ -141,6 +146,7 @@ def _heal(job: _Job, output: str) -> HealingRecord:
     options, work = job.options, job.work
     torch.manual_seed(options.seed)
     student, teacher = _load_models(job)
+    _check_unchanged(job)
     model = _prepare(student, options)
     distillation = Distillation(student, teacher, hidden_weight=options.hidden_weight, task_weight=options.task_weight)
     steps = work.steps or _plan_steps(job, distillation)
@@ -157,11 +163,23 @@ def _heal(job: _Job, output: str) -> HealingRecord:
     if stopped is not None:
         job.progress.note(f"stopped early: {stopped}; the weights of step {work.best.step} are kept")
     load_best(model, work)
+    # Weights that are used where they lie in the file change with it.
+    _check_unchanged(job)
     record = _record(job, steps, text, stopped, sum(tensor.numel() for tensor in trained(model).values()))
     if options.weights == "lora":
         student = model.merge_and_unload()
     _write(job, student.to("cpu"), record, output)
     return record
+
+
+def _check_unchanged(job: _Job) -> None:
+    job.student.check_unchanged()
+    job.dense.check_unchanged()
+
+
+def _versions(options: HealOptions) -> dict[str, str]:
+    packages = ("intraslice", "torch", "transformers", "accelerate", *(["peft"] if options.weights == "lora" else []))
+    return {name: version(name) for name in packages}
 
 
 def _refuse(work: HealDir, stopped: str | None) -> None:
@@ -273,8 +291,6 @@ def _plan_steps(job: _Job, distillation: Distillation) -> int:
 def _record(job: _Job, steps: int, text: HealingText, stopped: str | None, trained_parameters: int) -> HealingRecord:
     curve = tuple(job.work.curve)
     before = job.student.result.healing if job.student.result is not None else None
-    packages = ("intraslice", "torch", "transformers", "accelerate")
-    libraries = packages + (("peft",) if job.options.weights == "lora" else ())
     return HealingRecord(
         teacher=job.dense.name,
         checkpoint=job.student.name,
@@ -296,7 +312,7 @@ def _record(job: _Job, steps: int, text: HealingText, stopped: str | None, train
         seconds=curve[-1].seconds,
         tokens_per_second=round(curve[-1].tokens / max(curve[-1].seconds, 1e-9), 1),
         peak_memory_bytes=job.placement.peak_memory_bytes(),
-        versions={**{name: version(name) for name in libraries}, "python": platform.python_version()},
+        versions={**_versions(job.options), "python": platform.python_version()},
         device=str(job.placement.device),
         command=job.command,
         previous=None if before is None else before.to_dict(),

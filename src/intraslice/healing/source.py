@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from intraslice.checkpoint.folder import StoredTensor, read_headers
+from intraslice.checkpoint.ownership import check_intact
 from intraslice.checkpoint.reader import Checkpoint
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.tensorfile import DTYPES
 from intraslice.checkpoint.tokenizer import open_tokenizer
-from intraslice.errors import CheckpointError, RecipeError, UnsupportedModelError
+from intraslice.digests import file_digest
+from intraslice.errors import CheckpointError, RecipeError, UnsupportedModelError, one_line
 from intraslice.inspection import family_of
 from intraslice.loading import load_config
 from intraslice.names import expanded
 from intraslice.progress import Progress
 from intraslice.results.result import RESULT_FILE, PruneResult
-
-_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +41,7 @@ class Student:
     config: Any
     tensors: dict[str, StoredTensor]
     result: PruneResult | None
+    _files: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,26 +51,45 @@ class Student:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.num_elements
         return DTYPES[max(sizes, key=lambda dtype: sizes[dtype])]
 
-    def fingerprint(self) -> str:
-        """Return a sha256 of the config and of all weights."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for path in sorted({tensor.path for tensor in self.tensors.values()}):
-            with open(path, "rb") as file:
-                while block := file.read(_BLOCK):
-                    digest.update(block)
-        return digest.hexdigest()
+    def identity(self) -> dict[str, dict[str, str]]:
+        """Return the digests of all files that are read or copied, by name, as "files"."""
+        if not self._files:
+            self._files.update(self._read_digests())
+        return {"files": dict(self._files)}
+
+    def _read_digests(self) -> dict[str, str]:
+        paths = {path for path in self.folder.iterdir() if path.is_file()}
+        try:
+            return {path.name: file_digest(path) for path in sorted(paths)}
+        except OSError as error:
+            raise CheckpointError(f"{self.name!r} cannot be read: {one_line(error)}") from error
+
+    def check_unchanged(self) -> None:
+        """Read everything again, and refuse to go on if anything has changed since `identity`.
+
+        Raises:
+            CheckpointError: with the first file that has.
+        """
+        before, now = self.identity()["files"], self._read_digests()
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise CheckpointError(
+                    f"{name!r} of {self.name!r} has changed while it was in use; put it back, and repeat the command "
+                    "with --resume."
+                )
 
 
 def open_student(name: str) -> Student:
     """Open the folder that is to be healed.
 
     Raises:
-        CheckpointError: it is not there or damaged.
+        CheckpointError: it is not there or not what was written.
         UnsupportedModelError: its architecture is not one of ours.
     """
     folder = expanded(name)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{name!r} is not a checkpoint folder; give the output folder of 'intraslice prune'.")
+    check_intact(folder, name)
     config = load_config(name)
     family_of(config)
     return Student(
@@ -159,11 +178,11 @@ def check_hidden_states(student: Student, teacher: Checkpoint) -> None:
     Raises:
         RecipeError: the models have other numbers of layers, or streams of other widths.
     """
-    for field in ("num_hidden_layers", "hidden_size"):
-        ours, theirs = getattr(student.config, field), getattr(teacher.config, field)
+    for size in ("num_hidden_layers", "hidden_size"):
+        ours, theirs = getattr(student.config, size), getattr(teacher.config, size)
         if ours != theirs:
             raise RecipeError(
-                f"hidden states of {student.name!r} cannot be compared with those of the teacher: {field} is {ours} "
+                f"hidden states of {student.name!r} cannot be compared with those of the teacher: {size} is {ours} "
                 f"and {theirs}; leave hidden_weight out."
             )
 

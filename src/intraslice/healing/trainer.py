@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from intraslice.checkpoint.tensorfile import write_tensors
 from intraslice.errors import NumericalError
 from intraslice.healing.data import HealingText, Sequences
 from intraslice.healing.loss import Distillation
@@ -141,7 +139,7 @@ class Watch(TrainerCallback):
         )
         self._work.curve.append(point)
         if self._work.best is point:
-            write_tensors(self._work.best_path(step), trained(self._trainer.model))
+            self._work.keep_best(step, trained(self._trainer.model))
         self._say(point)
         return point
 
@@ -240,7 +238,7 @@ def training_arguments(options: HealOptions, steps: int, folder: Path, placement
 
 def load_best(model: Any, work: HealDir) -> None:
     """Put the best weights back."""
-    best = load_file(work.best_path(work.best.step))
+    best = work.load_best()
     with torch.no_grad():
         for name, parameter in trained(model).items():
             parameter.copy_(best[name])

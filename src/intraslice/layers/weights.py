@@ -89,6 +89,7 @@ class QKEdit:
         rope_pairs: int64 [K', r / 2] kept RoPE pairs of each kept kv head; None without RoPE or when r = d.
         query_basis, key_basis: [K', d, r] dense bases; None with RoPE or when r = d.
         v_channels: int64 [K', p] kept channels of each value head; None leaves the choice to the second half.
+        v_maps: value basis and what takes its place in front of o_proj, [K', d, p] and [K', p, d]; None as above.
     """
 
     heads: tuple[int, ...]
@@ -102,6 +103,7 @@ class QKEdit:
     query_basis: Tensor | None = None
     key_basis: Tensor | None = None
     v_channels: Tensor | None = None
+    v_maps: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

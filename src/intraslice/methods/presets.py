@@ -66,6 +66,26 @@ SOBP = {
     },
     "ffn": {"score": "obs", "obs_damping": 0.01, "damping": 0.01, "repair_against": "own_output"},
 }
+MODEGPT = {
+    "allocation": {"rule": "similarity", "ffn_share": 1.0, "kept_layers": 0.0, "similarity_scale": 10.0},
+    "attention": {
+        "heads": "all",
+        "basis": "output",
+        "pair_score": "energy",
+        "measured_on": "dense_stream",
+        "repair": "none",
+        "repair_against": "own_output",
+    },
+    "ffn": {
+        "score": "leverage",
+        "obs_damping": 0.01,
+        "measured_on": "dense_stream",
+        "repair": "ridge",
+        "shrink_to": "zero",
+        "damping": 0.0001,
+        "repair_against": "own_output",
+    },
+}
 PAPER = {
     "allocation": {"ffn_share": 1.0},
     "attention": {

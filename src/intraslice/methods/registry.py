@@ -140,6 +140,9 @@ METHODS: dict[str, MethodEntry] = {
     "transact": MethodEntry(
         form=BLOCKWISE, preset=presets.TRANSACT, summary="TransAct without its training", paper="arXiv 2407.05690"
     ),
+    "modegpt": MethodEntry(
+        form=BLOCKWISE, preset=presets.MODEGPT, summary="MoDeGPT: modular decomposition", paper="arXiv 2408.09632"
+    ),
     "sobp": MethodEntry(form=BLOCKWISE, preset=presets.SOBP, summary="structured optimal brain pruning"),
     "paper": MethodEntry(
         form=BLOCKWISE, preset=presets.PAPER, summary="IntraSlice's equations to the letter", paper=_INTRASLICE

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from intraslice.errors import RecipeError, nearest
+from intraslice.files import check_home
 from intraslice.methods.choices import option_values
 from intraslice.methods.presets import TARGETS
 from intraslice.methods.registry import METHODS, MethodEntry, MethodOptions
@@ -269,6 +270,8 @@ def _check_missing(values: Mapping[str, Any], method: str) -> None:
         decides = "the other" if len(budgets) == 2 else "the others"
         raise RecipeError(f"{given} are {every} given; one decides {decides}, so keep only one.")
     everything = words.option_names(None)
+    for name in ("model", "output"):
+        check_home(str(values.get(name) or ""))
     for name in values:
         if name not in everything:
             raise RecipeError(words.unknown(name, words.option_names(None, old=False)))

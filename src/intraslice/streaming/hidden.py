@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from intraslice.files import reserve
 from intraslice.streaming.model import StreamedModel
 
 
@@ -24,6 +25,9 @@ class HiddenStates:
         batch: sequences in one batch.
         device: compute device; the buffer itself stays on the host.
         path: file to keep the states in; None keeps them in memory.
+
+    Raises:
+        OutputError: the disk has no room for the file.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class HiddenStates:
         else:
             # A shared mapping: pages are written back by the operating system and need not stay in memory.
             size = shape[0] * shape[1] * shape[2]
+            reserve(path, size * dtype.itemsize)
             self._states = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
 
     @property

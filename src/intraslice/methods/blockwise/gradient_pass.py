@@ -13,15 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from intraslice.algebra.linalg import eigh_descending
 from intraslice.algebra.scores import rope_pair_scores
 from intraslice.algebra.statistics import Statistics
-from intraslice.checkpoint.tensorfile import write_tensors
-from intraslice.errors import NumericalError
+from intraslice.checkpoint.tensorfile import read_sealed, write_tensors
+from intraslice.errors import CheckpointError, NumericalError
 from intraslice.layers.decoder import DecoderLayer
 from intraslice.layers.sites import ATTENTION, FFN
 from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients, SiteGradients
@@ -30,8 +29,8 @@ from intraslice.progress import Progress
 from intraslice.streaming.boundaries import boundary_states_bytes, chunk_size
 from intraslice.streaming.model import StreamedModel
 
-PASS_VERSION = 4
-"""Part of the name of a kept gradient pass: raise it when what is measured changes."""
+PASS_VERSION = 5
+"""Part of the name of a kept gradient pass: raise it when what is measured, or the form of the file, changes."""
 
 BASIS_TOKENS = 8192
 """How many tokens, in whole batches, decide the directions whose masks are differentiated exactly."""
@@ -57,17 +56,21 @@ class _Sums:
                 for site, moment in _blocks(statistics).items():
                     statistics.rows(f"{site}.rotated", num_sequences, moment.shape[0] * moment.shape[1])
 
-    def save(self, path: Path) -> None:
-        """Write the sums and how many sequences they cover."""
+    def save(self, path: Path, measured: str) -> None:
+        """Write the sums and how many sequences they cover; `measured` is the digest of what decides them."""
         tensors = {f"{i}.{name}": sum_ for i, layer in enumerate(self.layers) for name, sum_ in layer.finish().items()}
         numbers = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("done", "seconds")}
         for index, layer in enumerate(self.bases or ()):
             tensors |= {f"basis.{index}.{site}": basis for site, basis in layer.items()}
-        write_tensors(path, {**tensors, **numbers})
+        write_tensors(path, {**tensors, **numbers}, sealed_for=measured)
 
-    def load(self, path: Path) -> None:
-        """Read what `save` wrote."""
-        tensors = load_file(path)
+    def load(self, path: Path, measured: str) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is not what was written, or sums of something else.
+        """
+        tensors = read_sealed(path, measured)
         self.done, self.seconds = int(tensors["done"]), float(tensors["seconds"])
         for index, layer in enumerate(self.layers):
             prefix = f"{index}."
@@ -132,10 +135,12 @@ def _statistics(
 
 def pass_seconds(path: Path) -> float:
     """Return what the gradient pass in a file has cost, whichever run made it; 0 when there is none."""
-    if not path.exists():
+    try:
+        with safe_open(path, framework="pt") as file:
+            return float(file.get_tensor("seconds"))
+    except (OSError, SafetensorError):
+        # Not there, or damaged: then the pass is made again.
         return 0.0
-    with safe_open(path, framework="pt") as file:
-        return float(file.get_tensor("seconds"))
 
 
 def group_width(channels: int, groups: int) -> int:
@@ -152,6 +157,7 @@ def measure_gradients(
     num_channel_groups: int,
     rotated: bool = False,
     save_path: Path,
+    measured: str = "",
     progress: Progress,
 ) -> MaskGradients:
     """Return the mask gradients and second moments of all layers; Paper: Eq. 9-11, Algorithm 1 part 1.
@@ -163,6 +169,7 @@ def measure_gradients(
         num_channel_groups: into how many groups the channels of `act` are cut.
         rotated: whether masks on the eigenvectors of the blocks are differentiated as well.
         save_path: file that holds the sums of the finished chunks.
+        measured: digest of everything that decides them; sums of something else are not taken.
         progress: shows the passes.
 
     Raises:
@@ -172,7 +179,10 @@ def measure_gradients(
     layers, batch = model.num_layers, model.batch_shape[0]
     sums = _Sums(model, num_sequences, num_channel_groups, rotated)
     if save_path.exists():
-        sums.load(save_path)
+        try:
+            sums.load(save_path, measured)
+        except CheckpointError as error:
+            progress.note(f"{error}; the gradients are measured again")
     states = boundary_states_bytes(layers, seqlen, model.config.hidden_size, model.placement.compute_dtype.itemsize)
     chunk = chunk_size(boundary_bytes, states, batch)
     with progress.step("mask gradients", total=num_sequences * layers * 2) as advance:
@@ -187,11 +197,11 @@ def measure_gradients(
             _measure_chunk(model, tokens_ST, slice(sums.done, stop), num_channel_groups, sums, advance)
             sums.done = stop
             sums.seconds += time.monotonic() - started
-            sums.save(save_path)
+            sums.save(save_path, measured)
     gradients = sums.gradients(tokens_ST.numel(), [model.pairs_to_channels(index) for index in range(layers)])
     for index, layer in enumerate(gradients.layers):
-        for site, measured in layer.items():
-            if not torch.isfinite(measured.grad).all():
+        for site, gradient in layer.items():
+            if not torch.isfinite(gradient.grad).all():
                 name = "FFN" if site == FFN else site
                 raise NumericalError(f"the {name} mask gradients of layer {index} are NaN or infinite.")
     return gradients

@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from intraslice.algebra.linalg import eigh_descending, low_rank_scores
+from intraslice.algebra.linalg import eigh_descending, low_rank_product, low_rank_scores
 from intraslice.algebra.norms import fit_dropped_energy, norm_correction
-from intraslice.algebra.scores import rope_pair_scores
 from intraslice.algebra.selection import (
     HeadChoice,
     HeadPlan,
@@ -33,7 +32,7 @@ from intraslice.layers.weights import AttentionWeights, NormEdit, QKEdit, ValueE
 from intraslice.methods.blockwise.options import AttentionOptions
 from intraslice.methods.blockwise.repairs import Output, OutputMoments, repair_output
 from intraslice.methods.blockwise.scores import ScoreInput, unit_scores
-from intraslice.methods.blockwise.strategies import SCORES
+from intraslice.methods.blockwise.strategies import PAIR_SCORES, SCORES
 from intraslice.methods.choices import load
 
 
@@ -65,8 +64,10 @@ class AttentionStats:
         key: second moment of the keys (after RoPE), [K, d, d].
         key_sum: sum of the keys, [K, d].
         query_abs: sum of |q|, [H, d]; key_abs: sum of |k|, [K, d].
+        query_square: sum of q^2, [H, d]; key_square: sum of k^2, [K, d].
         num_tokens: N.
         norms: norms of query and key; None where the family has none.
+        value: second moment of the values, [K, d, d]; None unless the basis needs it.
         query_energy, key_energy: second moments of `energy_rows` of what these norms read; [H or 1, ...] and
             [K or 1, ...].
     """
@@ -80,8 +81,11 @@ class AttentionStats:
     key_sum: Tensor
     query_abs: Tensor
     key_abs: Tensor
+    query_square: Tensor
+    key_square: Tensor
     num_tokens: int
     norms: QKNorms | None = None
+    value: Tensor | None = None
     query_energy: Tensor | None = None
     key_energy: Tensor | None = None
 
@@ -204,6 +208,13 @@ def _narrowed(
     width, head_dim = edit.width, weights.q.shape[1]
     kv_heads = kept_kv_heads(edit.heads, weights.group)
     members = {kv: [head for head in edit.heads if head // weights.group == kv] for kv in kv_heads}
+    if stats.value is not None:
+        grams = [[weight.T @ weight for weight in _output_weights(weights, members[kv])] for kv in kv_heads]
+        maps = [
+            low_rank_product(stats.value[kv], torch.stack(of_heads).sum(0), width)
+            for kv, of_heads in zip(kv_heads, grams, strict=True)
+        ]
+        edit = replace(edit, v_maps=(torch.stack([a for a, _ in maps]), torch.stack([b for _, b in maps])))
     if options.basis == "channels":
         edit = replace(edit, v_channels=torch.stack([top_indices(stats.value_energy[kv], width) for kv in kv_heads]))
     if edit.qk_width is not None:
@@ -211,11 +222,14 @@ def _narrowed(
     if shared_pairs is not None and pairs_to_channels is not None:
         return replace(edit, rope_pairs=torch.tensor(shared_pairs).repeat(len(kv_heads), 1))
     # A norm and a rotation of the channels do not commute.
-    if pairs_to_channels is not None or options.basis == "channels" or stats.norms is not None:
+    one_by_one = options.basis != "pca" or options.pair_score == "energy"
+    if pairs_to_channels is not None or one_by_one or stats.norms is not None:
         # Without RoPE every channel is on its own.
         single = torch.arange(head_dim)[:, None]
         units = single if pairs_to_channels is None else pairs_to_channels
-        scores = rope_pair_scores(stats.query_abs, stats.key_abs, stats.num_tokens, units)
+        by_energy = options.pair_score == "energy"
+        sums = (stats.query_square, stats.key_square) if by_energy else (stats.query_abs, stats.key_abs)
+        scores = PAIR_SCORES[options.pair_score].load()(*sums, stats.num_tokens, units)
         count = width // units.shape[1]
         kept = torch.stack([top_indices(scores[members[kv]].sum(0), count) for kv in kv_heads])
         if pairs_to_channels is not None:
@@ -231,6 +245,12 @@ def _narrowed(
         query_basis=torch.stack([query for query, _ in bases]),
         key_basis=torch.stack([key for _, key in bases]),
     )
+
+
+def _output_weights(weights: AttentionWeights, heads: Sequence[int]) -> list[Tensor]:
+    """Return the columns of o_proj that read each of the heads, [D, d], float64."""
+    parts = weights.o.double().unflatten(1, (len(weights.q), -1))
+    return [parts[:, head] for head in heads]
 
 
 def _with_norms(
@@ -298,6 +318,7 @@ def solve_value(
     options: AttentionOptions,
     *,
     v_channels: Tensor | None = None,
+    v_maps: tuple[Tensor, Tensor] | None = None,
     whole: bool = False,
 ) -> tuple[ValueEdit, float]:
     """Return Q_2 and the new o_proj, and the block's relative error; Paper: Eq. 6.
@@ -313,18 +334,22 @@ def solve_value(
         moments: sums over tokens after query/key pruning and head removal; Z is the context.
         options: settings.
         v_channels: int64 [K', p], channels that make up Q_2 instead of eigenvectors.
+        v_maps: Q_2 and what takes its place in front of W_o, [K', d, p] and [K', p, d], instead of eigenvectors and
+            their transpose.
         whole: nothing was removed from query, key and heads; then at full width the block is left as it is.
     """
     num_heads = sum(per_kv)
     head_dim = moments.gram.shape[0] // num_heads
     if v_channels is not None:
         basis = selection_basis(v_channels, head_dim)
+    elif v_maps is not None:
+        basis = v_maps[0]
     else:
         basis = _leading_bases(moments.gram, per_kv, v_width)
-    per_head = basis.repeat_interleave(torch.tensor(per_kv), 0)
-    projection = torch.block_diag(*per_head)  # [H' * d, H' * p]
-    kept = moments.projected(projection)
-    removed = projection.T @ o_weight.double().T  # what removal without repair leaves
+    back = basis.transpose(1, 2) if v_maps is None else v_maps[1]
+    per_head, back_per_head = (maps.repeat_interleave(torch.tensor(per_kv), 0) for maps in (basis, back))
+    kept = moments.projected(torch.block_diag(*per_head))  # [H' * d, H' * p]
+    removed = torch.block_diag(*back_per_head) @ o_weight.double().T  # what removal without repair leaves
     output = Output(removed) if whole and v_width == head_dim else repair_output(kept, removed, options)
     edit = ValueEdit(v_basis=basis, o_weight=output.weight.T.contiguous(), o_bias=output.bias)
     return edit, output.relative_error(kept)

@@ -34,7 +34,7 @@ from intraslice.methods.blockwise.measure import (
     with_gain,
 )
 from intraslice.methods.blockwise.options import AttentionOptions, BlockwiseOptions, FFNOptions
-from intraslice.methods.blockwise.strategies import SCORES
+from intraslice.methods.blockwise.strategies import BASES, SCORES
 from intraslice.runtime.families_intraslice import LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 from intraslice.streaming.hidden import Streams
@@ -190,7 +190,9 @@ def _prune_attention(
     if options.measured_on == "dense_stream":
         assert streams.dense is not None
         measured = streams.dense
-    stats = attention_stats(model, layer, measured, SCORES[options.score].needs_full_moment)
+    stats = attention_stats(
+        model, layer, measured, SCORES[options.score].needs_full_moment, BASES[options.basis].needs_values
+    )
     pairs = model.pairs_to_channels(index)
     # The factors behind o count where something is chosen or solved; what is written leaves them out, because the trial
     # shares with the dense attention whatever keeps its size.
@@ -208,7 +210,14 @@ def _prune_attention(
     dense_dims = whole_shape.num_attention_heads * whole_shape.qk_head_dim
     whole = len(edit.heads) * edit.width == dense_dims
     value_edit, error = solve_value(
-        with_gain(trial.o, gain), per_kv, edit.width, moments, options, v_channels=edit.v_channels, whole=whole
+        with_gain(trial.o, gain),
+        per_kv,
+        edit.width,
+        moments,
+        options,
+        v_channels=edit.v_channels,
+        v_maps=edit.v_maps,
+        whole=whole,
     )
     fused = fuse_value(trial, _without_gain(value_edit, gain))
     output_bias = value_edit.o_bias is not None

@@ -25,7 +25,11 @@ from intraslice.streaming.model import StreamedModel
 
 
 def attention_stats(
-    model: StreamedModel, layer: DecoderLayer, hidden: HiddenStates, full_moment: bool
+    model: StreamedModel,
+    layer: DecoderLayer,
+    hidden: HiddenStates,
+    full_moment: bool,
+    values: bool = False,
 ) -> AttentionStats:
     """Measure the attention of a dense layer.
 
@@ -34,6 +38,7 @@ def attention_stats(
         layer: the layer at its dense shape.
         hidden: inputs of the layer.
         full_moment: whether the second moment over all heads is wanted.
+        values: whether the second moments of the values are wanted.
 
     Raises:
         NumericalError: activations are NaN or infinite.
@@ -51,6 +56,8 @@ def attention_stats(
     key_moment = stats.block_second_moment("key", num_kv, qk)
     key_sum, key_abs = stats.sum("key_sum", num_kv, qk), stats.sum("key_abs", num_kv, qk)
     query_abs = stats.sum("query_abs", num_heads, qk)
+    query_square, key_square = stats.sum("query_square", num_heads, qk), stats.sum("key_square", num_kv, qk)
+    value_moment = stats.block_second_moment("value", num_kv, v) if values else None
     norms = layer.spec.qk_norm
     query_energy, key_energy = None, None
     if norms is not None:
@@ -73,6 +80,10 @@ def attention_stats(
         value_energy.update(value.to(dtype).square().sum((0, 2)))
         query_abs.update(query.abs().sum((0, 2)))
         key_abs.update(key.abs().sum((0, 2)))
+        query_square.update(query.to(dtype).square().sum((0, 2)))
+        key_square.update(key.to(dtype).square().sum((0, 2)))
+        if value_moment is not None:
+            value_moment.update(value.transpose(1, 2).flatten(0, 1).flatten(1))
         if not attention.rotated:
             key_sum.update(key.sum((0, 2)))
             query_moment.update(query.transpose(1, 2).flatten(0, 1).flatten(1))
@@ -89,7 +100,7 @@ def attention_stats(
     if not torch.isfinite(sums["context"]).all() or not torch.isfinite(sums["query_abs"]).all():
         raise NumericalError("the attention activations contain NaN or infinite values.")
     return AttentionStats(
-        **{"context_full": None, **sums, "num_tokens": int(sums["num_tokens"])},  # type: ignore[arg-type]
+        **{"context_full": None, "value": None, **sums, "num_tokens": int(sums["num_tokens"])},  # type: ignore[arg-type]
         norms=None
         if norms is None
         else QKNorms(norms.over, layer.spec.norm_offset, norm_eps(attention.get_submodule(norms.q))),

@@ -76,8 +76,9 @@ class AttentionOptions:
     Attributes:
         heads: a row of HEAD_RULES: whether heads go, become narrower, or both.
         score: what a head is worth, a row of SCORES.
-        obs_damping: lambda of the optimal-brain-surgeon score, relative to the mean diagonal of the second moment.
+        obs_damping: lambda of the scores "obs" and "leverage", relative to the mean diagonal of the second moment.
         basis: what narrower heads keep, a row of BASES.
+        pair_score: which pairs of channels narrower queries and keys keep, a row of PAIR_SCORES.
         qk_width: "narrow" (query and key become as narrow as the value), or "dense" (they keep their width; only value
             and output become narrower).
         min_head_fraction: heads keep at least this fraction of head_dim (paper: 96 of 128); 0 switches it off.
@@ -108,6 +109,7 @@ class AttentionOptions:
     score: Annotated[str, OneOf(strategies.SCORES, lambda row: bool(row.heads))] = "energy"
     obs_damping: Annotated[float, Gt(0)] = 0.05
     basis: Annotated[str, OneOf(strategies.BASES)] = "pca"
+    pair_score: Annotated[str, OneOf(strategies.PAIR_SCORES)] = "mean_product"
     qk_width: Literal["narrow", "dense"] = "narrow"
     min_head_fraction: Annotated[float, Ge(0), Le(1)] = 0.75
     head_multiple: Annotated[int, Ge(2), Le(MAX_MULTIPLE), MultipleOf(2)] = 4
@@ -219,6 +221,7 @@ def choices() -> dict[str, Mapping[Any, Row]]:
         "attention.heads": strategies.HEAD_RULES,
         "attention.score": strategies.in_section(strategies.SCORES, "attention"),
         "attention.basis": strategies.BASES,
+        "attention.pair_score": strategies.PAIR_SCORES,
         "attention.measured_on": strategies.in_section(strategies.MEASUREMENTS, "attention"),
         "attention.repair": strategies.in_section(strategies.REPAIRS, "attention"),
         "attention.repair_against": strategies.in_section(strategies.REPAIR_AGAINST, "attention"),

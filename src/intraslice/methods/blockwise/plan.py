@@ -38,14 +38,18 @@ def gradient_path(context: Context, options: BlockwiseOptions) -> Path:
     """
     if not context.run.gradient_folder:
         return context.folder / "gradients.safetensors"
+    return Path(context.run.gradient_folder) / f"gradients-{gradient_digest(context, options)[:32]}.safetensors"
+
+
+def gradient_digest(context: Context, options: BlockwiseOptions) -> str:
+    """Return a sha256 of everything that decides the gradient pass."""
     decides = {name: context.identity[name] for name in ("model", "device", "batch_tokens", "compute", "matmul")}
     decides["tokens"] = context.identity["calibration"]["fingerprint"]
     decides["num_channel_groups"] = options.allocation.num_channel_groups
     decides["version"] = PASS_VERSION
     if rotates_exactly(options):
         decides["rotated"] = True
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    return Path(context.run.gradient_folder) / f"gradients-{digest[:32]}.safetensors"
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
@@ -81,6 +85,7 @@ def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
             num_channel_groups=rules.num_channel_groups,
             rotated=rotates_exactly(options),
             save_path=gradient_path(context, options),
+            measured=gradient_digest(context, options),
             progress=context.progress,
         )
     sites, sparsity = model.sites, context.sparsity

@@ -110,6 +110,11 @@ def elimination(site: ScoreInput) -> Tensor:
     return elimination_ranks(site.full_moment, site.weight, site.units, site.removed, site.damping)
 
 
+def leverage(site: ScoreInput) -> Tensor:
+    """Return `leverage_scores`, [C]."""
+    return leverage_scores(site.full_moment, site.damping)
+
+
 def _correlation(site: ScoreInput) -> HeadCorrelation:
     return HeadCorrelation(site.full_moment, site.total, site.num_tokens, site.weight, site.units)
 
@@ -181,6 +186,17 @@ def reading_scores(read_energy_D: Tensor, reading: Sequence[Tensor]) -> Tensor:
     """
     norms_D = read_energy_D.sqrt()
     return torch.stack([(weight_CD.double() * norms_D).norm(dim=1) for weight_CD in reading]).sum(0)
+
+
+def leverage_scores(moment_CC: Tensor, damping: float) -> Tensor:
+    """Return the ridge leverage of each channel, diag(G (G + lambda I)^-1), [C]. Paper: MoDeGPT, Type I.
+
+    Args:
+        moment_CC: G = X^T X.
+        damping: lambda relative to the mean diagonal.
+    """
+    # Symmetric, and G and (G + lambda I)^-1 commute.
+    return ridge_solve(moment_CC, moment_CC, damping).diagonal().clone()
 
 
 def head_products(moment_CC: Tensor, weight_DC: Tensor, num_heads: int) -> Tensor:

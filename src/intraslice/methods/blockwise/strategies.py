@@ -72,6 +72,12 @@ SCORES: dict[str, Score] = {
         needs_reading=True,
         paper="SlimLLM",
     ),
+    "leverage": Score(
+        summary="ridge leverage: how little the other channels can say of the channel",
+        channels=f"{_HERE}.scores:leverage",
+        reads=("obs_damping",),
+        paper="MoDeGPT, Type I",
+    ),
     "obs": Score(
         summary="order of greedy optimal-brain-surgeon elimination",
         heads=f"{_HERE}.scores:elimination",
@@ -181,6 +187,7 @@ HEAD_RULES: dict[str, Row] = {
             "attention.head_multiple",
             "attention.gqa_groups",
             "attention.basis",
+            "attention.pair_score",
             "attention.qk_width",
             "attention.head_budget",
             "attention.removal_order",
@@ -194,17 +201,48 @@ HEAD_RULES: dict[str, Row] = {
     ),
     "all": Row(
         summary="no head goes, all become narrower",
-        reads=("attention.head_multiple", "attention.basis", "attention.qk_width"),
+        reads=("attention.head_multiple", "attention.basis", "attention.pair_score", "attention.qk_width"),
         paper="TransAct",
     ),
 }
 """`attention.heads`."""
 
-BASES: dict[str, Row] = {
-    "pca": Row(summary="the leading directions of the context", paper="IntraSlice, Algorithm 2"),
-    "channels": Row(summary="the channels of q, k and v with the largest activations", paper="TransAct"),
+
+@dataclass(frozen=True, kw_only=True)
+class Basis(Row):
+    """What narrower heads keep.
+
+    Attributes:
+        needs_values: whether the second moments of the values are read.
+    """
+
+    needs_values: bool = False
+
+
+BASES: dict[str, Basis] = {
+    "pca": Basis(summary="the leading directions of the context", paper="IntraSlice, Algorithm 2"),
+    "channels": Basis(summary="the channels of q, k and v with the largest activations", paper="TransAct"),
+    "output": Basis(
+        summary="the directions of the values that say most of what value and output projection give together",
+        needs_values=True,
+        paper="MoDeGPT, Type III",
+    ),
 }
 """`attention.basis`: what narrower heads keep."""
+
+PAIR_SCORES: dict[str, Row] = {
+    "mean_product": Row(
+        summary="mean |q k| over all pairs of tokens",
+        function="intraslice.algebra.scores:rope_pair_scores",
+        paper="IntraSlice, appendix C.1",
+    ),
+    "energy": Row(
+        summary="root of the product of the energies of q and k",
+        function="intraslice.algebra.scores:pair_energy_scores",
+        paper="MoDeGPT, Type II",
+    ),
+}
+"""`attention.pair_score`: which pairs of channels narrower queries and keys keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
