@@ -6,6 +6,7 @@
 #   OUT     where checkpoints go   (out/vllm in the repository)
 #   NATIVE  a checkpoint of `intraslice prune --target vllm`  (pruned here: SmolLM2-135M at 30 %)
 #   STOCK   a checkpoint of `intraslice export --to stock`    (pruned and exported here)
+#   FAMILIES  random models of these families are tried as well  (qwen3 gemma2)
 #   PYTHON  the interpreter        (python3)
 # On Linux the index offers the large GPU build of torch; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 # takes the small one.
@@ -58,6 +59,18 @@ if [ -z "${STOCK:-}" ]; then
     intraslice export "$out/stock-native" --to stock -o "$STOCK"
 fi
 
+status=0
 step "compare"
 cd "$out"
-exec python "$root/scripts/check_vllm.py" --native "$NATIVE" --stock "$STOCK"
+python "$root/scripts/check_vllm.py" --native "$NATIVE" --stock "$STOCK" || status=1
+
+# Small random models of families with norms of query and key, and with norms of outputs. With dense widths of query and
+# key the norms have one weight for all heads; narrower ones have a weight for each head.
+for family in ${FAMILIES-qwen3 gemma2}; do
+    step "a random $family model, pruned for vLLM"
+    rm -rf "$out/$family"
+    python "$root/scripts/small_model.py" "$family" "$out/$family"
+    intraslice prune "$out/$family" -o "$out/$family-native" --target vllm "${calibration[@]}"
+    python "$root/scripts/check_vllm.py" --native "$out/$family-native" || status=1
+done
+exit "$status"

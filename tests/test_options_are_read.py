@@ -84,6 +84,8 @@ TRIALS: dict[str, Trial] = {
     "allocation.ffn_share": Trial((0.7,)),
     "allocation.budget_unit": Trial(("units", "weights")),
     "allocation.channel_balance": Trial((0.01,)),
+    "allocation.kept_first": Trial((0.25,), (_in(allocation__rule="inner"),)),
+    "allocation.kept_last": Trial((0.25,), (_in(allocation__rule="inner"),)),
     "allocation.kept_layers": Trial((0.5,), (_in(allocation__rule="similarity"),)),
     "allocation.similarity_scale": Trial((100.0,), (_in(allocation__rule="similarity"),)),
     # A cap has an effect only where a site would lose more.
@@ -96,8 +98,10 @@ TRIALS: dict[str, Trial] = {
     "allocation.max_drop_price": Trial((1e-9,), (_DROPPED,)),
     "allocation.rotation": Trial(("exact",), (_in(ffn__ffn_multiple=1),)),
     "allocation.gradient_group": Trial((2,), (_in(ffn__ffn_multiple=1),)),
-    "attention.heads": Trial(("whole", "adaptive")),
-    "attention.score": Trial(("fluctuation", "norm")),
+    "attention.heads": Trial(("whole", "adaptive"), (_in(allocation__budget_unit="weights"),)),
+    "attention.score": Trial(
+        ("fluctuation", "norm"), (_in(allocation__budget_unit="units", attention__gqa_groups="ragged"),)
+    ),
     "attention.obs_damping": Trial((50.0,), (_in(attention__score="obs"),)),
     "attention.basis": Trial(("channels", "pca"), (_in("opt"),)),
     "attention.pair_score": Trial(("energy", "mean_product")),

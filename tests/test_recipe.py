@@ -290,3 +290,17 @@ def test_methods_that_change_what_a_layer_is_run_in_transformers_only(method: st
             fitted(recipe, "opt", 32)
     else:
         assert fitted(recipe, "opt", 32) == recipe
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("flap", {"attention.repair": "cross_fit"}),
+        ("flap", {"ffn.repair": "cross_fit"}),
+        ("flap", {"distill.sites": "ffn"}),
+        ("intraslice", {"ffn.measured_on": "dense_layer", "ffn.iter_pca": True}),
+    ],
+)
+def test_what_needs_the_pruned_stream_is_refused_elsewhere(method: str, options: dict):
+    text = message({"method": method, **options})
+    assert "measured_on" in text and "set it to pruned_stream" in text

@@ -16,6 +16,8 @@ from intraslice.checkpoint.source import open_checkpoint
 from intraslice.cli.app import main
 from intraslice.errors import CheckpointError
 from intraslice.loading import load_config, load_model
+from intraslice.runtime import RUNTIME_FILES
+from support.processes import BLOCK_PACKAGE, run_python
 from support.pruned import FREE, save_pruned
 
 Refused = Callable[..., str]
@@ -172,3 +174,33 @@ def test_records_that_lie(
     options = ["-o", tmp_path / "out"] if command[0] == "export" else []
     refused(command[0], folder, *command[1:], *options)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+WITHOUT_PACKAGE = (
+    BLOCK_PACKAGE
+    + """
+from transformers import AutoConfig
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        print("read")
+    except Exception as error:
+        print(" ".join(str(error).split()))
+"""
+)
+
+
+def test_the_code_that_travels_refuses_shapes_that_lie(pruned: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for number, width in enumerate((8, -3, "x")):
+        folder = root / f"{number}"
+        folder.mkdir(parents=True)
+        config = json.loads((pruned / "config.json").read_text())
+        config["intraslice"]["layers"][2]["v_head_dim"] = width
+        (folder / "config.json").write_text(json.dumps(config))
+        for file in RUNTIME_FILES:
+            shutil.copy(file, folder / file.name)
+    read, *refused = run_python("import sys\nfrom pathlib import Path\n" + WITHOUT_PACKAGE, root, tmp_path).splitlines()
+    assert read == "read"
+    for width, sentence in zip((-3, "x"), refused, strict=True):
+        assert f"layer 2 of intraslice.layers in config.json has v_head_dim = {width}" in sentence

@@ -266,3 +266,14 @@ def test_counted_parameters_are_those_of_the_modules(family):
 
 def _is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear)
+
+
+@pytest.mark.parametrize(("layer", "size"), [(0, 96), (1, 3), (1, "wide"), (1, -1)])
+def test_a_stream_that_ends_where_it_cannot_is_refused(layer, size, tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    prune(tiny_folder("llama", **WIDE), out, "slicegpt")
+    config = json.loads((out / "config.json").read_text())
+    config["intraslice"]["layers"][layer]["output_size"] = size
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Exception, match=f"layer {layer} .*output_size = {size}"):
+        AutoModelForCausalLM.from_pretrained(out)

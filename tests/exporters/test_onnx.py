@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from intraslice import api
 from intraslice.checkpoint.pruned import open_pruned
 from intraslice.errors import CheckpointError, MissingExtraError, OutputError, UnsupportedModelError
 from intraslice.exporters import onnx as exporter
@@ -18,8 +19,9 @@ from intraslice.exporters import verify as verification
 from intraslice.exporters.options import ExportOptions, ExportReport
 from intraslice.progress import SilentProgress
 from intraslice.runtime.families_intraslice import LayerShape
+from support.family_cases import family_model
 from support.pruned import save_pruned
-from support.tiny import VOCAB_SIZE
+from support.tiny import VOCAB_SIZE, tiny_tokenizer
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -55,9 +57,10 @@ class Exported:
         family: str,
         export_options: dict[str, Any] | None = None,
         shapes: list[LayerShape] | None = None,
+        source: Path | None = None,
         **overrides: Any,
     ) -> None:
-        self.source = save_pruned(root / "pruned", family, shapes or shapes_of(family), **overrides)
+        self.source = source or save_pruned(root / "pruned", family, shapes or shapes_of(family), **overrides)
         self.folder = root / "onnx"
         self.report = export(self.source, self.folder, **(export_options or {}))
         self.model = AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32).eval()
@@ -118,12 +121,38 @@ def test_without_rope(opt, batch, length):
     opt.check(batch, length)
 
 
+ONE_OF_EACH_KIND = (
+    "llama",
+    "qwen2",
+    "phi3",
+    "qwen3",
+    "gemma3_text",
+    "olmo2",
+    "glm4",
+    "cohere2",
+    "ministral3",
+    "gpt_neox",
+)
+"""Tracing takes seconds; these have between them everything that layers of the table can have."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("family", ONE_OF_EACH_KIND)
 def test_other_families(family, tmp_path):
-    found = Exported(tmp_path, family)
-    found.check(1, 1)
-    found.check(3, 11)
+    family_model(family, torch.float32).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    options = {
+        "calibration.num_samples": 4,
+        "calibration.seqlen": 24,
+        "run.device": "cpu",
+        "attention.head_multiple": 2,
+        "ffn.ffn_multiple": 2,
+    }
+    api.prune(str(tmp_path / "dense"), output=tmp_path / "pruned", sparsity=0.3, options=options)
+    found = Exported(tmp_path, family, source=tmp_path / "pruned")
+    # Logits are of size 1 to 30.
+    found.check(1, 1, atol=1e-3)
+    found.check(3, 11, atol=1e-3)
 
 
 def test_layers_without_attention_or_ffn(tmp_path):

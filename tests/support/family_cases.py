@@ -77,6 +77,16 @@ CASES: dict[str, dict[str, Any]] = {
         "layer_types": _WINDOWS,
     },
     "qwen3": {"head_dim": 12, "attention_bias": True, **_SLIDING},
+    "qwen3_vl_text": {
+        "head_dim": 8,
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 500.0,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+    },
     "granite": {
         **_BIASES,
         "attention_multiplier": 0.3,

@@ -24,7 +24,7 @@ from intraslice.checkpoint.tokenizer import open_tokenizer
 from intraslice.checkpoint.writer import side_files
 from intraslice.digests import bytes_digest, file_digest
 from intraslice.errors import CheckpointError, NumericalError, UnsupportedModelError, one_line
-from intraslice.runtime.configuration_intraslice import dense_shapes
+from intraslice.runtime.configuration_intraslice import dense_shapes, rotary_dim, rotated
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
 
 OUTPUT_EMBEDDING = "lm_head.weight"
@@ -69,7 +69,9 @@ class Checkpoint:
         self._identity: dict[str, Any] | None = None
         self._check_against_config()
         with foreign(f"config.json of {name!r} is not valid", CheckpointError):
-            dense_shapes(config, spec)
+            for index in range(len(dense_shapes(config, spec))):
+                if rotated(config, spec, index):
+                    rotary_dim(config, index)
         matrices = [
             tensor.dtype
             for key, tensor in self._tensors.items()

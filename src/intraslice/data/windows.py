@@ -12,7 +12,7 @@ from intraslice.border import foreign
 from intraslice.errors import CalibrationError
 from intraslice.runtime.families_intraslice import FAMILIES
 
-PIECE_CHARS = 1 << 22
+PIECE_CHARS = 1 << 21
 """Characters that a tokenizer is handed at a time: it holds a text some fifty times over."""
 
 

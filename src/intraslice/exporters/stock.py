@@ -202,6 +202,11 @@ def stock_config(checkpoint: PrunedCheckpoint, shape: LayerShape, pairs: Sequenc
         kind = stock_config_class(spec.stand_in)
         window = FAMILIES[spec.stand_in].sliding_window
         values |= {} if window is None else {window: None}
+    if spec.head_of is not None:
+        # transformers has no class for the text tower alone. Without images the three positions of a token are one.
+        kind = stock_config_class(spec.head_of)
+        rope = values["rope_parameters"]
+        values["rope_parameters"] = {name: value for name, value in rope.items() if not name.startswith("mrope_")}
     try:
         return kind(**values, architectures=[kind.__name__.replace("Config", "ForCausalLM")])
     except (ValueError, TypeError, StrictDataclassError) as error:

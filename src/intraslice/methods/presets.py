@@ -86,6 +86,17 @@ MODEGPT = {
         "repair_against": "own_output",
     },
 }
+LLM_PRUNER = {
+    "allocation": {"rule": "inner", "ffn_share": 1.0, "budget_unit": "groups"},
+    "attention": {
+        "score": "taylor",
+        "heads": "whole",
+        "gqa_groups": "whole",
+        "repair": "none",
+        "repair_against": "own_output",
+    },
+    "ffn": {"score": "taylor", "repair": "none", "repair_against": "own_output"},
+}
 PAPER = {
     "allocation": {"ffn_share": 1.0},
     "attention": {

@@ -140,6 +140,12 @@ METHODS: dict[str, MethodEntry] = {
     "transact": MethodEntry(
         form=BLOCKWISE, preset=presets.TRANSACT, summary="TransAct without its training", paper="arXiv 2407.05690"
     ),
+    "llm-pruner": MethodEntry(
+        form=BLOCKWISE,
+        preset=presets.LLM_PRUNER,
+        summary="LLM-Pruner without its training",
+        paper="arXiv 2305.11627",
+    ),
     "modegpt": MethodEntry(
         form=BLOCKWISE, preset=presets.MODEGPT, summary="MoDeGPT: modular decomposition", paper="arXiv 2408.09632"
     ),

@@ -18,13 +18,17 @@ def register() -> None:
     """Register all pruned architectures with the Auto classes; again is harmless."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    from intraslice.runtime.configuration_intraslice import known_composites, known_families
-    from intraslice.runtime.modeling_intraslice import composite_classes, model_classes
+    from intraslice.runtime.configuration_intraslice import known_composites, known_families, stock_config_class
+    from intraslice.runtime.families_intraslice import FAMILIES
+    from intraslice.runtime.modeling_intraslice import causal_lm_class, composite_classes, model_classes
 
     for config, model, causal_lm in map(model_classes, known_families()):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
         AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+    for family in known_families():
+        if FAMILIES[family].head_of is not None:
+            AutoModelForCausalLM.register(stock_config_class(family), causal_lm_class(family), exist_ok=True)
     for config, model, conditional in map(composite_classes, known_composites()):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)

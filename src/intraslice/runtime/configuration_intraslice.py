@@ -173,15 +173,16 @@ def _wrong_types(shape: Any) -> str:
     if not isinstance(shape, dict):
         return "is no object"
     needed = {"heads_per_kv", *_SIZES}
-    unknown = sorted(map(str, shape.keys() - needed - {*_SWITCHES, "ranks", "dropped"}))
+    unknown = sorted(map(str, shape.keys() - needed - {*_SWITCHES, "ranks", "dropped", "output_size"}))
     if unknown or needed - shape.keys():
         return f"has the unknown field {unknown[0]!r}" if unknown else f"has no {min(needed - shape.keys())}"
     groups, ranks, dropped = shape["heads_per_kv"], shape.get("ranks", []), shape.get("dropped", [])
     if not isinstance(groups, list) or not all(type(heads) is int and heads > 0 for heads in groups):
         return f"has heads_per_kv = {str(groups)[:80]}, which is no list of whole numbers above 0"
-    for name in _SIZES:
-        if type(shape[name]) is not int or shape[name] < 0:
-            return f"has {name} = {str(shape[name])[:80]}, which is no whole number from 0"
+    for name in (*_SIZES, "output_size"):
+        size = shape.get(name, 0)
+        if type(size) is not int or size < 0:
+            return f"has {name} = {str(size)[:80]}, which is no whole number from 0"
     for name in _SWITCHES:
         if type(shape.get(name, False)) is not bool:
             return f"has {name} = {str(shape[name])[:80]}, which is neither true nor false"
@@ -215,7 +216,11 @@ def _wrong_shape(shape: LayerShape, config: PretrainedConfig, spec: FamilySpec, 
             return f"has {size} {name}, and there are {low} to {high}"
     if shape.has_attention and rotated(config, spec, layer_idx) and shape.qk_head_dim % 2:
         return f"has {shape.qk_head_dim} channels of query and key, which are rotated in pairs"
-    linears = spec.linear_sizes(shape, vars(config)["hidden_size"])
+    values = vars(config)
+    ends_sliced = shape.shortcuts and layer_idx == values["num_hidden_layers"] - 1
+    if shape.output_size and not (ends_sliced and shape.output_size >= values["hidden_size"]):
+        return f"has output_size = {shape.output_size}, which only the end of a sliced stream has"
+    linears = spec.linear_sizes(shape, values["hidden_size"])
     for path, rank in shape.ranks:
         if path not in linears or not 1 <= rank <= min(linears[path]):
             return f"has two factors of rank {rank} for {path!r}, which it cannot have"
@@ -441,7 +446,9 @@ def dense_config(config: PretrainedConfig) -> PretrainedConfig:
     family = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
     stock = stock_config_class(family)
     values = {**_carried_over(config), **((vars(config)["intraslice"] or {}).get("dense", {}))}
-    return stock(**values, architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]])
+    # Of some text towers transformers has no such class, see `causal_lm_class`.
+    head = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family, f"{class_stem(family)}ForCausalLM")
+    return stock(**values, architectures=[head])
 
 
 def class_names(pruned: type[Any]) -> dict[str, Any]:

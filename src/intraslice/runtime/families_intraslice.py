@@ -184,6 +184,8 @@ class FamilySpec:
             checkpoints whose names are others, for example ("model.language_model.", "model.") or ("embed_out.",
             "lm_head."). Plain text, no patterns; the first pair that fits is taken, once; names that the state dict
             has are left alone.
+        head_of: another family whose causal language model is put around this decoder, where transformers has no such
+            class because the decoder is only used inside of composites; None where transformers has one.
         text_of: model_types of the composite checkpoints (with vision towers, for example) whose text tower is of
             this family.
         since: first release of transformers that this was tested with.
@@ -229,6 +231,7 @@ class FamilySpec:
     starts_with_bos: bool = False
     refuse: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    head_of: str | None = None
     text_of: tuple[str, ...] = ()
     since: str = "5.16"
 
@@ -492,6 +495,14 @@ FAMILIES: dict[str, FamilySpec] = {
             o_bias="attention_bias",
             qk_norm=QKNorm(),
             gguf="qwen3",
+        ),
+        FamilySpec(
+            name="qwen3_vl_text",
+            qkv_bias="attention_bias",
+            o_bias="attention_bias",
+            qk_norm=QKNorm(),
+            head_of="qwen3",
+            text_of=("qwen3_vl",),
         ),
         FamilySpec(
             name="granite",

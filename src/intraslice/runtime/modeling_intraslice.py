@@ -745,6 +745,42 @@ class _HoldsHead(_ModelBase):
         self.post_init()
 
 
+class _HoldsTower(_ModelBase):
+    """A causal language model around a stock decoder that transformers only has inside of composites."""
+
+    _family: str
+
+    def __init__(self, config: Any):
+        # Not the constructor of the class whose head it is, which would build another decoder.
+        PreTrainedModel.__init__(self, config)
+        decoder: Any = MODEL_MAPPING[stock_config_class(self._family)]
+        self.model = decoder(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+@cache
+def causal_lm_class(family: str) -> type[Any]:
+    """Return the causal language model of the dense models of a family: the stock class, if transformers has one.
+
+    Otherwise the decoder of the family with the head, and the forward pass, of the class of another family.
+    """
+    config, head_of = stock_config_class(family), FAMILIES[family].head_of
+    head: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config_class(head_of or family)]
+    if head_of is None:
+        return head
+    name = f"{class_stem(family)}ForCausalLM"
+    fields = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": f"{class_stem(family)} with a language head.",
+        "config_class": config,
+        "_family": family,
+    }
+    return type(name, (_HoldsTower, head), fields)
+
+
 @cache
 def _model_class(family: str, kind: str) -> type[Any]:
     """Return one of our classes of a family; `kind` is "Model", "Decoder" or "ForCausalLM".
@@ -752,7 +788,7 @@ def _model_class(family: str, kind: str) -> type[Any]:
     Only the module of transformers that has this family is imported.
     """
     stock_config = stock_config_class(family)
-    head: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+    head: Any = causal_lm_class(family)
     nested = len(FAMILIES[family].class_fields) > 1
     name = f"{PREFIX}{class_stem(family)}{kind}"
     fields: dict[str, Any] = {

@@ -69,7 +69,12 @@ def solve_down(
 
 
 def channel_scores(
-    moments: OutputMoments, down_weight: Tensor, keep: int, options: FFNOptions, reading: Sequence[Tensor] = ()
+    moments: OutputMoments,
+    down_weight: Tensor,
+    keep: int,
+    options: FFNOptions,
+    reading: Sequence[Tensor] = (),
+    measured: Tensor | None = None,
 ) -> Tensor:
     """Return what each channel is worth by the score that `options.score` names, [F].
 
@@ -79,6 +84,7 @@ def channel_scores(
         keep: channels that will stay.
         options: settings.
         reading: weights of up and gate, [F, D] each.
+        measured: scores that were measured before the first layer changed, [F].
     """
     width = moments.gram.shape[0]
     site = ScoreInput(
@@ -92,12 +98,18 @@ def channel_scores(
         damping=options.obs_damping,
         read_energy=moments.read_energy,
         reading=tuple(reading),
+        measured=measured,
     )
     return load(SCORES[options.score].channels)(site)
 
 
 def select_channels(
-    moments: OutputMoments, down_weight: Tensor, keep: int, options: FFNOptions, reading: Sequence[Tensor] = ()
+    moments: OutputMoments,
+    down_weight: Tensor,
+    keep: int,
+    options: FFNOptions,
+    reading: Sequence[Tensor] = (),
+    measured: Tensor | None = None,
 ) -> Tensor:
     """Return the kept channels, int64 [keep], ascending: those with the largest scores."""
-    return top_indices(channel_scores(moments, down_weight, keep, options, reading), keep)
+    return top_indices(channel_scores(moments, down_weight, keep, options, reading, measured), keep)

@@ -90,13 +90,16 @@ class AttentionStats:
     key_energy: Tensor | None = None
 
 
-def score_input(stats: AttentionStats, o_weight: Tensor, options: AttentionOptions) -> ScoreInput:
+def score_input(
+    stats: AttentionStats, o_weight: Tensor, options: AttentionOptions, measured: Tensor | None = None
+) -> ScoreInput:
     """Return what scores of heads are computed from.
 
     Args:
         stats: sums over the dense site.
         o_weight: [D, H * d].
         options: settings.
+        measured: scores of the heads that were measured before the first layer changed, [H].
     """
     num_heads = len(stats.context)
     return ScoreInput(
@@ -109,18 +112,22 @@ def score_input(stats: AttentionStats, o_weight: Tensor, options: AttentionOptio
         # Up to the last one: how many go is decided by their weights.
         removed=num_heads - 1,
         damping=options.obs_damping,
+        measured=measured,
     )
 
 
-def head_scores(stats: AttentionStats, o_weight: Tensor, options: AttentionOptions) -> Tensor:
+def head_scores(
+    stats: AttentionStats, o_weight: Tensor, options: AttentionOptions, measured: Tensor | None = None
+) -> Tensor:
     """Return what each head is worth by the score that `options.score` names, R_h of Eq. 2 unless told otherwise, [H].
 
     Args:
         stats: sums over the dense site.
         o_weight: [D, H * d].
         options: settings.
+        measured: scores of the heads that were measured before the first layer changed, [H].
     """
-    scores = load(SCORES[options.score].heads)(score_input(stats, o_weight, options))
+    scores = load(SCORES[options.score].heads)(score_input(stats, o_weight, options, measured))
     return unit_scores(scores, len(stats.context))
 
 
@@ -132,6 +139,7 @@ def choose_qk(
     pairs_to_channels: Tensor | None,
     plan: HeadPlan | None = None,
     shared_pairs: Sequence[int] | None = None,
+    measured: Tensor | None = None,
 ) -> QKEdit:
     """Choose heads, widths and what replaces query and key.
 
@@ -143,12 +151,13 @@ def choose_qk(
         pairs_to_channels: int64 [d / 2, 2] channels of each RoPE pair; None without RoPE.
         plan: exact shape of the block; None leaves it to the budget.
         shared_pairs: the pairs to keep, when all rotated heads of the model keep the same.
+        measured: scores of the heads that were measured before the first layer changed, [H].
     """
     _, head_dim, hidden_size = weights.q.shape
     # q and o cost D weights per query head and dimension, k and v per kv head: two matrices of the same width.
     budget_dims = budget / (2 * hidden_size)
     qk_width = head_dim if options.qk_width == "dense" else None
-    scores = head_scores(stats, weights.o, options)
+    scores = head_scores(stats, weights.o, options, measured)
     spectrum, _ = eigh_descending(stats.context)
     if plan is not None:
         choice = planned_heads(

@@ -6,7 +6,7 @@ F intermediate_size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -53,12 +53,18 @@ class LayerPlan:
         heads: exact shape of its attention; None leaves it to the budget.
         rope_pairs: pairs that all heads of the model keep; None leaves them to each kv head.
         dropped: names of the sites that go as a whole.
+        unit_scores: by the name of the site, scores that were measured before the first layer changed.
     """
 
     iter_pca: bool
     heads: HeadPlan | None = None
     rope_pairs: tuple[int, ...] | None = None
     dropped: tuple[str, ...] = ()
+    unit_scores: Mapping[str, Sequence[float]] | None = None
+
+    def measured(self, site: str) -> Tensor | None:
+        """Return the measured scores of a site, [units], float64; None where there are none."""
+        return None if self.unit_scores is None else torch.tensor(self.unit_scores[site], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,14 @@ def _prune_attention(
     # The factors behind o count where something is chosen or solved; what is written leaves them out, because the trial
     # shares with the dense attention whatever keeps its size.
     edit = choose_qk(
-        replace(weights, o=with_gain(weights.o, gain)), stats, budget, options, pairs, plan.heads, plan.rope_pairs
+        replace(weights, o=with_gain(weights.o, gain)),
+        stats,
+        budget,
+        options,
+        pairs,
+        plan.heads,
+        plan.rope_pairs,
+        plan.measured(ATTENTION),
     )
     trial, per_kv = fuse_qk(weights, edit, pairs, model.spec.interleaved)
     ffn_width = whole_shape.intermediate_size
@@ -250,7 +263,7 @@ def _prune_ffn(
     weights, gain = read_ffn(layer, shape), layer.output_gain(FFN)
     down = with_gain(weights.down, gain)
     reading = [matrix for matrix in (weights.up, weights.gate) if matrix is not None]
-    channels = select_channels(moments, down, keep, options, reading)
+    channels = select_channels(moments, down, keep, options, reading, plan.measured(site.name))
     edit, error = solve_down(moments, down, channels, options)
     if plan.iter_pca and keep < shape.intermediate_size:
         replay = _Replay(layer, streams, down, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +18,8 @@ from intraslice.methods.blockwise.distill import num_held_out
 from intraslice.methods.blockwise.gradient_pass import pass_seconds
 from intraslice.methods.blockwise.layer import LayerPlan, prune_layer
 from intraslice.methods.blockwise.options import BlockwiseOptions
-from intraslice.methods.blockwise.plan import allocate, gradient_path, reads_gradients
+from intraslice.methods.blockwise.plan import allocate, gradient_path, reads_gradients, reads_weight_gradients
+from intraslice.methods.blockwise.weight_gradients import measure_taylor
 from intraslice.streaming.hidden import Streams
 from intraslice.streaming.propagate import propagate_layer
 
@@ -48,7 +49,8 @@ class Blockwise:
 
     def preview(self, dense: Any, sparsity: float) -> Preview:
         """Say whether there is a gradient pass."""
-        return Preview(reads_gradients=reads_gradients(self._options, sparsity))
+        of_weights = reads_weight_gradients(self._options, sparsity)
+        return Preview(reads_gradients=of_weights or reads_gradients(self._options, sparsity))
 
     def plan(self, context: Context) -> dict[str, Any]:
         """Return the allocation.
@@ -62,6 +64,14 @@ class Blockwise:
             num_held_out(-(-len(context.tokens) // context.model.batch_shape[0]), self._options.distill)
         allocation = allocate(context, self._options)
         Budget(context.model.sites, allocation, self._options).check(context.sparsity)
+        if reads_weight_gradients(self._options, context.sparsity):
+            scores = measure_taylor(
+                context.model,
+                context.tokens,
+                boundary_bytes=context.run.boundary_bytes,
+                progress=context.progress,
+            )
+            allocation = replace(allocation, unit_scores=scores)
         return allocation.to_dict()
 
     def plan_seconds(self, context: Context) -> float:
@@ -104,6 +114,7 @@ class Blockwise:
             heads=None if heads is None else heads[index],
             rope_pairs=state.allocation.rope_pairs,
             dropped=state.allocation.dropped(index),
+            unit_scores=None if state.allocation.unit_scores is None else state.allocation.unit_scores[index],
         )
         pruned = prune_layer(context.model, layer, index, state.streams, state.budget, plan, self._options)
         num_weights = context.model.spec.num_parameters(pruned.shape, context.model.config.hidden_size)

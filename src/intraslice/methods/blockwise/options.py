@@ -40,6 +40,8 @@ class AllocationOptions:
         similarity_scale: alpha of "similarity": layers lose in proportion to exp(alpha * cosine similarity).
         channel_balance: what a channel counts beside a head in "head_search": this times the ratio of their weights.
         kept_layers: share of the layers that lose nothing with "similarity", those of the lowest similarity.
+        kept_first: share of the layers that lose nothing with "inner", those at the beginning.
+        kept_last: the same at the end.
         max_site_sparsity: cap on what one site may lose; the excess goes to other layers.
         num_channel_groups: into how many groups the channels of `act` are cut for the rotation.
         shape_freedom: a row of SHAPE_FREEDOMS.
@@ -61,6 +63,8 @@ class AllocationOptions:
     similarity_scale: Annotated[float, Ge(0)] = 10.0
     channel_balance: Annotated[float, Gt(0)] = 250.0
     kept_layers: Annotated[float, Ge(0), Lt(1)] = 0.1875
+    kept_first: Annotated[float, Ge(0), Lt(0.5)] = 0.125
+    kept_last: Annotated[float, Ge(0), Lt(0.5)] = 0.0625
     max_site_sparsity: Annotated[float, Gt(0), Lt(1)] = 0.9
     num_channel_groups: Annotated[int, Ge(1)] = 32
     shape_freedom: Annotated[str, OneOf(strategies.SHAPE_FREEDOMS)] = "free"
@@ -200,10 +204,8 @@ ALWAYS_READ = (
     "allocation.max_site_sparsity",
     "allocation.budget_unit",
     "attention.heads",
-    "attention.measured_on",
     "attention.repair",
     "ffn.score",
-    "ffn.measured_on",
     "ffn.repair",
     "ffn.ffn_multiple",
     "ffn.iter_pca",
@@ -298,6 +300,13 @@ class BlockwiseOptions:
                 f"{name}.measured_on = {measured_on} (method {method}) does not measure; set it to pruned_stream, or "
                 "leave distill.sites = none."
             )
+        for name, site in (("attention", self.attention), ("ffn", self.ffn)):
+            if strategies.REPAIRS[site.repair].splits and site.measured_on != "pruned_stream":
+                return (
+                    f"{name}.repair = {site.repair} (method {method}) weighs what the site gives against the drift of "
+                    f"the pruned stream, which {name}.measured_on = {site.measured_on} does not measure; set it to "
+                    "pruned_stream, or take another repair."
+                )
         if self.ffn.iter_pca and self.ffn.measured_on != "pruned_stream":
             return (
                 f"ffn.iter_pca (method {method}) fits maps to what the pruned model has, which ffn.measured_on = "

@@ -18,12 +18,20 @@ from intraslice.methods.blockwise.allocators.uniform import allocate_uniform
 from intraslice.methods.blockwise.gradient_pass import PASS_VERSION, measure_gradients
 from intraslice.methods.blockwise.options import BlockwiseOptions
 from intraslice.methods.blockwise.profile_pass import profile_layers
+from intraslice.methods.blockwise.strategies import SCORES
 from intraslice.streaming.model import StreamedModel
 
 
 def reads_gradients(options: BlockwiseOptions, sparsity: float) -> bool:
     """Return whether there is a gradient pass."""
     return options.rule.measures == "gradients" and sparsity > 0
+
+
+def reads_weight_gradients(options: BlockwiseOptions, sparsity: float) -> bool:
+    """Return whether the gradients of the weights are measured, which a score may ask for."""
+    chosen = {"attention.score": options.attention.score, "ffn.score": options.ffn.score}
+    read = options.read()
+    return sparsity > 0 and any(SCORES[score].needs_gradients for name, score in chosen.items() if name in read)
 
 
 def rotates_exactly(options: BlockwiseOptions) -> bool:

@@ -33,6 +33,7 @@ class ScoreInput:
         damping: obs_damping of the site.
         read_energy: ||x_:,i||^2 of what an FFN itself reads, [D]; None unless the score's row needs it.
         reading: weights of up and gate, [C, D] each.
+        measured: scores of the units that were measured before the first layer changed, [units]; None where none were.
     """
 
     energy: Tensor
@@ -45,6 +46,7 @@ class ScoreInput:
     damping: float
     read_energy: Tensor | None = None
     reading: tuple[Tensor, ...] = ()
+    measured: Tensor | None = None
 
     @property
     def full_moment(self) -> Tensor:
@@ -108,6 +110,11 @@ def swap_heads(site: ScoreInput, kept: Sequence[int], group: int, gqa_groups: st
 def elimination(site: ScoreInput) -> Tensor:
     """Return `elimination_ranks`, [units]."""
     return elimination_ranks(site.full_moment, site.weight, site.units, site.removed, site.damping)
+
+
+def taylor(site: ScoreInput) -> Tensor:
+    """Return what weight_gradients.py measured of the units; at sparsity 0 nothing is measured, and nothing goes."""
+    return torch.zeros(site.units) if site.measured is None else site.measured
 
 
 def leverage(site: ScoreInput) -> Tensor:

@@ -26,6 +26,7 @@ class Score(Row):
         needs_full_moment: whether the second moment of all channels with all others is read. For FFNs it is always
             measured; for attention, where it costs (H d)^2 numbers, only when a score asks for it.
         needs_reading: whether the weights that read the input of an FFN are looked at, and the energy of that input.
+        needs_gradients: whether the gradients of the weights of the dense model are measured first.
         head_rules: values of attention.heads that the score makes sense with; () means all.
         refine: function that improves the kept heads after they were chosen, or "".
     """
@@ -34,6 +35,7 @@ class Score(Row):
     channels: str = ""
     needs_full_moment: bool = False
     needs_reading: bool = False
+    needs_gradients: bool = False
     head_rules: tuple[str, ...] = ()
     refine: str = ""
 
@@ -44,19 +46,27 @@ SCORES: dict[str, Score] = {
         heads=f"{_HERE}.scores:energy",
         channels=f"{_HERE}.scores:energy",
         paper="IntraSlice, Eq. 2",
+        reads=("measured_on",),
     ),
     "norm": Score(
         summary="norm of the activations times the mean size of the weights",
         heads=f"{_HERE}.scores:norm",
         channels=f"{_HERE}.scores:norm",
         paper="Wanda, summed over a head or channel",
+        reads=("measured_on",),
     ),
-    "magnitude": Score(summary="norm of the activations alone", channels=f"{_HERE}.scores:magnitude", paper="TransAct"),
+    "magnitude": Score(
+        summary="norm of the activations alone",
+        channels=f"{_HERE}.scores:magnitude",
+        paper="TransAct",
+        reads=("measured_on",),
+    ),
     "fluctuation": Score(
         summary="variance of the activations times energy of the weights; squared for the channels of heads",
         heads=f"{_HERE}.scores:squared_fluctuation",
         channels=f"{_HERE}.scores:fluctuation",
         paper="FLAP",
+        reads=("measured_on",),
     ),
     "pearson": Score(
         summary="what the correlation of every output channel with itself loses, then swaps of heads",
@@ -65,17 +75,26 @@ SCORES: dict[str, Score] = {
         head_rules=("whole",),
         refine=f"{_HERE}.scores:swap_heads",
         paper="SlimLLM",
+        reads=("measured_on",),
     ),
     "feature": Score(
         summary="activations times weights in the directions in which the output varies, and what gate and up read",
         channels=f"{_HERE}.scores:feature",
         needs_reading=True,
         paper="SlimLLM",
+        reads=("measured_on",),
+    ),
+    "taylor": Score(
+        summary="what the loss of the dense model says of all weights of a head or channel, to first order",
+        heads=f"{_HERE}.scores:taylor",
+        channels=f"{_HERE}.scores:taylor",
+        needs_gradients=True,
+        paper="LLM-Pruner",
     ),
     "leverage": Score(
         summary="ridge leverage: how little the other channels can say of the channel",
         channels=f"{_HERE}.scores:leverage",
-        reads=("obs_damping",),
+        reads=("obs_damping", "measured_on"),
         paper="MoDeGPT, Type I",
     ),
     "obs": Score(
@@ -83,7 +102,7 @@ SCORES: dict[str, Score] = {
         heads=f"{_HERE}.scores:elimination",
         channels=f"{_HERE}.scores:elimination",
         needs_full_moment=True,
-        reads=("obs_damping",),
+        reads=("obs_damping", "measured_on"),
         paper="SoBP",
     ),
 }
@@ -107,27 +126,27 @@ REPAIRS: dict[str, Repair] = {
     "ridge": Repair(
         summary="ridge regression of the output projection",
         function=f"{_HERE}.repairs:ridge",
-        reads=("damping", "damping_scale", "shrink_to", "repair_against"),
+        reads=("measured_on", "damping", "damping_scale", "shrink_to", "repair_against"),
         paper="IntraSlice, Eq. 6 and 8",
     ),
     "cross_fit": Repair(
         summary="ridge regressions of the site's own output and of the drift, chosen across two halves of the text",
         function=f"{_HERE}.repairs:cross_fit",
-        reads=("damping_scale", "shrink_to", "repair_against"),
+        reads=("measured_on", "damping_scale", "shrink_to", "repair_against"),
         splits=True,
     ),
     "bias": Repair(
         summary="a bias that adds back the mean of what is missing",
         adds_bias=True,
         function=f"{_HERE}.repairs:mean_bias",
-        reads=("repair_against",),
+        reads=("measured_on", "repair_against"),
         paper="FLAP",
     ),
     "affine": Repair(
         summary="a factor and a bias for each output channel by least squares",
         adds_bias=True,
         function=f"{_HERE}.repairs:affine_fit",
-        reads=("repair_against",),
+        reads=("measured_on", "repair_against"),
         paper="SlimLLM",
     ),
     "none": Repair(summary="nothing is repaired", function=f"{_HERE}.repairs:nothing"),
@@ -182,6 +201,7 @@ HEAD_RULES: dict[str, Row] = {
     "adaptive": Row(
         summary="weak heads go while that keeps more of the output, the others become narrower",
         reads=(
+            "attention.measured_on",
             "attention.score",
             "attention.min_head_fraction",
             "attention.head_multiple",
@@ -201,7 +221,13 @@ HEAD_RULES: dict[str, Row] = {
     ),
     "all": Row(
         summary="no head goes, all become narrower",
-        reads=("attention.head_multiple", "attention.basis", "attention.pair_score", "attention.qk_width"),
+        reads=(
+            "attention.measured_on",
+            "attention.head_multiple",
+            "attention.basis",
+            "attention.pair_score",
+            "attention.qk_width",
+        ),
         paper="TransAct",
     ),
 }
@@ -277,6 +303,12 @@ ALLOCATION_RULES: dict[str, AllocationRule] = {
         summary="the same share of every layer",
         function=f"{_ALLOCATORS}.uniform:allocate_uniform",
         reads=("allocation.ffn_share",),
+    ),
+    "inner": AllocationRule(
+        summary="the same share of every layer but the first and the last ones, which keep everything",
+        function=f"{_ALLOCATORS}.uniform:allocate_inner",
+        reads=("allocation.ffn_share", "allocation.kept_first", "allocation.kept_last"),
+        paper="LLM-Pruner",
     ),
     "fluctuation": AllocationRule(
         summary="whole heads and channels ranked by standardized fluctuations",

@@ -27,6 +27,8 @@ class Allocation:
         rope_pairs: rotary pairs that all heads of all layers keep; None leaves the choice to each kv head.
         kept_importance: share of the importance of all channels that these shapes keep.
         free_importance: the share that free shapes would have kept.
+        unit_scores: for each layer, by the name of the site, what its units are worth, where the scores are measured
+            before the first layer changes.
     """
 
     keep: tuple[Mapping[str, float], ...]
@@ -34,6 +36,7 @@ class Allocation:
     rope_pairs: tuple[int, ...] | None = None
     kept_importance: float | None = None
     free_importance: float | None = None
+    unit_scores: tuple[Mapping[str, Sequence[float]], ...] | None = None
 
     @classmethod
     def of_kinds(cls, sites: ModelSites, keep: Mapping[str, Sequence[float]], **more: Any) -> Allocation:
@@ -74,6 +77,7 @@ class Allocation:
             None if pairs is None else tuple(pairs),
             data["kept_importance"],
             data["free_importance"],
+            None if data["unit_scores"] is None else tuple(data["unit_scores"]),
         )
 
 

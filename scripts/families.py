@@ -1,0 +1,262 @@
+"""Write docs/families.md from the table of families and the outcomes of their tests.
+
+    python scripts/families.py            # runs the tests of all families, keeps the outcomes, writes the page
+    python scripts/families.py --only X   # runs those of one family, keeps the other outcomes
+    python scripts/families.py --write    # writes the page again from the outcomes that were kept
+
+What the page says of a family was passed by a test, is refused for a reason that the table of families gives, or is
+marked as not tested. The outcomes lie in docs/families.json; tests/test_families_page.py fails when they, the page and
+the table of families do not belong together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from xml.etree import ElementTree
+
+from intraslice.checkpoint.gguf import ARCHITECTURES
+from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTCOMES = ROOT / "docs" / "families.json"
+PAGE = ROOT / "docs" / "families.md"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A column of the page.
+
+    Attributes:
+        title: of the column.
+        test: the test that decides, FILE::FUNCTION; its parameter is the family.
+        means: what it says, for the list below the table.
+    """
+
+    title: str
+    test: str
+    means: str
+
+
+_FAMILIES_FILE = "tests/runtime/test_families.py"
+CHECKS = (
+    Check(
+        "dense shape",
+        f"{_FAMILIES_FILE}::test_dense_shape_equals_the_stock_class",
+        "our attention at the dense shape gives the logits of the stock class to 1e-10, in float64",
+    ),
+    Check(
+        "layer",
+        f"{_FAMILIES_FILE}::test_a_layer_taken_apart_equals_the_stock_layer",
+        "a layer that the engine runs in pieces equals the stock layer to 1e-10, in float64",
+    ),
+    Check(
+        "twin",
+        f"{_FAMILIES_FILE}::test_zero_padding_gives_the_stock_class",
+        "a pruned model, filled up with zeros, is a stock model with the same logits to 1e-10, in float64 (1e-6 where "
+        "a norm goes over all heads); with norms of query and key, at their dense width",
+    ),
+    Check(
+        "sparsity 0",
+        f"{_FAMILIES_FILE}::test_sparsity_zero_is_the_identity",
+        "pruned at 0 the logits are the dense ones, in float32",
+    ),
+    Check(
+        "30 %",
+        f"{_FAMILIES_FILE}::test_a_pruned_model_reloads_to_what_was_streamed",
+        "pruned at 30 %, saved and loaded, the logits are those that the engine saw",
+    ),
+    Check(
+        "perplexity",
+        f"{_FAMILIES_FILE}::test_perplexity_is_that_of_a_plain_loop",
+        "`eval` gives the perplexity of a plain transformers loop to 1e-6",
+    ),
+    Check(
+        "dropped blocks",
+        "tests/runtime/test_dropped_blocks.py::test_every_family_can_lose_its_blocks",
+        "layers without attention or FFN load, and compute what the dense model does with these blocks silenced",
+    ),
+    Check(
+        "one shape",
+        f"{_FAMILIES_FILE}::test_one_shape_for_all_layers_is_a_stock_model",
+        "`--target stock` and `export --to stock` give a checkpoint of the stock class",
+    ),
+    Check(
+        "llama.cpp",
+        "tests/exporters/test_export_gguf.py::test_a_family_in_llama_cpp",
+        "the GGUF file, run by an independent reading of llama.cpp's equations, gives the logits of the checkpoint",
+    ),
+    Check(
+        "ONNX",
+        "tests/exporters/test_onnx.py::test_other_families",
+        "onnxruntime gives the logits of the checkpoint, with and without cache",
+    ),
+)
+
+
+def refusal(spec: FamilySpec, title: str) -> str | None:
+    """Return why a family cannot pass a check; None where it can."""
+    if title == "llama.cpp" and not spec.fits_llama_cpp:
+        return _llama_cpp_lacks(spec)
+    if title == "one shape" and "stock" in spec.without_targets:
+        return "the stock config has no head width"
+    return None
+
+
+def _llama_cpp_lacks(spec: FamilySpec) -> str:
+    lacks = {
+        "norms of query and key": spec.qk_norm is not None,
+        "norms of outputs": spec.output_norms,
+        "parallel blocks": spec.parallel is not False,
+        "a factor on the residual sum": spec.residual_scale is not None,
+        "interleaved RoPE": spec.interleaved,
+        "layers without RoPE": spec.rope is not True,
+        "a temperature of the queries": spec.query_temperature,
+        "FFNs without gate": spec.gate is None,
+        "norms other than RMSNorm": spec.norm != "rms",
+    }
+    return ", ".join(name for name, missing in lacks.items() if missing)
+
+
+def run_tests(only: str | None) -> dict[str, dict[str, str]]:
+    """Run the tests of the columns, of one family or all; return the outcome of each, by family and title."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command += [] if only is None else ["-k", only]
+        subprocess.run([*command, *(check.test for check in CHECKS)], cwd=ROOT, check=False)
+        if not report.exists():
+            sys.exit("error: the tests did not run; nothing was written")
+        found = read_outcomes(report)
+        # -k takes parts of names as well.
+        return found if only is None else {only: found.get(only, {})}
+
+
+def read_outcomes(report: Path) -> dict[str, dict[str, str]]:
+    """Return the outcomes of a JUnit report: "passed", "failed" or "skipped", by family and title."""
+    titles = {(Path(check.test.split("::")[0]).stem, check.test.split("::")[1]): check.title for check in CHECKS}
+    found: dict[str, dict[str, str]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        function, _, parameter = case.attrib["name"].partition("[")
+        title = titles.get((case.attrib["classname"].rpartition(".")[2], function))
+        if title is None:
+            continue
+        bad = any(case.find(kind) is not None for kind in ("failure", "error"))
+        outcome = "failed" if bad else "skipped" if case.find("skipped") is not None else "passed"
+        found.setdefault(parameter.removesuffix("]"), {})[title] = outcome
+    return found
+
+
+def page(data: dict[str, object]) -> str:
+    """Return the page for what `docs/families.json` holds."""
+    outcomes = data["outcomes"]
+    assert isinstance(outcomes, dict)
+    titles = [check.title for check in CHECKS]
+    lines = [
+        "# Families",
+        "",
+        "The family of a model is the `model_type` in its `config.json`; of a vision-language model, that of its text",
+        "tower. This page is written by `python scripts/families.py` from the table of families and from the outcomes",
+        f"of tests on tiny models that switch on what is special about each family ({data['tested']}).",
+        "",
+        f"| family | {' | '.join(titles)} |",
+        "| --- |" + " --- |" * len(titles),
+    ]
+    for name, spec in FAMILIES.items():
+        cells = [_cell(outcomes.get(name, {}).get(title), refusal(spec, title)) for title in titles]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    lines += ["", "What the columns say (yes: the test passed; no: refused; –: no test):", ""]
+    lines += [f"- **{check.title}**: {check.means}." for check in CHECKS]
+    lines += [
+        "",
+        "No table can say how well a family can be pruned: quality was measured on real checkpoints of `llama` and",
+        "`gemma3_text` only, see [benchmarks.md](benchmarks.md). vLLM is checked by `scripts/check_vllm.sh`, see",
+        "[deployment.md](deployment.md).",
+        "",
+        "## What each family is, and what is refused",
+        "",
+        "| family | transformers | special | refused when set | llama.cpp lacks | text tower of | GGUF input |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, spec in FAMILIES.items():
+        cells = [
+            f"{spec.since}",
+            ", ".join(features(spec)),
+            ", ".join(f"`{field}`" for field in spec.refuse),
+            "" if spec.fits_llama_cpp else _llama_cpp_lacks(spec),
+            ", ".join(f"`{composite}`" for composite in spec.text_of),
+            "yes" if spec.gguf in ARCHITECTURES else "",
+        ]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "`slicegpt` takes the families "
+        + ", ".join(f"`{name}`" for name, spec in FAMILIES.items() if spec.rotatable)
+        + ".",
+        "`intraslice inspect MODEL` says of a model that is not here what is missing for it.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def features(spec: FamilySpec) -> list[str]:
+    """Return in words what is special about a family."""
+    found = {
+        "norms of query and key": spec.qk_norm is not None and spec.qk_norm.over == "head",
+        "norms of query and key over all heads": spec.qk_norm is not None and spec.qk_norm.over == "all",
+        "norms of outputs": spec.output_norms,
+        "no norms of inputs": spec.attention_norm is None,
+        "parallel blocks": spec.parallel is True,
+        "parallel blocks as the config says": isinstance(spec.parallel, str),
+        "factor on the residual sum": spec.residual_scale is not None,
+        "temperature of the queries": spec.query_temperature,
+        "no RoPE": spec.rope is False,
+        "RoPE in some layers": isinstance(spec.rope, str),
+        "interleaved RoPE": spec.interleaved,
+        "fused projections": bool(spec.q.parts) or bool(spec.up.parts),
+        "no gate": spec.gate is None,
+        "LayerNorm": spec.norm.startswith("layer"),
+        "windows begin with BOS": spec.starts_with_bos,
+    }
+    return [words for words, has in found.items() if has]
+
+
+def _cell(outcome: str | None, refused: str | None) -> str:
+    if outcome == "failed":
+        return "**FAILED**"
+    if outcome == "passed":
+        return "yes"
+    return "no" if refused is not None else "–"
+
+
+def main() -> None:
+    """Run what was asked for; exit status 1 when a test failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="run no tests")
+    parser.add_argument("--only", choices=list(FAMILIES), help="run the tests of this family only")
+    arguments = parser.parse_args()
+    data = {"outcomes": {}}
+    if arguments.write or arguments.only:
+        data = json.loads(OUTCOMES.read_text(encoding="utf-8"))
+    if not arguments.write:
+        import torch
+        import transformers
+
+        versions = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
+        tested = f"{date.today().isoformat()}, {versions}, Python {platform.python_version()}"
+        data = {"tested": tested, "outcomes": {**data["outcomes"], **run_tests(arguments.only)}}
+        OUTCOMES.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    PAGE.write_text(page(data), encoding="utf-8")
+    failed = [f"{name}: {title}" for name, row in data["outcomes"].items() for title in row if row[title] == "failed"]
+    sys.exit("failed: " + "; ".join(failed) if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
