@@ -13,7 +13,7 @@ import pytest
 
 def _command(model: Path, out: Path, *more: str) -> list[str]:
     command = [sys.executable, "-m", "intraslice", "prune", str(model), "-o", str(out), "--sparsity", "0.3"]
-    command += ["--num-samples", "64", "--seqlen", "128", "--set", "ffn.ffn_multiple=1"]
+    command += ["--calibration", "builtin", "--num-samples", "64", "--seqlen", "128", "--set", "ffn.ffn_multiple=1"]
     return command + ["--set", "attention.head_multiple=2", *more]
 
 
