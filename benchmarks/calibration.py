@@ -52,12 +52,13 @@ def texts(data: Path) -> Iterator[tuple[str, str, int, int]]:
     yield "asyncio", held_out_code(), 0, 6
 
 
-def evaluate(folder: str, data: Path) -> dict[str, float]:
+def evaluate(folder: str, data: Path, most: int | None, dtype: str) -> dict[str, float]:
     """Return the mean negative log likelihood of a token of each domain, in nats."""
-    model, tokenizer = load_model(folder)
+    model, tokenizer = load_model(folder, dtype=dtype)
     found = {}
     for name, text, first, windows in texts(data):
         tokens = token_stream(text, tokenizer)[first * SEQLEN :]
+        windows = windows if most is None else min(most, windows)
         found[name] = measure_perplexity(model, tokens, seqlen=SEQLEN, windows=windows).mean_nll
     return found
 
@@ -73,6 +74,8 @@ def run(candidate: str, args: argparse.Namespace) -> dict[str, Any]:
         "seqlen": args.seqlen,
         "seed": args.seed,
         "set": args.set,
+        **({} if args.windows is None else {"windows": args.windows}),
+        **({} if args.dtype == "auto" else {"dtype": args.dtype}),
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     file = args.out / f"{key}.json"
@@ -100,7 +103,7 @@ def run(candidate: str, args: argparse.Namespace) -> dict[str, Any]:
             resume=True,
         )
         record = {"calibration": result.calibration, "achieved": result.sparsity, "prune_seconds": result.seconds}
-    nll = evaluate(str(folder), args.data)
+    nll = evaluate(str(folder), args.data, args.windows, args.dtype)
     found = {**settings, **record, "candidate": candidate, "nll": nll, "seconds": round(time.monotonic() - started, 1)}
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(found, indent=1) + "\n")
@@ -139,6 +142,8 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="a further setting of the prune")
+    parser.add_argument("--windows", type=int, help="measure at most this many windows of each text, for a quick look")
+    parser.add_argument("--dtype", default="auto", help="to measure in; bfloat16 is faster on some processors")
     parser.add_argument("--keep", action="store_true", help="keep the pruned checkpoints")
     parser.add_argument("--threads", type=int, help="threads of torch")
     args = parser.parse_args()

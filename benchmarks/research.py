@@ -155,7 +155,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             found = whole_model(args, Path(work))
     name = " ".join(args.options) or "as it is"
-    print(f"| {name} | {' | '.join(f'{key} {value:.4f}' for key, value in found.items())} |", flush=True)
+    print(f"| {name} | {' | '.join(f'{key} {value:.4g}' for key, value in found.items())} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ mkdir -p "$out"
 # The repository's own texts: not among what the model is calibrated on.
 find "$root/README.md" "$root/docs" -name '*.md' -exec cat {} + >"$out/held-out.txt"
 
-step "prune $model at 30 %, calibrated on the text built into Python (32 sequences of 512 tokens)"
+step "prune $model at 30 %, calibrated on what it writes itself and on texts that come with Python (32 sequences of 512 tokens)"
 intraslice prune "$model" -o "$pruned" --sparsity 0.3 --num-samples 32 --seqlen 512 --overwrite
 
 step "perplexity on text that was not used for calibration, dense and pruned"

@@ -48,6 +48,7 @@ def pruned(tiny_folder, tmp_path_factory) -> Path:
     model = tiny_folder("llama", hidden_size=64, num_attention_heads=8, num_key_value_heads=4, intermediate_size=128)
     output = tmp_path_factory.mktemp("composes") / "pruned"
     options = {
+        "calibration.source": "builtin",
         "calibration.num_samples": 8,
         "calibration.seqlen": 64,
         "attention.head_multiple": 2,

@@ -20,7 +20,7 @@ from intraslice.progress import SilentProgress
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "prune_and_look.ipynb"
-CALIBRATION = ["--num-samples", "4", "--seqlen", "64"]
+CALIBRATION = ["--calibration", "builtin", "--num-samples", "4", "--seqlen", "64"]
 
 
 @pytest.fixture

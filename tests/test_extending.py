@@ -20,7 +20,7 @@ from support.tiny import make_tiny, tiny_tokenizer
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "extending.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
 NAMED = re.compile(r"# (\w+\.py)\n")
-TEXT = {"calibration.num_samples": 4, "calibration.seqlen": 32}
+TEXT = {"calibration.source": "builtin", "calibration.num_samples": 4, "calibration.seqlen": 32}
 FINE = {**TEXT, "ffn.ffn_multiple": 1}
 SMALL = {**FINE, "attention.head_multiple": 2}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from intraslice.data import sampling
 from intraslice.data.calibration import Calibration, load_calibration
@@ -228,3 +229,30 @@ def test_sampled_rows_are_kept_and_spoilt_ones_are_not_used(
 def test_every_kind_can_be_sampled(tiny_folder: Folder, source: str) -> None:
     tokens = calibrate(source, with_template(), model_folder=tiny_folder("llama"), seqlen=40).tokens
     assert tokens.shape == (8, 40) and len({tuple(row) for row in tokens.tolist()}) == 8
+
+
+def test_a_dry_run_counts_the_memory_of_sampling(tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    from intraslice import pruning
+    from intraslice.recipes.recipe import load_recipe
+
+    config = AutoConfig.from_pretrained(tiny_folder("llama"))
+    # Keys and values of 2 kv heads in each of 3 layers; 10 rows of 16 tokens, then as many as the cache has room for.
+    row = 2 * 3 * 2 * config.head_dim * 16 * 4
+    assert (config.num_hidden_layers, config.num_key_value_heads) == (3, 2)
+    assert sampling.sampling_bytes(config, 1000, 4, 10, 16) == 4000 + 10 * row
+    monkeypatch.setattr(sampling, "_CACHE_BYTES", 3 * row)
+    assert sampling.sampling_bytes(config, 1000, 4, 10, 16) == 4000 + 3 * row
+
+    asked: list[int] = []
+    monkeypatch.setattr(pruning, "sampling_bytes", lambda *given: asked.append(given[3]) or 1 << 50)
+    flags = {
+        "model": str(tiny_folder("llama")),
+        "sparsity": 0.3,
+        "calibration.num_samples": 8,
+        "calibration.seqlen": 16,
+    }
+    assert pruning.dry_run(load_recipe(None, flags)).estimated_peak_bytes > 1 << 50
+    # Half of the default.
+    assert asked == [4]
+    plain = load_recipe(None, {**flags, "calibration.source": "builtin"})
+    assert pruning.dry_run(plain).estimated_peak_bytes < 1 << 50

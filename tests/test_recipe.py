@@ -38,7 +38,7 @@ def test_defaults_are_those_of_the_options():
     assert recipe.method == "intraslice"
     assert recipe.options == BlockwiseOptions()
     assert (recipe.calibration.source, recipe.calibration.num_samples, recipe.calibration.seqlen) == (
-        "builtin",
+        "offline-mix",
         128,
         2048,
     )

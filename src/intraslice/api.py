@@ -29,8 +29,8 @@ from intraslice.evaluation.tasks import (
 from intraslice.evaluation.text_choice import parse_texts
 from intraslice.exporters.export import export_checkpoint
 from intraslice.exporters.options import ExportOptions, ExportReport
-from intraslice.healing.after_prune import heal_options, prune_and_heal
-from intraslice.healing.options import HealOptions
+from intraslice.healing.after_prune import prune_and_heal
+from intraslice.healing.options import HealOptions, heal_options
 from intraslice.healing.run import HealResult, heal_checkpoint
 from intraslice.loading import load_model
 from intraslice.names import expanded
@@ -110,7 +110,7 @@ def prune(
     }
     if heal is None:
         return prune_recipe(merged, **shared)
-    return prune_and_heal(merged, heal_options(merged, heal), **shared)
+    return prune_and_heal(merged, heal_options(merged.calibration, merged.run.device, heal), **shared)
 
 
 def _call(name: str, arguments: Mapping[str, Any]) -> str:

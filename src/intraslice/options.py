@@ -16,7 +16,7 @@ MAX_SPARSITY = 0.95
 MAX_SEED = (1 << 63) - 1
 """Seeds are numbers of 63 bits."""
 
-DEFAULT_CALIBRATION = "builtin"
+DEFAULT_CALIBRATION = "offline-mix"
 """The text that is taken where none is named; the only place that says which one it is."""
 
 

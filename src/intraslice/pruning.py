@@ -15,7 +15,9 @@ from intraslice.checkpoint.source import open_checkpoint
 from intraslice.checkpoint.workfolder import settle
 from intraslice.checkpoint.writer import check_apart, check_output
 from intraslice.data.calibration import Calibration, load_calibration
-from intraslice.data.mixture import check_source, is_sampled, parse_source
+from intraslice.data.mixture import check_source, is_sampled, parse_source, share_out
+from intraslice.data.sampling import sampling_bytes
+from intraslice.data.text import SAMPLED
 from intraslice.data.windows import first_token
 from intraslice.engine.run import Job, batch_size, prune_checkpoint
 from intraslice.engine.rundir import interrupted_sparsity
@@ -25,8 +27,8 @@ from intraslice.layers.decoder import norms_come_first
 from intraslice.loading import load_config
 from intraslice.methods.choices import load
 from intraslice.names import expanded
-from intraslice.options import CalibrationOptions
-from intraslice.placement import Placement, choose_device, dtype_from_name
+from intraslice.options import CalibrationOptions, RunOptions
+from intraslice.placement import Placement, choose_device, dtype_from_name, peak_resident_bytes
 from intraslice.progress import Progress, SilentProgress
 from intraslice.recipes.recipe import Recipe, fit_to_model
 from intraslice.results.result import PruneResult
@@ -209,6 +211,18 @@ def calibrate(
     )
 
 
+def _sampling_peak_bytes(info: ModelInfo, config: Any, calibration: CalibrationOptions, run: RunOptions) -> int:
+    """Estimate the peak memory while calibration text is sampled, in bytes; 0 where none is."""
+    parts = parse_source(calibration.source)
+    counts = share_out(parts, calibration.num_samples)
+    rows = sum(count for part, count in zip(parts, counts, strict=True) if part.source in SAMPLED)
+    if not rows:
+        return 0
+    process = peak_resident_bytes() if choose_device(run.device).type == "cpu" else 0
+    itemsize = (config.dtype or torch.float32).itemsize
+    return process + sampling_bytes(config, info.num_parameters, itemsize, rows, calibration.seqlen)
+
+
 def check_seqlen(config: Any, seqlen: int) -> None:
     """Refuse sequences longer than the model has positions.
 
@@ -286,7 +300,10 @@ def dry_run(recipe: Recipe, *, progress: Progress | None = None) -> DryRun:
         dense=info,
         target_layer_parameters=kept,
         target_parameters=outside + kept,
-        estimated_peak_bytes=estimate_peak_bytes(info, calibration.num_samples, calibration.seqlen, run),
+        estimated_peak_bytes=max(
+            estimate_peak_bytes(info, calibration.num_samples, calibration.seqlen, run),
+            _sampling_peak_bytes(info, config, calibration, run),
+        ),
         gradient_chunks=chunks if preview.reads_gradients else 0,
         one_chunk_bytes=states * calibration.num_samples,
         recipe=recipe,

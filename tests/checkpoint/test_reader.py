@@ -123,6 +123,7 @@ def test_a_stored_copy_of_a_tied_head_is_accepted_and_another_one_refused(make_f
 
 
 def test_a_layer_costs_the_memory_of_a_layer(tmp_path: Path) -> None:
+    pytest.importorskip("resource")
     # 8 layers of 13 MB; in a process of its own, because peak memory never goes down again.
     folder = make_tiny("llama", tmp_path, hidden_size=512, intermediate_size=1536, num_hidden_layers=8)
     script = f"""

@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -205,6 +204,7 @@ def test_full_disk_keeps_the_file_of_before(tmp_path: Path, request: pytest.Fixt
 
 
 def test_a_limit_met_in_the_middle_of_a_tensor(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
     # A real refusal of the operating system, not a patched one: files may not grow beyond 64 KiB.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))

@@ -13,7 +13,7 @@ from intraslice.results.result import PruneResult
 
 MULTIPLES = {"attention.head_multiple": 2, "ffn.ffn_multiple": 1, "ffn.iter_pca": False}
 SMALL = [
-    *("--num-samples", "4", "--seqlen", "32"),
+    *("--calibration", "builtin", "--num-samples", "4", "--seqlen", "32"),
     *(part for name, value in MULTIPLES.items() for part in ("--set", f"{name}={value}")),
 ]
 
@@ -58,7 +58,7 @@ def test_python_interface_of_three_lines(tiny_folder, tmp_path: Path):
     import intraslice
 
     out = tmp_path / "pruned"
-    options = {"calibration.num_samples": 4, "calibration.seqlen": 32, **MULTIPLES}
+    options = {"calibration.source": "builtin", "calibration.num_samples": 4, "calibration.seqlen": 32, **MULTIPLES}
     result = intraslice.prune(str(tiny_folder("llama")), output=out, sparsity=0.3, options=options)
     model = intraslice.load(out)
     assert sum(p.numel() for p in model.parameters()) == result.pruned_parameters

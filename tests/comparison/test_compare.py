@@ -325,3 +325,51 @@ def test_a_mixture_with_text_of_the_model(small: Small, tmp_path: Path, jobs: Jo
     (tmp_path / "own.txt").write_text("other words that no other text has. " * 30)
     assert main(["compare", str(small(**options)), "-o", str(tmp_path / "out")]) == 0
     assert prunes(jobs) == [("naive", 0.2)]
+
+
+HEAL = {"budget": "512", "seqlen": 32, "batch_size": 4, "held_out": 4, "lr": 1e-3, "evaluate_every": 2}
+
+
+def test_every_method_is_healed_with_one_budget(small: Small, jobs: Jobs, tmp_path: Path, capfd):
+    text = tmp_path / "own.txt"
+    text.write_text("".join(f"{number}. the quick brown fox jumps over the lazy dog; " for number in range(300)))
+    wanted: dict[str, Any] = {
+        "sparsities": [0.4],
+        "calibration": {**SMALL["calibration"], "source": str(text)},
+        "evaluation": {"text": f"{text}", "seqlen": 64, "windows": 2, "texts": ["builtin@0-1"]},
+    }
+    out = tmp_path / "healed"
+    assert main(["compare", str(small(**wanted, heal=HEAL)), "-o", str(out)]) == 0
+    assert names(jobs) == ["identify", "measure", *["prune", "measure", "heal", "measure"] * 2]
+    document = document_of(out)
+    assert [cell["label"] for cell in document["cells"]] == [
+        *("dense", "intraslice", "intraslice, healed", "whole heads", "whole heads, healed")
+    ]
+    assert len({cell["key"] for cell in document["cells"]}) == 5
+    for pruned, healed in zip(document["cells"][1::2], document["cells"][2::2], strict=True):
+        assert healed["healing"][-1]["tokens"] == 512 and "healing" not in pruned
+        # Random models predict nothing, so a perplexity says little: it is not the same, and the dense model is nearer.
+        assert healed["perplexity"] != pruned["perplexity"]
+        assert min(point["kl"] for point in healed["healing"][1:]) < healed["healing"][0]["kl"]
+        assert pruned["healed"] == {name: healed[name] for name in ("perplexity", "mean_gap", "average")}
+        seconds = healed["prune"]["seconds"]
+        assert seconds["total"] == pytest.approx(pruned["prune"]["seconds"]["total"] + seconds["healing"])
+        assert healed["speed"] is None and healed["layers"] == pruned["layers"]
+    table = (out / "table.md").read_text()
+    assert "healed, perplexity" in table and "- heal: " in table and "budget 512" in table
+    assert "mean log gap" in (out / "report.html").read_text()
+    assert list((out / "checkpoints").iterdir()) == []
+    # Finished work is not repeated, and the cells without healing know nothing of it.
+    for changes, expected in (({"heal": HEAL}, []), ({}, []), ({"heal": {**HEAL, "budget": 640}}, ["prune", "heal"])):
+        capfd.readouterr()
+        assert main(["compare", str(small(**wanted, **changes)), "-o", str(out), "--dry-run", "--json"]) == 0
+        plan = json.loads(capfd.readouterr().out)["cells"]
+        assert plan[2]["run"][:2] == expected if "heal" in changes else len(plan) == 3
+        assert all(not cell["run"] for cell in plan if "healed" not in cell["label"])
+
+
+def test_a_model_that_healing_does_not_help_fails_alone(small: Small, jobs: Jobs, tmp_path: Path):
+    file = small(sparsities=[0.4], methods=[INTRASLICE], heal={**HEAL, "lr": 10.0})
+    assert main(["compare", str(file), "-o", str(tmp_path / "out")]) == 1
+    dense, pruned, healed = document_of(tmp_path / "out")["cells"]
+    assert "healing has not helped" in healed["error"] and pruned["perplexity"] and "healed" not in pruned

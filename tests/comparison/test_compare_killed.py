@@ -8,12 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from support.small_comparison import document_of, write_yaml
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
 def test_kill_and_go_on(make_folder, tmp_path: Path):
     model = make_folder("llama", num_hidden_layers=24)
-    calibration = {"num_samples": 64, "seqlen": 128}
+    calibration = {"source": "builtin", "num_samples": 64, "seqlen": 128}
     file = write_yaml(tmp_path / "c.yaml", model, calibration=calibration, methods=["naive"], sparsities=[0.3])
     out = tmp_path / "out"
     command = [sys.executable, "-m", "intraslice", "compare", str(file), "-o", str(out)]

@@ -99,7 +99,7 @@ def test_speeds_of_another_machine_matter_only_where_both_have_speeds(finished: 
 def test_pruned_checkpoints(finished: Path, report, tiny_folder: Callable[..., Path], tmp_path: Path):
     out = tmp_path / "pruned"
     options = {"ffn.ffn_multiple": 1, "ffn.damping": 0.2}
-    options |= {"calibration.num_samples": 4, "calibration.seqlen": 32}
+    options |= {"calibration.source": "builtin", "calibration.num_samples": 4, "calibration.seqlen": 32}
     result = api.prune(str(tiny_folder("llama")), output=out, sparsity=0.3, method="naive", options=options)
     status, _, rows = report(finished, out)
     assert status == 0 and len(rows) == 6

@@ -35,6 +35,14 @@ CAPPED = {"label": "a", "method": "naive"}
         ({"sweeps": [{"option": "ffn.damping", "values": [1], "sparsity": 0.2, "method": "nave"}]}, "'naive'"),
         ({"models": ["./no-such-model"]}, "no-such-model"),
         ({"models": []}, "models"),
+        ({"heal": "20min"}, "'20min' is a time"),
+        ({"heal": "much"}, "neither tokens nor a time"),
+        ({"heal": 10}, "smaller than one step"),
+        ({"heal": {"weights": "lora"}}, "'heal.budget' is missing"),
+        ({"heal": {"budget": "1k", "wieghts": "lora"}}, "'weights'"),
+        ({"heal": {"budget": "1k", "seed": 1}}, "text and the device of its prune"),
+        ({"heal": {"budget": "1k", "seqlen": "long"}}, "heal.seqlen"),
+        ({"heal": "1M", "methods": ["naive", {"label": "naive, healed", "method": "flap"}]}, "choose another label"),
     ],
 )
 def test_wrong_files(small: Callable[..., Path], jobs: list, tmp_path: Path, capfd, changes: dict[str, Any], expected):

@@ -181,7 +181,7 @@ def test_the_command_line_prunes_inspects_and_plans(method, tiny_folder, tmp_pat
 
     out = tmp_path / "out"
     arguments = ["prune", str(tiny_folder("llama", **WIDE)), "-o", str(out), "--method", method, "--sparsity", "0.4"]
-    arguments += ["--set", "calibration.num_samples=2", "--set", "calibration.seqlen=16"]
+    arguments += ["--calibration", "builtin", "--set", "calibration.num_samples=2", "--set", "calibration.seqlen=16"]
     assert main([*arguments, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert not out.exists()

@@ -29,7 +29,8 @@ from intraslice.placement import peak_resident_bytes
 from intraslice.pruning import dry_run, prune_recipe
 from intraslice.recipes.recipe import load_recipe
 flags = {"model": sys.argv[1], "output": sys.argv[2], "sparsity": 0.3, "method": sys.argv[3]}
-recipe = load_recipe(None, {**flags, "run.device": "cpu", "calibration.num_samples": 64, "calibration.seqlen": 256})
+text = {"calibration.source": "builtin", "calibration.num_samples": 64, "calibration.seqlen": 256}
+recipe = load_recipe(None, {**flags, "run.device": "cpu", **text})
 before = peak_resident_bytes()
 estimated = dry_run(recipe).estimated_peak_bytes
 prune_recipe(recipe)

@@ -15,8 +15,19 @@ from intraslice.recipes.recipe import load_recipe
 from intraslice.results.result import PruneResult
 from support.prune import BLOCKWISE, fine_steps
 
-SMALL = {"calibration.num_samples": 4, "calibration.seqlen": 32}
-FLAGS = ["--num-samples", "4", "--seqlen", "32", "--set", "attention.head_multiple=2", "--set", "ffn.ffn_multiple=1"]
+SMALL = {"calibration.source": "builtin", "calibration.num_samples": 4, "calibration.seqlen": 32}
+FLAGS = [
+    "--calibration",
+    "builtin",
+    "--num-samples",
+    "4",
+    "--seqlen",
+    "32",
+    "--set",
+    "attention.head_multiple=2",
+    "--set",
+    "ffn.ffn_multiple=1",
+]
 
 
 def prune(folder: Path, out: Path, method: str = "intraslice", dtype: str = "float32", **target: int | str):

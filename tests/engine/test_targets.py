@@ -13,7 +13,7 @@ from intraslice.errors import RecipeError
 from support.progress import Notes, StopAt
 
 FINE = {"attention.head_multiple": 2, "attention.context_multiple": 1, "ffn.ffn_multiple": 1}
-SMALL = {"calibration.num_samples": 4, "calibration.seqlen": 32, **FINE}
+SMALL = {"calibration.source": "builtin", "calibration.num_samples": 4, "calibration.seqlen": 32, **FINE}
 
 
 def _prune(folder: Path, out: Path, target: str, sparsity: float = 0.3, **options):

@@ -70,7 +70,7 @@ def test_steps_leave_the_cache_as_it_was(tiny_folder):
 def pruned_folder(tiny_folder, tmp_path_factory: pytest.TempPathFactory):
     import intraslice
 
-    options = {"calibration.num_samples": 4, "calibration.seqlen": 32}
+    options = {"calibration.source": "builtin", "calibration.num_samples": 4, "calibration.seqlen": 32}
     options |= {"attention.head_multiple": 2, "ffn.ffn_multiple": 1}
     out = tmp_path_factory.mktemp("layers") / "pruned"
     intraslice.prune(str(tiny_folder("llama")), output=out, sparsity=0.5, options=options)

@@ -24,7 +24,18 @@ from support.tiny import FAMILIES, tiny_config
 
 CPU = Placement(torch.device("cpu"), torch.float32, torch.float32, torch.float32)
 FINE = BlockwiseOptions(attention=AttentionOptions(head_multiple=2), ffn=FFNOptions(ffn_multiple=1))
-SMALL = ["--num-samples", "4", "--seqlen", "32", "--set", "attention.head_multiple=2", "--set", "ffn.ffn_multiple=1"]
+SMALL = [
+    "--calibration",
+    "builtin",
+    "--num-samples",
+    "4",
+    "--seqlen",
+    "32",
+    "--set",
+    "attention.head_multiple=2",
+    "--set",
+    "ffn.ffn_multiple=1",
+]
 
 
 @pytest.fixture
@@ -129,7 +140,7 @@ def test_prune_records_the_choice(tiny_folder, tmp_path: Path, capfd, clock_of_o
 
 def test_a_resumed_run_does_not_measure_again(tiny_folder, tmp_path: Path, monkeypatch, clock_of_operations):
     out = tmp_path / "out"
-    options = {"calibration.num_samples": 4, "calibration.seqlen": 32}
+    options = {"calibration.source": "builtin", "calibration.num_samples": 4, "calibration.seqlen": 32}
     options |= {"attention.head_multiple": 2, "ffn.ffn_multiple": 1}
 
     def prune(speedup: float, **kwargs: bool) -> PruneResult:

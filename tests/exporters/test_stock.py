@@ -209,7 +209,12 @@ def test_names_that_do_not_exist():
 
 
 def test_a_pruned_model_becomes_stock_through_the_interface(tiny_folder, tmp_path: Path):
-    options = {"calibration.num_samples": 4, "calibration.seqlen": 32, "ffn.ffn_multiple": 1}
+    options = {
+        "calibration.source": "builtin",
+        "calibration.num_samples": 4,
+        "calibration.seqlen": 32,
+        "ffn.ffn_multiple": 1,
+    }
     intraslice.prune(
         str(tiny_folder("qwen2")), output=tmp_path / "pruned", sparsity=0.3, target="stock", options=options
     )

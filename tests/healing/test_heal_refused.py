@@ -158,7 +158,15 @@ def test_output_that_is_there(pruned_folder, heal, tmp_path):
         heal(tmp_path / "healed", overwrite=True)
 
 
-@pytest.mark.parametrize("change, word", [({"lr": 2e-3}, "lr"), ({"budget": "1664"}, "budget"), ({"seed": 1}, "seed")])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"lr": 2e-3}, "lr"),
+        ({"budget": "1664"}, "budget"),
+        ({"seed": 1}, "seed"),
+        ({"precision": "bfloat16"}, "precision"),
+    ],
+)
 def test_interrupted_with_other_settings(change, word, pruned_folder, heal, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         heal(pruned_folder(), progress=StopAt("healing (tokens)", 700))

@@ -55,11 +55,13 @@ def test_a_time_budget_keeps_the_steps_that_it_began_with(pruned_folder, heal):
     assert heal(pruned_folder(), budget="4s", resume=True, progress=stop).record.steps >= 1
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
 def test_killed(pruned_folder, text, tmp_path):
     kill_and_compare(pruned_folder(), text, tmp_path, kills=2)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
 @pytest.mark.parametrize("weights", ["full", "lora"])
 def test_killed_ten_times(weights, pruned_folder, text, tmp_path):
     kill_and_compare(pruned_folder(), text, tmp_path, kills=10, weights=weights)

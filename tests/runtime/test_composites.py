@@ -309,7 +309,7 @@ def test_inspect_refuses_an_unknown_text_tower(tmp_path: Path) -> None:
 
 def test_a_narrower_residual_stream_does_not_fit_the_other_towers(tmp_path: Path) -> None:
     folder = make_composite("mistral3", tmp_path / "dense")
-    options = {"calibration.num_samples": 4, "calibration.seqlen": 24}
+    options = {"calibration.source": "builtin", "calibration.num_samples": 4, "calibration.seqlen": 24}
     with pytest.raises(RecipeError, match="narrows the residual stream of the text tower"):
         api.prune(model=str(folder), output=tmp_path / "out", sparsity=0.3, method="slicegpt", options=options)
 

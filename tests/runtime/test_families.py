@@ -30,6 +30,7 @@ from support.tiny import tiny_tokenizer
 # Sums of the same float64 terms in another order.
 FLOAT64 = {"atol": 1e-10, "rtol": 0.0}
 FAST = {
+    "calibration.source": "builtin",
     "calibration.num_samples": 4,
     "calibration.seqlen": 24,
     "run.device": "cpu",

@@ -41,6 +41,7 @@ from support.tiny import tiny_tokenizer
 
 CPU = Placement(torch.device("cpu"), torch.float32, torch.float32, torch.float64)
 FAST = {
+    "calibration.source": "builtin",
     "calibration.num_samples": 4,
     "calibration.seqlen": 24,
     "run.device": "cpu",

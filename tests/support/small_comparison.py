@@ -19,7 +19,7 @@ SMALL: dict[str, Any] = {
     "title": "Small",
     "methods": [INTRASLICE, {"label": "whole heads", "method": "naive"}],
     "sparsities": [0.2, 0.4],
-    "calibration": {"num_samples": 4, "seqlen": 32},
+    "calibration": {"source": "builtin", "num_samples": 4, "seqlen": 32},
     "evaluation": {"text": "builtin", "seqlen": 64, "windows": 2},
     "options": {"ffn.ffn_multiple": 1},
 }

@@ -63,7 +63,7 @@ def _print_plan(plan: Sequence[Planned], as_json: bool) -> None:
             {
                 "key": planned.work.key,
                 "model": planned.work.cell.name,
-                "label": planned.work.cell.label,
+                "label": planned.work.cell.shown_label,
                 "asked": planned.work.cell.asked,
                 "sweep": planned.work.cell.sweep,
                 "run": list(planned.to_run),

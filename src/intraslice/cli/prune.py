@@ -188,9 +188,11 @@ def _run(
             from intraslice.pruning import prune_recipe
 
             return prune_recipe(recipe, progress=progress, **shared)
-        from intraslice.healing.after_prune import heal_options, prune_and_heal
+        from intraslice.healing.after_prune import prune_and_heal
+        from intraslice.healing.options import heal_options
 
-        return prune_and_heal(recipe, heal_options(recipe, heal), progress=progress, **shared)
+        options = heal_options(recipe.calibration, recipe.run.device, heal)
+        return prune_and_heal(recipe, options, progress=progress, **shared)
 
 
 def print_result(result: PruneResult) -> None:

@@ -1,7 +1,8 @@
 """Which cells a comparison has, what each consists of, and the keys under which finished work is found again.
 
-A cell is one row of the table: a model, a method and a sparsity. Its parts (the prune, the perplexity, each task, the
-speed, the effective ranks) are keyed one by one, so that another task or another text runs only what it needs.
+A cell is one row of the table: a model, a method and a sparsity, healed or not. Its parts (the prune, the healing, the
+perplexity, each task, the speed, the effective ranks) are keyed one by one, so that another task or another text runs
+only what it needs.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from intraslice import __version__
 from intraslice.comparison.code import code_digest
 from intraslice.comparison.spec import ComparisonSpec, Variant
+from intraslice.healing.options import HealOptions
 from intraslice.options import CalibrationOptions
 from intraslice.recipes.recipe import Recipe
-from intraslice.report.document import DENSE
+from intraslice.report.document import DENSE, HEALED
 
-PRUNE, PERPLEXITY, SPEED, RANK, TASK = "prune", "perplexity", "speed", "rank", "task-"
+PRUNE, HEAL, PERPLEXITY, SPEED, RANK, TASK = "prune", "heal", "perplexity", "speed", "rank", "task-"
 TEXT, DIVERGENCE = "text-", "divergence-"
 ANALYSIS = "analysis"
 
@@ -77,6 +79,7 @@ class Cell:
         asked: sparsity.
         sweep: the setting that is varied and its value; None in the main table.
         recipe: of the prune; None for the dense model.
+        heal: how the pruned model is healed before it is measured; None does not.
     """
 
     model: str
@@ -87,14 +90,25 @@ class Cell:
     asked: float = 0.0
     sweep: dict[str, Any] | None = None
     recipe: Recipe | None = None
+    heal: HealOptions | None = None
 
     @property
-    def title(self) -> str:
-        """Name of the cell for people."""
+    def shown_label(self) -> str:
+        """Row name in the table."""
+        return self.label if self.heal is None else self.label + HEALED
+
+    @property
+    def pruned_title(self) -> str:
+        """Name of what is pruned, for people; the same whether it is healed or not."""
         if self.recipe is None:
             return f"{self.name} {DENSE}"
         swept = "" if self.sweep is None else f" {self.sweep['option']}={self.sweep['value']}"
         return f"{self.name} {self.label} {self.asked:g}{swept}"
+
+    @property
+    def title(self) -> str:
+        """Name of the cell for people."""
+        return self.pruned_title if self.heal is None else self.pruned_title + HEALED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +151,13 @@ def _cells(spec: ComparisonSpec) -> Iterator[Cell]:
         # Sparsity by sparsity: a method that does not work shows early.
         for sparsity in spec.sparsities:
             for variant in spec.methods:
-                yield _pruned_cell(spec, model, names[model], variant, sparsity, None)
+                pruned = _pruned_cell(spec, model, names[model], variant, sparsity, None)
+                yield pruned
+                assert pruned.recipe is not None
+                heal = spec.healing(pruned.recipe)
+                if heal is not None:
+                    # Next to it, because it begins with the same checkpoint.
+                    yield replace(pruned, heal=heal)
     for model in spec.models:
         for sweep in spec.sweeps:
             for value in sweep.values:
@@ -183,8 +203,13 @@ def plan_work(spec: ComparisonSpec, cell: Cell, facts: Facts, texts: TextFacts, 
     measured_on = {"seqlen": spec.evaluation.seqlen, "windows": main.windows, "text": texts.evaluation}
     if main.first:
         measured_on["first"] = main.first
-    loaded = {"model": model, "dtype": spec.evaluation.dtype, "device": device, "code": code_digest()}
     identities = {} if recipe is None else {PRUNE: model}
+    if cell.heal is not None:
+        # The teacher is the dense model of the prune; the text may be read beyond the calibration tokens.
+        heal = {name: value for name, value in cell.heal.to_dict().items() if name != "calibration"}
+        model = {"pruned": model, "heal": heal, "text": texts.calibration}
+        identities[HEAL] = model
+    loaded = {"model": model, "dtype": spec.evaluation.dtype, "device": device, "code": code_digest()}
     identities[PERPLEXITY] = {**loaded, **measured_on}
     on = {main.name: measured_on}
     for choice in others:
@@ -208,11 +233,12 @@ def plan_work(spec: ComparisonSpec, cell: Cell, facts: Facts, texts: TextFacts, 
                     "limit": spec.tasks.limit,
                     "data": texts.each_task[name],
                 }
-        if spec.analysis:
+        if spec.analysis and cell.heal is None:
             identities[RANK] = {**loaded, **measured_on}
-        if spec.speed is not None:
+        # A healed model has the shapes of the pruned one, and its speed.
+        if spec.speed is not None and cell.heal is None:
             identities[SPEED] = {"model": model, "dense": facts.fingerprint, "options": spec.speed, **machine}
-    decides = {"parts": identities, "label": cell.label, "sweep": cell.sweep, "method": cell.method}
+    decides = {"parts": identities, "label": cell.shown_label, "sweep": cell.sweep, "method": cell.method}
     if others:
         # The name of the main text is not in the name of its part.
         decides["main"] = main.name

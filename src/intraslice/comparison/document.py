@@ -10,6 +10,7 @@ from typing import Any
 
 from intraslice.comparison.cells import (
     DIVERGENCE,
+    HEAL,
     PERPLEXITY,
     PRUNE,
     RANK,
@@ -25,7 +26,7 @@ from intraslice.comparison.spec import ComparisonSpec
 from intraslice.data.mixture import short_source
 from intraslice.evaluation.paired import differences
 from intraslice.evaluation.task_data import task_score
-from intraslice.report.document import DENSE, FORMAT
+from intraslice.report.document import DENSE, FORMAT, HEALED
 from intraslice.results.sites import site_errors
 
 _SPEEDS = (
@@ -66,6 +67,21 @@ def build_cell(work: Work, parts: Mapping[str, Any], facts: Facts) -> dict[str, 
         "average": sum(scores) / len(scores) if scores else None,
         "speed": _speed(parts[SPEED]) if SPEED in parts else None,
         "effective_rank": parts.get(RANK),
+        **(_healing_fields(parts[PRUNE], parts[HEAL]) if HEAL in parts else {}),
+    }
+
+
+def _healing_fields(pruned: Mapping[str, Any], healing: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the curve, and what both together cost."""
+    seconds = pruned["seconds"]
+    total = seconds["total"] + healing["seconds"]
+    peak = max(pruned["peak_memory_bytes"], healing["peak_memory_bytes"])
+    return {
+        "healing": healing["curve"],
+        "prune": {
+            "seconds": {**seconds, "healing": healing["seconds"], "total": total},
+            "peak_memory_bytes": peak,
+        },
     }
 
 
@@ -82,7 +98,22 @@ def against_dense(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     last one, are left out of what is returned.
     """
     dense = {cell["model"]: cell for cell in cells if cell["method"] == DENSE}
-    return [_against(cell, dense.get(cell["model"])) for cell in cells]
+    return _beside_healed([_against(cell, dense.get(cell["model"])) for cell in cells])
+
+
+def _beside_healed(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return cells of which each has as `healed` what the cell of the same prune, healed, has reached."""
+
+    def place(cell: Mapping[str, Any], label: str) -> tuple[Any, ...]:
+        return cell["model"], label, cell["asked"]
+
+    main = [cell for cell in cells if cell["sweep"] is None and not cell.get("error")]
+    healed = {place(cell, cell["label"]): cell for cell in main if cell.get("healing")}
+    for cell in main:
+        found = healed.get(place(cell, cell["label"] + HEALED))
+        if found is not None:
+            cell["healed"] = {name: found.get(name) for name in ("perplexity", "mean_gap", "average")}
+    return list(cells)
 
 
 def _against(cell: Mapping[str, Any], dense: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -131,7 +162,7 @@ def _names(work: Work) -> dict[str, Any]:
     return {
         "key": work.key,
         "model": cell.name,
-        "label": cell.label,
+        "label": cell.shown_label,
         "method": cell.method,
         "options": cell.options,
         "sweep": cell.sweep,
@@ -230,6 +261,7 @@ def build_protocol(
         if evaluation.texts
         else None,
         "tasks": tasks,
+        "heal": spec.heal,
         "speed": None
         if speed_options is None
         else {**speed_options, "device": machine["device"], "threads": machine["threads"]},

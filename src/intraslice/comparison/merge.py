@@ -17,7 +17,7 @@ from intraslice.comparison.tables import DOCUMENT_FILE
 from intraslice.errors import CheckpointError, ComparisonError
 from intraslice.methods.registry import METHODS
 from intraslice.names import expanded
-from intraslice.report.document import DENSE, FORMAT
+from intraslice.report.document import DENSE, FORMAT, HEALED
 from intraslice.results.result import RESULT_FILE, PruneResult
 
 
@@ -89,7 +89,7 @@ def _document_of_prune(result: dict[str, Any]) -> dict[str, Any]:
     cell = {
         "key": digest(made if healing is None else [*made, healing]),
         "model": name,
-        "label": result["method"] + (", healed" if healing else ""),
+        "label": result["method"] + (HEALED if healing else ""),
         "method": result["method"],
         "options": _options(result["recipe"]),
         "sweep": None,

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from intraslice.comparison.cells import (
     ANALYSIS,
+    HEAL,
     PERPLEXITY,
     PRUNE,
     SPEED,
@@ -110,7 +111,11 @@ class Comparison:
         parts = self.store.parts(work)
         missing = [name for name in work.identities if name not in parts]
         again = False
-        if missing and PRUNE in parts and not self.store.checkpoint(work).is_dir():
+        if missing and HEAL in parts and not self.store.healed(work).is_dir():
+            missing = [HEAL, *missing]
+        # A healed model is measured without the pruned one.
+        needs_pruned = bool(missing) if HEAL not in work.identities else HEAL in missing
+        if needs_pruned and PRUNE in parts and not self.store.checkpoint(work).is_dir():
             missing, again = [PRUNE, *missing], True
         return Planned(work, tuple(missing), again)
 
@@ -134,14 +139,16 @@ class Comparison:
                 self._progress.note(f"{done} of {len(self.works)} cells are finished already")
             with self._progress.step("cells", len(self.works)) as advance:
                 advance(done)
-                for work, remaining, started in _timed(unfinished):
+                for index, (work, remaining, started) in enumerate(_timed(unfinished)):
                     try:
                         outcome = self._run_cell(work, command)
                     except IntraSliceError as error:
                         failures[work.key] = one_line(error)
                         outcome = f"failed: {failures[work.key]}"
+                    following = unfinished[index + 1] if remaining else None
                     if work.cell.recipe is not None and not self.spec.keep_checkpoints:
-                        self.store.drop_checkpoint(work)
+                        if following is None or not self._share_a_checkpoint(work, following):
+                            self.store.drop_checkpoint(work)
                     document = self._write(failures)
                     advance(1)
                     number = f"[{len(self.works) - remaining}/{len(self.works)}]"
@@ -150,6 +157,9 @@ class Comparison:
             if self.spec.analysis:
                 document = self._analyze(document, failures)
         return document
+
+    def _share_a_checkpoint(self, work: Work, other: Work) -> bool:
+        return PRUNE in other.identities and self.store.checkpoint(work) == self.store.checkpoint(other)
 
     def _run_cell(self, work: Work, command: str) -> str:
         cell, store = work.cell, self.store
@@ -164,7 +174,13 @@ class Comparison:
             result = run_job({"job": "prune", "recipe": recipe.to_dict(), "command": command}, self._progress)
             self._check_calibration(work, result)
             store.keep_part(PRUNE, work.identities[PRUNE], result)
-        measured = [name for name in missing if name not in (PRUNE, SPEED)]
+        if cell.heal is not None:
+            pruned, folder = folder, str(store.healed(work))
+            if HEAL in missing and not Path(folder).is_dir():
+                job = {"job": "heal", "folder": pruned, "output": folder, "options": cell.heal.to_dict()}
+                job |= {"dense": self.facts[cell.model].folder, "command": command}
+                store.keep_part(HEAL, work.identities[HEAL], run_job(job, self._progress))
+        measured = [name for name in missing if name not in (PRUNE, HEAL, SPEED)]
         if measured:
             job = {"job": "measure", "folder": folder, "device": self._device, "parts": measured}
             job["dense"] = self.facts[cell.model].folder

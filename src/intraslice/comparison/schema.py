@@ -31,6 +31,7 @@ class _Protocol(BaseModel):
     text: dict[str, Any] | None = None
     texts: list[_TextEntry] | None = None
     tasks: _Tasks | None = None
+    heal: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None
     machine: str = ""
     versions: dict[str, str] | None = None
@@ -107,6 +108,7 @@ class _Cell(BaseModel):
     layers: list[_Layer] | None
     effective_rank: list[Number] | None = None
     healing: list[_Point] | None = None
+    healed: dict[str, Number] | None = None
     error: str | None = None
 
 

@@ -8,22 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from intraslice.border import MAX_YAML_BYTES, parse_yaml, read_text
 from intraslice.data.mixture import check_source, map_parts
 from intraslice.errors import RecipeError, nearest
 from intraslice.evaluation.task_data import DEFAULT_BATCH_SIZE
 from intraslice.evaluation.text_choice import TextChoice, parse_texts, with_base
+from intraslice.healing.options import HealOptions, heal_options, parse_budget
 from intraslice.methods.registry import METHODS
 from intraslice.names import NameKind, expanded, kind_of
 from intraslice.options import CalibrationOptions
 from intraslice.recipes.old_names import translate
 from intraslice.recipes.recipe import Recipe, load_recipe
-from intraslice.report.document import DENSE
+from intraslice.report.document import DENSE, HEALED
 
 _TEXT_FILES = (".txt", ".jsonl", ".parquet")
 _OWN_FIELDS = ("model", "revision", "output", "method", "sparsity")
+# All rows of a table are healed on the text of their prune; where they run is said under `options`.
+_SHARED_BY_HEALING = ("calibration", "text_field", "seed", "device", "dtype")
 
 
 class _Section(BaseModel):
@@ -119,6 +122,8 @@ class ComparisonSpec(_Section):
         calibration: the text that all variants of a model share.
         evaluation: the text that perplexity is measured on.
         tasks: zero-shot tasks; None runs none.
+        heal: what each pruned model of the main table is healed with, to be measured once more: a budget in tokens, or
+            fields of `healing.options.HealOptions` with a budget among them. None heals nothing.
         speed: options of the benchmark; None measures no speed.
         options: settings that all variants share, by dotted name; each variant takes of them what its method reads.
         sweeps: settings at several values.
@@ -133,6 +138,7 @@ class ComparisonSpec(_Section):
     calibration: CalibrationOptions = CalibrationOptions()
     evaluation: Evaluation = Evaluation()
     tasks: Tasks | None = None
+    heal: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None
     options: dict[str, Any] = {}
     sweeps: list[Sweep] = []
@@ -153,6 +159,12 @@ class ComparisonSpec(_Section):
             for pair in pairs
         ]
 
+    @field_validator("heal", mode="before")
+    @classmethod
+    def _as_settings(cls, heal: Any) -> Any:
+        """Let a budget stand alone."""
+        return {"budget": str(heal)} if isinstance(heal, str | int | float) and not isinstance(heal, bool) else heal
+
     def variant(self, name: str) -> Variant:
         """Return the variant with a label, or the plain preset of that name."""
         found = [variant for variant in self.methods if variant.label == name]
@@ -169,6 +181,35 @@ class ComparisonSpec(_Section):
         settings = {**variant.options, **(swept or {})}
         shared = {name: value for name, value in self.options.items() if name not in settings}
         return load_recipe(None, flags, _texts(settings), shared=_texts(shared))
+
+    def healing(self, recipe: Recipe) -> HealOptions | None:
+        """Return how what a recipe makes is healed, None where nothing is.
+
+        Raises:
+            RecipeError: a field of `heal` is unknown or out of range, or the budget is none in tokens.
+        """
+        if self.heal is None:
+            return None
+        settings = {name: value for name, value in self.heal.items() if name != "budget"}
+        known = [name for name in HealOptions.__dataclass_fields__ if name not in _SHARED_BY_HEALING]
+        for name in settings:
+            if name in _SHARED_BY_HEALING:
+                raise RecipeError(
+                    f"heal cannot set {name!r}: every model is healed on the text and the device of its prune."
+                )
+        check_names(settings, known, "field of heal")
+        if "budget" not in self.heal:
+            raise RecipeError("the field 'heal.budget' is missing; write for example heal: 300k.")
+        budget = str(self.heal["budget"])
+        if parse_budget(budget).tokens is None:
+            raise RecipeError(f"heal: {budget!r} is a time; give tokens, such as 300k, so that all rows get the same.")
+        try:
+            checked = TypeAdapter(HealOptions).validate_python({**self.heal, "budget": budget})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise RecipeError(f"{'.'.join(map(str, ('heal', *first['loc'])))}: {first['msg']}") from None
+        typed = {name: getattr(checked, name) for name in settings}
+        return heal_options(recipe.calibration, recipe.run.device, budget, typed)
 
 
 def _texts(settings: Mapping[str, Any]) -> list[str]:
@@ -276,6 +317,8 @@ def _check(spec: ComparisonSpec) -> None:
             raise RecipeError(f"two methods are called {label!r}; give one of them another label.")
         if label == DENSE:
             raise RecipeError("the dense model is always measured, so no method can be called 'dense'.")
+        if spec.heal is not None and label + HEALED in labels:
+            raise RecipeError(f"{label + HEALED!r} is what {label!r} is called after `heal`; choose another label.")
     for variant in spec.methods:
         _check_settings(variant.options, f"options of {variant.label!r}")
     _check_settings(spec.options, "options")
@@ -286,6 +329,8 @@ def _check(spec: ComparisonSpec) -> None:
     recipes = [
         spec.recipe(spec.models[0], variant, sparsity) for variant in spec.methods for sparsity in spec.sparsities
     ]
+    for recipe in recipes:
+        spec.healing(recipe)
     for name in translate(spec.options)[0]:
         section, _, field = name.partition(".")
         if field and section != "run" and not any(name in recipe.options.read() for recipe in recipes):

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from intraslice.checkpoint.ownership import delete_published
 from intraslice.checkpoint.workfolder import WorkFolder, work_path
-from intraslice.comparison.cells import PRUNE, Work, digest
+from intraslice.comparison.cells import HEAL, PRUNE, Work, digest
 from intraslice.digests import SEAL, UNSEALED, is_sealed, seal
 from intraslice.errors import CheckpointError, OutputError
 from intraslice.files import write_text, writing
@@ -81,21 +81,32 @@ class Store:
         if PRUNE in found and found[PRUNE] is None and (self.checkpoint(work) / RESULT_FILE).is_file():
             # Killed between the checkpoint and the file of the part.
             found[PRUNE] = PruneResult.load(self.checkpoint(work)).to_dict()
+        if HEAL in found and found[HEAL] is None and (self.healed(work) / RESULT_FILE).is_file():
+            healing = PruneResult.load(self.healed(work)).healing
+            found[HEAL] = None if healing is None else healing.to_dict()
         return {name: result for name, result in found.items() if result is not None}
 
     def checkpoint(self, work: Work) -> Path:
         """Return the folder of the pruned model: readable, and named by all that decides it."""
-        words = re.sub(r"[^A-Za-z0-9.+-]+", "-", work.cell.title).strip("-")
+        words = re.sub(r"[^A-Za-z0-9.+-]+", "-", work.cell.pruned_title).strip("-")
         return self.folder / "checkpoints" / f"{words}-{digest(work.identities[PRUNE])[:8]}"
 
+    def healed(self, work: Work) -> Path:
+        """Return the folder of the healed model of a cell that has one."""
+        pruned = self.checkpoint(work)
+        return pruned.with_name(f"{pruned.name}-healed-{digest(work.identities[HEAL])[:8]}")
+
     def drop_checkpoint(self, work: Work) -> None:
-        """Delete the pruned model of a cell, whole or unfinished, but nothing that others put into it."""
-        folder = self.checkpoint(work)
-        with writing(folder):
-            if folder.is_dir():
-                delete_published(folder)
-            if work_path(folder).is_dir():
-                WorkFolder(folder, "prune").remove()
+        """Delete the models of a cell, whole or unfinished, but nothing that others put into their folders."""
+        folders = {"prune": self.checkpoint(work)}
+        if HEAL in work.identities:
+            folders["heal"] = self.healed(work)
+        for kind, folder in folders.items():
+            with writing(folder):
+                if folder.is_dir():
+                    delete_published(folder)
+                if work_path(folder).is_dir():
+                    WorkFolder(folder, kind).remove()
 
     def _part_path(self, name: str, identity: dict[str, Any]) -> Path:
         return self.folder / "parts" / f"{name}-{digest(identity)}.json"

@@ -108,6 +108,7 @@ def _row(cell: Mapping[str, Any], texts: Sequence[str], tasks: Sequence[str]) ->
             for name in tasks
         },
         "average": cell["average"],
+        **{f"healed_{name}": (cell.get("healed") or {}).get(name) for name in ("perplexity", "mean_gap", "average")},
         "difference": paired.get("difference"),
         "difference_stderr": paired.get("stderr"),
         "prune_seconds": prune.get("seconds", {}).get("total"),
@@ -139,6 +140,9 @@ _TITLES = {
     "mean_gap": "mean gap",
     "mean_kl": "mean KL",
     "mean_agreement": "same token",
+    "healed_perplexity": "healed, perplexity",
+    "healed_mean_gap": "healed, mean gap",
+    "healed_average": "healed, average",
     "difference": "minus dense",
     "difference_stderr": "paired \u00b1",
     "weight_bytes": "weights, MB",
@@ -163,11 +167,11 @@ def _text(column: str, value: Any) -> str:
         return f"{value / 1e6:,.1f}"
     if column == "asked":
         return f"{value:g}"
-    if column in ("sparsity", "perplexity") or column.endswith("_speedup"):
+    if column in ("sparsity", "perplexity", "healed_perplexity") or column.endswith("_speedup"):
         return f"{value:.4f}" if column == "sparsity" else f"{value:.2f}"
     if column.startswith(PERPLEXITY_OF):
         return f"{value:.2f}"
-    if column.startswith(GAP_OF) or column in ("mean_gap", "mean_kl"):
+    if column.startswith(GAP_OF) or column in ("mean_gap", "healed_mean_gap", "mean_kl"):
         return f"{value:.3f}"
     if column.endswith("_per_second") or column == "prune_seconds":
         return f"{value:,.1f}"
@@ -213,7 +217,7 @@ def _protocol_lines(protocol: Mapping[str, Any]) -> str:
     for text in protocol.get("texts") or ():
         last = "" if text["windows"] is None else text["first"] + text["windows"] - 1
         lines.append(f"- text {text['name']}: {text['text']}, windows {text['first']}-{last}")
-    for name in ("calibration", "text", "tasks", "speed"):
+    for name in ("calibration", "text", "tasks", "heal", "speed"):
         section = protocol.get(name)
         if section is not None:
             said = {key: value for key, value in section.items() if value is not None and not isinstance(value, dict)}

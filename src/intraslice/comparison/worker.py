@@ -37,6 +37,7 @@ from intraslice.errors import ComparisonError
 from intraslice.evaluation.domains import measure_divergence
 from intraslice.evaluation.perplexity import check_windows, measure_perplexity
 from intraslice.evaluation.text_choice import TextChoice
+from intraslice.healing.options import HealOptions
 from intraslice.inspection import inspect_model
 from intraslice.loading import load_model
 from intraslice.options import CalibrationOptions
@@ -178,6 +179,17 @@ def _prune(parent: Parent, recipe: dict[str, Any], command: str) -> dict[str, An
     return prune_recipe(wanted, resume=True, overwrite=True, command=command, progress=parent).to_dict()
 
 
+def _heal(
+    parent: Parent, folder: str, output: str, options: dict[str, Any], dense: str, command: str
+) -> dict[str, Any]:
+    """Heal a pruned model, going on where an interrupted run of the same cell stopped; return the record."""
+    from intraslice.healing.run import heal_checkpoint
+
+    shared: dict[str, Any] = {"resume": True, "overwrite": True, "command": command, "progress": parent}
+    found = heal_checkpoint(folder, Path(output), HealOptions(**options), teacher=dense, **shared)
+    return found.record.to_dict()
+
+
 def _measure(
     parent: Parent,
     folder: str,
@@ -255,6 +267,7 @@ def _analysis_tokens(evaluation: dict[str, Any], tokenizer: Any) -> torch.Tensor
 _JOBS: dict[str, Callable[..., Any]] = {
     "identify": _identify,
     "prune": _prune,
+    "heal": _heal,
     "measure": _measure,
     ANALYSIS: _analyze,
 }

@@ -290,8 +290,25 @@ class _WholeLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def sampling_bytes(config: Any, num_parameters: int, itemsize: int, num_rows: int, seqlen: int) -> int:
+    """Estimate the memory that sampling takes: the whole dense model, and the keys and values of the rows of one batch.
+
+    Args:
+        config: of the model.
+        num_parameters: of the model.
+        itemsize: bytes of a stored number.
+        num_rows: rows to sample.
+        seqlen: T.
+    """
+    rows = min(num_rows, _batch_size(config, itemsize, seqlen))
+    return num_parameters * itemsize + rows * _row_bytes(config, itemsize, seqlen)
+
+
 def _batch_size(config: Any, itemsize: int, seqlen: int) -> int:
+    return max(1, _CACHE_BYTES // _row_bytes(config, itemsize, seqlen))
+
+
+def _row_bytes(config: Any, itemsize: int, seqlen: int) -> int:
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    sequence_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * seqlen * itemsize
-    return max(1, _CACHE_BYTES // sequence_bytes)
+    return 2 * config.num_hidden_layers * kv_heads * head_dim * seqlen * itemsize

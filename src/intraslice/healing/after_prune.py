@@ -11,37 +11,13 @@ from intraslice.checkpoint.ownership import check_intact
 from intraslice.checkpoint.workfolder import LOCK, MANIFEST, Nothing, WorkFolder, settle
 from intraslice.checkpoint.writer import check_apart, check_output
 from intraslice.errors import IntraSliceError, NumericalError, RecipeError
-from intraslice.healing.options import HealOptions, num_steps, parse_budget
+from intraslice.healing.options import HealOptions
 from intraslice.healing.run import check_extras, heal_checkpoint
 from intraslice.names import expanded
 from intraslice.progress import Progress, SilentProgress
 from intraslice.pruning import inputs_of, prune_recipe
 from intraslice.recipes.recipe import Recipe
 from intraslice.results.result import PruneResult
-
-
-def heal_options(recipe: Recipe, budget: str) -> HealOptions:
-    """Return the settings of a healing that follows a prune: its text, its seed, its device.
-
-    Raises:
-        RecipeError: the budget is none, or smaller than one step.
-    """
-    calibration, run = recipe.calibration, recipe.run
-    # Sequences that are short enough to prune with are not too long for the model.
-    seqlen = min(HealOptions.seqlen, calibration.seqlen)
-    options = HealOptions(
-        budget=budget,
-        calibration=calibration.source,
-        text_field=calibration.text_field,
-        seqlen=seqlen,
-        batch_size=HealOptions.batch_size * HealOptions.seqlen // seqlen,
-        seed=calibration.seed,
-        device=run.device,
-    )
-    tokens = parse_budget(budget).tokens
-    if tokens is not None:
-        num_steps(tokens, options)
-    return options
 
 
 def prune_and_heal(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from intraslice.errors import RecipeError
+from intraslice.options import CalibrationOptions
 
 Weights = Literal["full", "lora"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -164,3 +166,35 @@ def num_steps(tokens: int, options: HealOptions) -> int:
             f"{options.seqlen} tokens ({options.step_tokens}); give more, or a smaller --batch-size or --seqlen."
         )
     return steps
+
+
+def heal_options(
+    calibration: CalibrationOptions, device: str, budget: str, settings: Mapping[str, Any] | None = None
+) -> HealOptions:
+    """Return the settings of a healing that follows a prune: its text, its seed, its device.
+
+    Args:
+        calibration: of the prune.
+        device: of the prune.
+        budget: of the healing.
+        settings: fields that shall not have their defaults.
+
+    Raises:
+        RecipeError: the budget is none, or smaller than one step, or a field makes no sense.
+    """
+    given = dict(settings or {})
+    # Sequences that are short enough to prune with are not too long for the model.
+    seqlen = given.setdefault("seqlen", min(HealOptions.seqlen, calibration.seqlen))
+    given.setdefault("batch_size", max(1, HealOptions.batch_size * HealOptions.seqlen // max(1, seqlen)))
+    options = HealOptions(
+        budget=budget,
+        calibration=calibration.source,
+        text_field=calibration.text_field,
+        seed=calibration.seed,
+        device=device,
+        **given,
+    )
+    tokens = parse_budget(budget).tokens
+    if tokens is not None:
+        num_steps(tokens, options)
+    return options

@@ -19,6 +19,9 @@ DENSE = "dense"
 
 OURS = "intraslice"
 
+HEALED = ", healed"
+"""What the label of a cell ends in when its model was healed after the prune; the other cell has it without."""
+
 SPEED = "speed.decode_speedup"
 """By which cells are compared: each was run in turns with the dense model. Tokens per second of cells that were
 measured an hour apart would also compare how busy the machine was."""

@@ -9,10 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from intraslice.numbers import DASH
-from intraslice.report.document import DENSE, Cell
+from intraslice.report.document import DENSE, HEALED, Cell
 from intraslice.report.words import asked
 
-TITLES = {"text": "Perplexity text", "texts": "Texts", "tasks": "Tasks", "speed": "Speed", "calibration": "Calibration"}
+TITLES = {
+    "text": "Perplexity text",
+    "texts": "Texts",
+    "tasks": "Tasks",
+    "speed": "Speed",
+    "calibration": "Calibration",
+    "heal": "Healing",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +104,7 @@ def _text(value: Any) -> str:
 def _commands(cells: Sequence[Cell]) -> list[Command]:
     found: dict[tuple[str, str], tuple[str, list[str]]] = {}
     for cell in cells:
-        if cell["method"] == DENSE or cell.get("sweep"):
+        if cell["method"] == DENSE or cell.get("sweep") or cell["label"].endswith(HEALED):
             continue
         parts = ["intraslice", "prune", cell["model"], "--method", cell["method"]]
         for name, value in (cell.get("options") or {}).items():

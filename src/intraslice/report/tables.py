@@ -68,6 +68,12 @@ DISTANCES = (
 )
 """How far a cell is from the dense model, over all texts."""
 
+AFTER_HEALING = (
+    Column(title="Healed", unit="perplexity", path="healed.perplexity", text=perplexity, best="min"),
+    Column(title="Healed", unit="mean log gap", path="healed.mean_gap", text=lambda v: number(v, 3), best="min"),
+)
+"""What the same prune reaches after healing; it is a row of its own as well."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -147,7 +153,7 @@ class Table:
 def main_table(cells: Sequence[Cell], caption: str, choice: Choice | None) -> Table:
     """Return the table of all cells, with the sentence of those that failed."""
     columns = [column for column in COLUMNS if _measured(cells, column.path)]
-    columns[2:2] = [column for column in DISTANCES if _measured(cells, column.path)]
+    columns[2:2] = [column for column in (*DISTANCES, *AFTER_HEALING) if _measured(cells, column.path)]
     return Table(caption=caption, columns=columns, rows=_rows(cells, columns), filtered=True, choice=choice)
 
 
