@@ -52,7 +52,7 @@ def test_errors_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("number", "status", "name"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "")])
 def test_a_signal_ends_the_work_with_what_to_do_next(
-    number, status: int, name: str, monkeypatch, capsys, tmp_path
+    number, status: int, name: str, monkeypatch, capsys, tmp_path, request
 ) -> None:
     def wait(*_: object, **__: object) -> None:
         (tmp_path / "out.partial").mkdir()
@@ -60,6 +60,9 @@ def test_a_signal_ends_the_work_with_what_to_do_next(
         time.sleep(20)
 
     monkeypatch.setattr("intraslice.pruning.prune_recipe", wait)
+    # A shell that starts the tests in the background has them ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     assert main(["prune", "model", "-o", str(tmp_path / "out"), "--sparsity", "0.3"]) == status
     err = capsys.readouterr().err
     assert f"what is finished is in {tmp_path / 'out.partial'}: repeat the command with --resume" in err

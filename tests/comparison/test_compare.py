@@ -300,7 +300,7 @@ def test_accuracies_are_paired_with_those_of_the_dense_model(small: Small, tmp_p
     dense, pruned = document_of(tmp_path / "o")["cells"]
     stored = {}
     for path in (tmp_path / "o" / "cells").iterdir():
-        cell = json.loads(path.read_text())
+        cell = json.loads(path.read_text())["cell"]
         stored[cell["label"]] = {name: task["answers"] for name, task in cell["tasks"].items()}
     assert len(stored["dense"]["arc_easy"]) == 3
     found = difference(stored["intraslice"]["piqa"], stored["dense"]["piqa"])

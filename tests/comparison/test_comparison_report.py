@@ -117,7 +117,7 @@ def test_pruned_checkpoints(finished: Path, report, tiny_folder: Callable[..., P
 def test_what_is_no_result_is_refused(finished: Path, report, tmp_path: Path):
     (tmp_path / "odd.json").write_text("[1]")
     (tmp_path / "torn.json").write_text("{")
-    for name, expected in (("none", "no result"), ("odd.json", "neither"), ("torn.json", "cannot be read")):
+    for name, expected in (("none", "no result"), ("odd.json", "is not a JSON object"), ("torn.json", "is not JSON")):
         status, error, _ = report(finished, tmp_path / name)
         assert status == 2 and expected in error
     page = tmp_path / "page.html"

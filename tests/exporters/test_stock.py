@@ -189,7 +189,7 @@ def test_an_existing_output_stays(tmp_path: Path):
     with pytest.raises(OutputError, match="already exists"):
         _export(source, "stock", tmp_path / "out")
     _export(source, "stock", tmp_path / "out", overwrite=True)
-    with pytest.raises(OutputError, match="folder of the model itself"):
+    with pytest.raises(OutputError, match="would replace the checkpoint"):
         _export(source, "stock", source, overwrite=True)
 
 

@@ -117,7 +117,8 @@ class _Reader:
         if not isinstance(alignment, int) or not 1 <= alignment <= _SLACK:
             raise ValueError(f"its alignment is {alignment!r}")
         start = size - self._left
-        return GGUFHeader(fields, tensors), start + -start % alignment + last
+        # A file of a vocabulary alone has no tensors, and need not be padded for them.
+        return GGUFHeader(fields, tensors), start + -start % alignment + last if tensors else start
 
     def _take(self, count: int) -> bytes:
         if count > self._left:
