@@ -84,8 +84,8 @@ TRIALS: dict[str, Trial] = {
     "allocation.ffn_share": Trial((0.7,)),
     "allocation.budget_unit": Trial(("units", "weights")),
     "allocation.channel_balance": Trial((0.01,)),
-    "allocation.kept_first": Trial((0.25,), (_in(allocation__rule="inner"),)),
-    "allocation.kept_last": Trial((0.25,), (_in(allocation__rule="inner"),)),
+    "allocation.kept_first": Trial((0.4,), (_in(allocation__rule="inner"),)),
+    "allocation.kept_last": Trial((0.4,), (_in(allocation__rule="inner"),)),
     "allocation.kept_layers": Trial((0.5,), (_in(allocation__rule="similarity"),)),
     "allocation.similarity_scale": Trial((100.0,), (_in(allocation__rule="similarity"),)),
     # A cap has an effect only where a site would lose more.
@@ -102,7 +102,9 @@ TRIALS: dict[str, Trial] = {
     "attention.score": Trial(
         ("fluctuation", "norm"), (_in(allocation__budget_unit="units", attention__gqa_groups="ragged"),)
     ),
-    "attention.obs_damping": Trial((50.0,), (_in(attention__score="obs"),)),
+    "attention.obs_damping": Trial(
+        (50.0,), (_in(attention__score="obs"), _in(attention__score="obs", allocation__rule="uniform"))
+    ),
     "attention.basis": Trial(("channels", "pca"), (_in("opt"),)),
     "attention.pair_score": Trial(("energy", "mean_product")),
     "attention.head_budget": Trial(("queries", "weights")),
@@ -110,7 +112,7 @@ TRIALS: dict[str, Trial] = {
     "attention.measured_on": Trial(("dense_stream", "pruned_stream")),
     "attention.qk_width": Trial(("dense", "narrow")),
     "attention.min_head_fraction": Trial((1.0, 0.25)),
-    "attention.head_multiple": Trial((2,)),
+    "attention.head_multiple": Trial((2, 4)),
     "attention.context_multiple": Trial((24,), (_SHAPED,)),
     "attention.repair": Trial(("bias", "affine")),
     "attention.damping": Trial((0.7,)),

@@ -11,6 +11,7 @@ import torch
 from intraslice.errors import CheckpointError, RecipeError
 from intraslice.loading import load_model
 from intraslice.placement import Placement
+from intraslice.runtime.configuration_intraslice import CACHE_ARGUMENT
 from intraslice.speed.bench import RATIO_FIELDS, BenchOptions, bench_models
 from intraslice.speed.timing import Spread
 from intraslice.speed.worker import _Bench
@@ -57,7 +58,7 @@ def test_decoding_begins_on_a_cache_of_the_asked_length(tiny_folder):
     lengths = []
 
     def step(_: object, __: object, kwargs: dict[str, Any]) -> None:
-        lengths.append((kwargs["input_ids"].shape[1], kwargs["past_key_values"].get_seq_length()))
+        lengths.append((kwargs["input_ids"].shape[1], kwargs[CACHE_ARGUMENT].get_seq_length()))
 
     model.register_forward_pre_hook(step, with_kwargs=True)
     with torch.no_grad():

@@ -126,7 +126,7 @@ def test_lora_is_merged(pruned_folder, tiny_folder, heal, tmp_path):
     assert load(tmp_path / "healed").num_parameters() == load(pruned).num_parameters()
 
 
-@pytest.mark.parametrize("method, sparsity", [("svd-llm", 0.4), ("slicegpt", 0.406)])
+@pytest.mark.parametrize("method, sparsity", [("svd-llm", 0.4), ("slicegpt", 0.398)])
 def test_other_forms_of_layers_heal_too(method, sparsity, pruned_folder, heal, tmp_path):
     pruned = pruned_folder(method=method, sparsity=sparsity)
     for weights in ("full", "lora"):
