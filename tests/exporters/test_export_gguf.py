@@ -17,7 +17,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from intraslice import api
 from intraslice.checkpoint.pruned import open_pruned
 from intraslice.errors import CheckpointError, MissingExtraError, OutputError, UnsupportedModelError
 from intraslice.exporters import gguf as exporter
@@ -25,8 +24,8 @@ from intraslice.exporters.gguf import export_gguf
 from intraslice.exporters.options import ExportOptions, ExportReport
 from intraslice.progress import SilentProgress
 from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
-from support.family_cases import KNOWN_FAMILIES, family_model
-from support.pruned import FREE, save_pruned
+from support.family_cases import KNOWN_FAMILIES
+from support.pruned import FREE, prune_family, save_pruned
 from support.tiny import VOCAB_SIZE, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -200,16 +199,7 @@ CASES: dict[str, tuple[str, list[LayerShape], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("family", [name for name in KNOWN_FAMILIES if FAMILIES[name].fits_llama_cpp])
 def test_a_family_in_llama_cpp(tmp_path: Path, family: str) -> None:
-    family_model(family, torch.float32).save_pretrained(tmp_path / "dense")
-    tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    options = {
-        "calibration.num_samples": 4,
-        "calibration.seqlen": 24,
-        "run.device": "cpu",
-        "attention.head_multiple": 2,
-        "ffn.ffn_multiple": 2,
-    }
-    api.prune(str(tmp_path / "dense"), output=tmp_path / "pruned", sparsity=0.3, target="llama.cpp", options=options)
+    prune_family(family, tmp_path, target="llama.cpp")
     export(tmp_path / "pruned", tmp_path / "model.gguf", verify=False)
     # As short as the windows of the cases: this architecture of llama.cpp has none, and the file limits the text.
     text = TOKENS[0][:5]

@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from intraslice import api
 from intraslice.checkpoint.pruned import open_pruned
 from intraslice.errors import CheckpointError, MissingExtraError, OutputError, UnsupportedModelError
 from intraslice.exporters import onnx as exporter
@@ -19,9 +18,8 @@ from intraslice.exporters import verify as verification
 from intraslice.exporters.options import ExportOptions, ExportReport
 from intraslice.progress import SilentProgress
 from intraslice.runtime.families_intraslice import LayerShape
-from support.family_cases import family_model
-from support.pruned import save_pruned
-from support.tiny import VOCAB_SIZE, tiny_tokenizer
+from support.pruned import prune_family, save_pruned
+from support.tiny import VOCAB_SIZE
 
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -139,16 +137,7 @@ ONE_OF_EACH_KIND = (
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ONE_OF_EACH_KIND)
 def test_other_families(family, tmp_path):
-    family_model(family, torch.float32).save_pretrained(tmp_path / "dense")
-    tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    options = {
-        "calibration.num_samples": 4,
-        "calibration.seqlen": 24,
-        "run.device": "cpu",
-        "attention.head_multiple": 2,
-        "ffn.ffn_multiple": 2,
-    }
-    api.prune(str(tmp_path / "dense"), output=tmp_path / "pruned", sparsity=0.3, options=options)
+    prune_family(family, tmp_path)
     found = Exported(tmp_path, family, source=tmp_path / "pruned")
     # Logits are of size 1 to 30.
     found.check(1, 1, atol=1e-3)
