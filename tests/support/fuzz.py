@@ -1,14 +1,13 @@
-"""The folders and commands that `tests/faults/test_fuzz.py` spoils, and what must hold whatever comes in."""
+"""The folders and commands that `tests/faults/test_fuzz.py` spoils, and what must hold whatever comes in.
+
+Commands run in a forked process (`support.served`), so that one that never ends, or dies, is a finding like the others.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
-import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ import yaml
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from intraslice.cli.app import main
 from intraslice.comparison.document import against_dense
 from intraslice.comparison.tables import write_outputs
 from intraslice.recipes.recipe import load_recipe
@@ -35,6 +33,7 @@ from support.malformed import (
 )
 from support.prune import prune
 from support.sample_comparison import sample
+from support.served import Ended, Server
 from support.task_rows import ROWS, write_tasks
 from support.tiny import make_tiny
 from support.tiny_composites import make_composite
@@ -45,18 +44,26 @@ GGUF_KEYS = (
     *("llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base", "general.architecture", "general.name"),
     *("tokenizer.ggml.model", "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id", "tokenizer.ggml.tokens"),
 )
+EXTRA_MEMORY = 1 << 30
+"""Bytes that a command may take besides twice the size of its file, and besides what the program has at its start."""
 TEXT = ("--text", "{root}/text.txt", "--seqlen", "16", "--windows", "1")
 DRY = ("--sparsity", "0.3", "--dry-run")
 RUN = ("--sparsity", "0.3", "--num-samples", "2", "--seqlen", "16", "--calibration", "{root}/text.txt", "-o", "{out}")
+BENCH = ("--prompt-tokens", "8", "--decode-tokens", "1", "--repetitions", "1")
+HEAL = ("--calibration", "{root}/text.txt", "--seqlen", "16", "--held-out", "1", "--budget", "32", "--lr", "1e-9")
 OF_DENSE = (
     ("inspect", "{here}"),
     ("prune", "{here}", *DRY),
     ("prune", "{here}", *RUN),
     ("eval", "{here}", *TEXT),
+    ("bench", "{here}", *BENCH),
 )
 OF_PRUNED = (
     ("inspect", "{here}"),
     ("eval", "{here}", *TEXT),
+    ("bench", "{here}", *BENCH),
+    ("bench", "{here}", "--layers", *BENCH),
+    ("heal", "{here}", "-o", "{out}", "--batch-size", "1", *HEAL),
     ("export", "{here}", "--to", "padded", "--no-verify", "-o", "{out}"),
     ("export", "{here}", "--to", "gguf", "--no-verify", "-o", "{out}"),
     ("export", "{here}", "--to", "stock", "--no-verify", "-o", "{out}"),
@@ -79,6 +86,7 @@ class Ground:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.marker = root / "code-was-run"
+        (root / "temporary").mkdir()
         self.folders = {
             "dense": make_tiny("llama", root / "dense"),
             "sharded": make_tiny("qwen2", root / "sharded", tie_word_embeddings=True),
@@ -166,18 +174,18 @@ class Ground:
         """Return whether all files are the ones that were made at the start."""
         return self._listing() == self.before
 
-    def try_file(self, target: Target, content: bytes, command: tuple[str, ...]) -> Outcome:
+    def try_file(self, target: Target, content: bytes, command: tuple[str, ...], server: Server) -> Outcome:
         """Run a command on a spoilt file, and put the file back."""
         before = target.file.read_bytes() if target.file.is_file() else None
         target.file.write_bytes(content)
         try:
-            return self._run([self._filled(word, target.file) for word in command])
+            return self._run([self._filled(word, target.file) for word in command], len(content), server)
         finally:
             target.file.unlink() if before is None else target.file.write_bytes(before)
 
-    def try_words(self, words: list[str]) -> Outcome:
+    def try_words(self, words: list[str], server: Server) -> Outcome:
         """Run a prune with these options."""
-        return self._run(["prune", str(self.folders["dense"]), "-o", str(self.root / "out"), *words])
+        return self._run(["prune", str(self.folders["dense"]), "-o", str(self.root / "out"), *words], 0, server)
 
     def _filled(self, word: str, file: Path) -> str:
         places = {"{here}": file.parent, "{file}": file, "{root}": self.root, "{out}": self.root / "out"}
@@ -185,38 +193,36 @@ class Ground:
             word = word.replace(mark, str(path))
         return word
 
-    def _run(self, words: list[str]) -> Outcome:
-        out, err = io.StringIO(), io.StringIO()
-        wrong, status = "", -1
-        start = time.perf_counter()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                status = main(words)
-            except BaseException:
-                wrong = traceback.format_exc()
-        seconds = time.perf_counter() - start
-        errors = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
-        if status == 2 and len(errors) != 1:
-            wrong += f"{len(errors)} sentences: {errors[:3]}"
-        if status not in (0, 2) and not wrong:
-            wrong += f"status {status}: {err.getvalue()}"
-        if seconds > 60:
-            wrong += f"{seconds:.0f} s"
+    def _run(self, words: list[str], num_bytes: int, server: Server) -> Outcome:
+        ended = server.run(words)
+        wrong = [ended.died, ended.traceback]
+        errors = [line for line in ended.messages.splitlines() if line.startswith("error: ")]
+        if ended.status == 2 and len(errors) != 1:
+            wrong.append(f"{len(errors)} sentences: {errors[:3]}")
+        if ended.status == 2 and errors and not errors[0].removeprefix("error: ").strip():
+            wrong.append("an empty sentence")
+        if ended.status not in (0, 2) and not any(wrong):
+            wrong.append(f"status {ended.status}: {ended.messages[-1000:]}")
+        if ended.more_bytes > 2 * num_bytes + EXTRA_MEMORY:
+            wrong.append(f"{ended.more_bytes / 1e6:.0f} MB of memory for a file of {num_bytes} bytes")
+        wrong += ended.connections
         if self.marker.exists():
             self.marker.unlink()
-            wrong += "code was run"
-        wrong += self._left(status)
-        return Outcome(words, status, errors[0] if errors else "", seconds, wrong)
+            wrong.append("code was run")
+        wrong.append(self._left(ended.status))
+        return Outcome(words, ended, "\n".join(filter(None, wrong)))
 
     def _left(self, status: int) -> str:
         """Return what a refused command has left behind, and remove it; what a successful one writes is its own."""
         cache = Path(os.environ["INTRASLICE_CACHE"])
         # What is whole there is kept for the next command, whatever became of this one.
-        found = [*self.root.glob("out*"), *cache.glob("*.partial-*"), *cache.glob("*.tmp")]
+        found = [*self.root.glob("out*"), *self.root.glob(".out*"), *cache.glob("*.partial-*"), *cache.glob("*.tmp")]
         for path in found:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        wrong = f"left {[path.name for path in found]}" if status and found else ""
-        return wrong
+        temporary = list((self.root / "temporary").iterdir())
+        for path in temporary:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return f"left {[path.name for path in found + temporary]}" if temporary or (status and found) else ""
 
 
 @dataclass(frozen=True)
@@ -225,16 +231,12 @@ class Outcome:
 
     Attributes:
         words: the command.
-        status: its exit status.
-        sentence: what it said when it refused.
-        seconds: how long it took.
+        ended: how it ended.
         wrong: what must not have happened; "" when all is well.
     """
 
     words: list[str]
-    status: int
-    sentence: str
-    seconds: float
+    ended: Ended
     wrong: str
 
 
