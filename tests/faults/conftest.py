@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from intraslice.cli.app import parser
 from intraslice.exporters.registry import EXPORTERS
 from support.faults import Scenario, command, kill_when, run_forked
 from support.pruned import FREE, save_pruned
@@ -30,6 +31,7 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scena
     """Return a function name -> scenario; everything that they read is made once."""
     for module in _MODULES:
         importlib.import_module(module)
+    parser()
     root = tmp_path_factory.mktemp("inputs")
     dense = make_tiny("llama", root / "dense", num_hidden_layers=4)
     text = root / "text.txt"

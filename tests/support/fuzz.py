@@ -23,6 +23,7 @@ from intraslice.recipes.recipe import load_recipe
 from support.gguf_files import write_gguf
 from support.malformed import (
     SETTINGS,
+    SPOILT_TEMPLATES,
     WORDS,
     dump,
     spoilt_bytes,
@@ -51,11 +52,13 @@ DRY = ("--sparsity", "0.3", "--dry-run")
 RUN = ("--sparsity", "0.3", "--num-samples", "2", "--seqlen", "16", "--calibration", "{root}/text.txt", "-o", "{out}")
 BENCH = ("--prompt-tokens", "8", "--decode-tokens", "1", "--repetitions", "1")
 HEAL = ("--calibration", "{root}/text.txt", "--seqlen", "16", "--held-out", "1", "--budget", "32", "--lr", "1e-9")
+SAMPLED = ("--sparsity", "0.3", "--num-samples", "2", "--seqlen", "16", "--calibration", "self", "-o", "{out}")
 OF_DENSE = (
     ("inspect", "{here}"),
     ("prune", "{here}", *DRY),
     ("prune", "{here}", *RUN),
     ("eval", "{here}", *TEXT),
+    ("prune", "{here}", *SAMPLED),
     ("bench", "{here}", *BENCH),
 )
 OF_PRUNED = (
@@ -113,6 +116,7 @@ class Ground:
             for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
                 yield self._json(f"{file} of a {folder} model", path / file, commands)
             yield self._json(f"index of a {folder} model", path / "model.safetensors.index.json", commands, extra=())
+            yield Target(f"chat template of a {folder} model", path / "chat_template.jinja", SPOILT_TEMPLATES, commands)
             for weights in sorted(path.glob("*.safetensors"))[:1]:
                 content = weights.read_bytes()
                 yield Target(f"weights of a {folder} model", weights, spoilt_bytes(content), commands)
@@ -203,6 +207,8 @@ class Ground:
             wrong.append("an empty sentence")
         if ended.status not in (0, 2) and not any(wrong):
             wrong.append(f"status {ended.status}: {ended.messages[-1000:]}")
+        if "panicked at" in ended.compiled or "Traceback" in ended.compiled:
+            wrong.append(f"besides, it wrote {ended.compiled[:300]!r}")
         if ended.more_bytes > 2 * num_bytes + EXTRA_MEMORY:
             wrong.append(f"{ended.more_bytes / 1e6:.0f} MB of memory for a file of {num_bytes} bytes")
         wrong += ended.connections

@@ -18,18 +18,20 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 from intraslice import process
-from intraslice.cli.app import main
+from intraslice.checkpoint import tokenizer
+from intraslice.cli.app import main, parser
 from intraslice.comparison import run
+from intraslice.data import encoding
 from intraslice.errors import IntraSliceError
 from intraslice.progress import Progress, SilentProgress
 from intraslice.speed import bench
@@ -50,6 +52,7 @@ class Ended:
         status: its exit status; -1 if it did not return.
         messages: what it wrote to standard error.
         traceback: of an exception that came out of it.
+        compiled: what compiled code wrote to standard error by itself.
         died: how its process died, or that it did not end in time.
         seconds: how long it took.
         more_bytes: memory at its peak, more than at its start.
@@ -59,6 +62,7 @@ class Ended:
     status: int = -1
     messages: str = ""
     traceback: str = ""
+    compiled: str = ""
     died: str = ""
     seconds: float = 0.0
     more_bytes: int = 0
@@ -77,6 +81,8 @@ class Server:
         self._child = 0
         self._pipe: Connection | None = None
         self._left = 0
+        # Not a pipe, which would be full at some time.
+        self._errors = tempfile.TemporaryFile()
 
     def run(self, words: list[str]) -> Ended:
         """Run a command line to its end, at most `MAX_SECONDS`."""
@@ -90,21 +96,27 @@ class Server:
         self._left -= 1
         self._pipe.send(words)
         try:
-            if self._pipe.poll(MAX_SECONDS):
-                return self._pipe.recv()
+            # Second by second, so that a pause of the whole machine is not taken for a hang.
+            if any(self._pipe.poll(1) for _ in range(MAX_SECONDS)):
+                ended: Ended = self._pipe.recv()
+                if "was given up" in ended.messages:
+                    # Its thread goes on for ever.
+                    self.stop()
+                return ended
         except EOFError:
             return Ended(died=f"the process died: {self.stop()}")
         self.stop()
         return Ended(died=f"no end after {MAX_SECONDS} s", seconds=MAX_SECONDS)
 
     def _start(self) -> None:
+        parser()
         self._pipe, theirs = Pipe()
         self._left = _COMMANDS
         self._child = os.fork()
         if self._child == 0:
             self._pipe.close()
             with _prepared(self._temporary):
-                _serve(theirs)
+                _serve(theirs, self._errors)
         theirs.close()
 
     def stop(self) -> str:
@@ -119,10 +131,16 @@ class Server:
         return f"exit status {os.waitstatus_to_exitcode(status)}"
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, errors: IO[bytes]) -> None:
+    os.dup2(errors.fileno(), 2)
     try:
         while True:
-            pipe.send(_run(pipe.recv()))
+            words = pipe.recv()
+            os.ftruncate(2, 0)
+            os.lseek(2, 0, os.SEEK_SET)
+            ended = _run(words)
+            errors.seek(0)
+            pipe.send(replace(ended, compiled=errors.read().decode(errors="replace")))
     finally:
         os._exit(0)
 
@@ -138,6 +156,9 @@ def _prepared(temporary: Path) -> Iterator[None]:
         patch.setattr(tempfile, "tempdir", str(temporary))
         for module in (run, bench):
             patch.setattr(module, "Worker", WorkerHere)
+        for module in (tokenizer, encoding):
+            # Otherwise it would be 50 for every input that is given up.
+            patch.setattr(module, "MAX_SECONDS", 4)
         yield
 
 

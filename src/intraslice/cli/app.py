@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_readable(given)
         with stop_signals():
-            status = _command()(given, prog_name="intraslice", standalone_mode=False, obj=given)
+            status = parser()(given, prog_name="intraslice", standalone_mode=False, obj=given)
     except IntraSliceError as error:
         if "--debug" in given:
             raise
@@ -98,8 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @cache
-def _command() -> Any:
-    # Built from all annotations of all commands, which takes longer than some commands do: once is enough.
+def parser() -> Any:
+    """Return what parses a command line and runs the command; made once, because it takes longer than some commands."""
     return typer.main.get_command(app)
 
 
