@@ -33,14 +33,14 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scena
         importlib.import_module(module)
     parser()
     root = tmp_path_factory.mktemp("inputs")
-    dense = make_tiny("llama", root / "dense", num_hidden_layers=4)
+    dense = make_tiny("llama", root / "dense", num_hidden_layers=3)
     text = root / "text.txt"
     text.write_text("".join(f"{number}. {TEXT}" for number in range(100)))
     pruned = save_pruned(root / "pruned", shapes=FREE[:2])
-    calibrated = ["--calibration", text, "--num-samples", "8", "--seqlen", "32", "--set", "run.batch_tokens=64"]
+    calibrated = ["--calibration", text, "--num-samples", "8", "--seqlen", "16", "--set", "run.batch_tokens=64"]
     prune = ["prune", dense, "-o", "out", "--sparsity", "0.3", *calibrated]
     prune += ["--set", "ffn.ffn_multiple=1", "--set", "attention.head_multiple=2"]
-    heal = ["--calibration", text, "--seqlen", "32", "--held-out", "4", "--evaluate-every", "2", "--lr", "3e-4"]
+    heal = ["--calibration", text, "--seqlen", "32", "--held-out", "4", "--evaluate-every", "4", "--lr", "3e-4"]
     spec = write_yaml(
         root / "spec.yaml",
         dense,

@@ -7,6 +7,7 @@ memory can be told from that of the tests.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import io
 import os
@@ -87,8 +88,7 @@ class Server:
     def run(self, words: list[str]) -> Ended:
         """Run a command line to its end, at most `MAX_SECONDS`."""
         if not CAN_FORK:
-            with _prepared(self._temporary):
-                return _run(words)
+            return self.run_here(words)
         if self._pipe is None or self._left == 0:
             self.stop()
             self._start()
@@ -107,6 +107,11 @@ class Server:
             return Ended(died=f"the process died: {self.stop()}")
         self.stop()
         return Ended(died=f"no end after {MAX_SECONDS} s", seconds=MAX_SECONDS)
+
+    def run_here(self, words: list[str]) -> Ended:
+        """Run a command line in this process: what it imports is there then in all that are forked afterwards."""
+        with _prepared(self._temporary):
+            return _run(words)
 
     def _start(self) -> None:
         parser()
@@ -132,6 +137,8 @@ class Server:
 
 
 def _serve(pipe: Connection, errors: IO[bytes]) -> None:
+    # What the parent has made is never collected here, which would copy all of its memory.
+    gc.freeze()
     os.dup2(errors.fileno(), 2)
     try:
         while True:
