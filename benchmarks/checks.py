@@ -35,7 +35,7 @@ CHECKED = {
         "intraslice.checkpoint.gguf_header": ("read_header",),
         "intraslice.checkpoint.ownership": ("check_ours", "check_names", "check_intact", "read_list"),
         "intraslice.checkpoint.reader": ("check_shapes", "Checkpoint._check_against_config"),
-        "intraslice.checkpoint.workfolder": ("check_identity",),
+        "intraslice.checkpoint.identity": ("check_identity",),
     },
 }
 

@@ -305,8 +305,9 @@ def kill_at_random(scenario: Scenario, root: Path, *, kills: int, seed: int = 0)
         seed: of moments and signals.
     """
     tally, chance = Tally(), random.Random(seed)
-    started = time.monotonic()
     expected = scenario.whole(root)
+    started = time.monotonic()
+    assert run_forked(scenario.first, scenario.prepared(root / f"{scenario.name}-timed")).status == 0
     longest = time.monotonic() - started
     case = 0
     while tally.kills < kills:
