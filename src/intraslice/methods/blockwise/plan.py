@@ -15,6 +15,7 @@ from intraslice.methods.blockwise.allocators.drop import choose_dropped
 from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients
 from intraslice.methods.blockwise.allocators.shapes import ShapeGrid, allocate_shapes
 from intraslice.methods.blockwise.allocators.uniform import allocate_uniform
+from intraslice.methods.blockwise.divergence_pass import measure_divergences
 from intraslice.methods.blockwise.gradient_pass import PASS_VERSION, measure_gradients
 from intraslice.methods.blockwise.options import BlockwiseOptions
 from intraslice.methods.blockwise.profile_pass import profile_layers
@@ -94,6 +95,15 @@ def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
             rotated=rotates_exactly(options),
             save_path=gradient_path(context, options),
             measured=gradient_digest(context, options),
+            progress=context.progress,
+        )
+    elif options.rule.measures == "divergences":
+        measured = measure_divergences(
+            model,
+            context.tokens,
+            context.sparsity,
+            options,
+            boundary_bytes=context.run.boundary_bytes,
             progress=context.progress,
         )
     sites, sparsity = model.sites, context.sparsity
