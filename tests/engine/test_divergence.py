@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,7 @@ from intraslice.placement import Placement
 from intraslice.streaming.hidden import Streams, embedded_states
 from intraslice.streaming.model import StreamedModel
 from intraslice.streaming.propagate import propagate_layer
-from support.progress import Notes
+from support.progress import Notes, StopAt
 from support.tiny import tiny_model
 
 OPTIONS = BlockwiseOptions(
@@ -38,9 +39,16 @@ def _folder(tmp_path: Path) -> Path:
     return tmp_path / "dense"
 
 
-def _measure(folder: Path, tokens: torch.Tensor, boundary_bytes: int = 1 << 20):
+def _measure(folder: Path, tokens: torch.Tensor, boundary_bytes: int = 1 << 20, progress: Notes | None = None):
     return divergence_pass.measure_divergences(
-        _streamed(folder), tokens, 0.3, OPTIONS, boundary_bytes=boundary_bytes, progress=Notes()
+        _streamed(folder),
+        tokens,
+        0.3,
+        OPTIONS,
+        boundary_bytes=boundary_bytes,
+        save_path=folder.with_suffix(f".{boundary_bytes}"),
+        measured="all of it",
+        progress=progress or Notes(),
     )
 
 
@@ -72,6 +80,17 @@ def test_it_is_that_of_the_stock_model_with_the_same_edit(tmp_path: Path) -> Non
 def test_the_width_of_a_wave_changes_nothing(tmp_path: Path) -> None:
     folder, tokens = _folder(tmp_path), _tokens(8)
     assert _measure(folder, tokens, boundary_bytes=1) == _measure(folder, tokens)
+
+
+def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
+    folder, tokens = _folder(tmp_path), _tokens(8)
+    whole = _measure(folder, tokens, boundary_bytes=1)
+    folder.with_suffix(".1").unlink()
+    # The first pass is through all layers, then a wave of each layer begins.
+    with pytest.raises(KeyboardInterrupt):
+        _measure(folder, tokens, boundary_bytes=1, progress=StopAt("divergence of each site", 7))
+    assert folder.with_suffix(".1").exists()
+    assert _measure(folder, tokens, boundary_bytes=1) == whole
 
 
 def test_more_is_lost_where_more_goes_and_all_sites_are_there(tmp_path: Path) -> None:

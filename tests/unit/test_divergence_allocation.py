@@ -13,8 +13,8 @@ from support.model_sites import kept_share, sites
 MODEL = sites([400, 400], [1200, 1200])
 MEASURED = SiteDivergences(
     (
-        {"attention": ((0.2, 0.02), (0.5, 0.15)), "ffn": ((0.2, 0.01), (0.5, 0.08))},
-        {"attention": ((0.2, 0.004), (0.5, 0.03)), "ffn": ((0.2, 0.05), (0.5, 0.3))},
+        {"attention": ((0.2, 0.02), (0.5, 0.15), (0.9, 0.5)), "ffn": ((0.2, 0.01), (0.5, 0.08), (0.9, 0.4))},
+        {"attention": ((0.2, 0.004), (0.5, 0.03), (0.9, 0.2)), "ffn": ((0.2, 0.05), (0.5, 0.3), (0.9, 2.0))},
     )
 )
 OPTIONS = AllocationOptions(rule="divergence")
@@ -43,10 +43,17 @@ def test_no_allocation_costs_less(sparsity: float) -> None:
     assert total_cost(found) <= best * (1 + 1e-3)
 
 
-def test_a_site_that_costs_nothing_goes_as_far_as_the_cap() -> None:
+@pytest.mark.parametrize(("cap", "kept"), [(0.9, 0.5), (0.4, 0.6)])
+def test_a_site_that_costs_nothing_goes_as_far_as_it_was_measured_or_the_cap(cap: float, kept: float) -> None:
     free = SiteDivergences(({**MEASURED.layers[0], "attention": ((0.2, 0.0), (0.5, 0.0))}, MEASURED.layers[1]))
-    allocation = allocate_by_divergence(free, MODEL, 0.3, AllocationOptions(rule="divergence", max_site_sparsity=0.7))
-    assert allocation.keep[0]["attention"] == pytest.approx(0.3)
+    allocation = allocate_by_divergence(free, MODEL, 0.3, AllocationOptions(rule="divergence", max_site_sparsity=cap))
+    assert allocation.keep[0]["attention"] == pytest.approx(kept)
+
+
+def test_the_budget_is_met_where_not_enough_was_measured() -> None:
+    little = SiteDivergences(({"attention": ((0.2, 0.02),), "ffn": ((0.2, 0.01),)}, {"ffn": ((0.3, 0.2),)}))
+    allocation = allocate_by_divergence(little, MODEL, 0.6, OPTIONS)
+    assert kept_share(MODEL, allocation.keep) == pytest.approx(0.4, abs=1e-9)
 
 
 def test_a_curve_goes_through_its_points_and_grows() -> None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from intraslice.errors import NumericalError
+from intraslice.checkpoint.tensorfile import read_sealed, write_tensors
+from intraslice.errors import CheckpointError, NumericalError
 from intraslice.layers.decoder import DecoderLayer
 from intraslice.layers.head import LanguageHead
 from intraslice.layers.sites import ATTENTION
@@ -38,6 +40,9 @@ from intraslice.streaming.propagate import propagate_layer
 FIT_TOKENS = 16384
 """How many tokens, in whole batches, the pruned sites are fitted to."""
 
+DIVERGENCE_VERSION = 1
+"""Part of what a kept measurement is named by: raise it when what is measured, or the form of the file, changes."""
+
 JUDGE_TOKENS = 2048
 """How many other tokens the predictions are compared on."""
 
@@ -46,8 +51,9 @@ JUDGED_POSITIONS = 512
 
 _LOGIT_POSITIONS = 128  # positions whose logits exist at once
 
-_LOSSES = (0.6, 1.6)
-"""What a site is pruned to, times the sparsity of the model."""
+_LOSSES = (0.7, 2.0)
+"""What a site loses when it is tried, times the sparsity of the model. No site is given a loss beyond the last one:
+costs grow faster than any curve through smaller losses says."""
 
 
 @dataclass
@@ -68,6 +74,8 @@ def measure_divergences(
     options: BlockwiseOptions,
     *,
     boundary_bytes: int,
+    save_path: Path,
+    measured: str = "",
     progress: Progress,
 ) -> SiteDivergences:
     """Return what some losses of each site cost.
@@ -80,6 +88,8 @@ def measure_divergences(
         sparsity: around which losses are tried.
         options: how a site is pruned.
         boundary_bytes: memory for the states of a wave.
+        save_path: file that holds what is measured, written after each wave.
+        measured: digest of everything that decides it; measurements of something else are not taken.
         progress: shows the layers.
 
     Raises:
@@ -93,30 +103,79 @@ def measure_divergences(
         attention=replace(options.attention, repair_against="own_output", measured_on="pruned_stream"),
         ffn=replace(options.ffn, repair_against="own_output", measured_on="pruned_stream"),
     )
+    layers, costs = model.num_layers, _Costs(save_path, measured, progress)
+    if costs.done == layers:
+        return costs.all(layers)
     fit, judge = embedded_states(model, fit_tokens, None), embedded_states(model, judge_tokens, None)
+    reference = judge.clone()
     states_bytes = judge_tokens.numel() * model.config.hidden_size * model.placement.compute_dtype.itemsize
     wave = max(1, boundary_bytes // (states_bytes * len(losses) * max(map(len, model.sites.layers))))
-    layers, reference = model.num_layers, judge.clone()
-    costs: list[dict[str, list[tuple[float, float]]]] = [{} for _ in range(layers)]
-    starts = range(0, layers, wave)
-    with progress.step("divergence of each site", total=sum(layers - first for first in starts)) as advance:
+    starts = range(costs.done, layers, wave)
+    total = layers + sum(layers - first for first in starts)
+    with progress.step("divergence of each site", total=total) as advance:
+        for index in range(layers):
+            layer = model.load_layer(index)
+            for states in (reference, fit, judge) if index < costs.done else (reference,):
+                propagate_layer(layer, states)
+            advance(1)
         for first in starts:
+            stop = min(first + wave, layers)
             branches: list[_Branch] = []
             for index in range(first, layers):
                 layer = model.load_layer(index)
                 for branch in branches:
                     propagate_layer(layer, branch.states)
-                if first == 0:
-                    propagate_layer(layer, reference)
-                if index < first + wave:
+                if index < stop:
                     branches += _trials(model, layer, index, fit, judge, losses, alone)
                     propagate_layer(layer, fit)
                     propagate_layer(layer, judge)
                 advance(1)
             found = _divergences(model, judge_tokens, reference, [branch.states for branch in branches])
-            for branch, divergence in zip(branches, found, strict=True):
-                costs[branch.layer].setdefault(branch.site, []).append((branch.lost, divergence))
-    return SiteDivergences(tuple({name: tuple(sorted(points)) for name, points in layer.items()} for layer in costs))
+            costs.add(branches, found, stop)
+    return costs.all(layers)
+
+
+class _Costs:
+    """What has been measured so far; saved after each wave so that an interrupted run goes on from there.
+
+    Args:
+        path: file of it; what it holds is taken if it was measured for the same.
+        measured: digest of everything that decides it.
+        progress: is told when the file cannot be used.
+    """
+
+    def __init__(self, path: Path, measured: str, progress: Progress) -> None:
+        self._path, self._measured = path, measured
+        self._found: dict[tuple[int, str], list[tuple[float, float]]] = {}
+        self.done = 0
+        if not path.exists():
+            return
+        try:
+            tensors = read_sealed(path, measured)
+        except CheckpointError as error:
+            progress.note(f"{error}; the divergences are measured again")
+            return
+        self.done = int(tensors.pop("done"))
+        for name, points in tensors.items():
+            layer, _, site = name.partition(".")
+            self._found[int(layer), site] = [(float(lost), float(cost)) for lost, cost in points]
+
+    def add(self, branches: Sequence[_Branch], divergences: Sequence[float], done: int) -> None:
+        """Add a wave, and write the file."""
+        for branch, divergence in zip(branches, divergences, strict=True):
+            self._found.setdefault((branch.layer, branch.site), []).append((branch.lost, divergence))
+        self.done = done
+        points = {
+            f"{layer}.{site}": torch.tensor(found, dtype=torch.float64) for (layer, site), found in self._found.items()
+        }
+        write_tensors(self._path, {**points, "done": torch.tensor(done)}, sealed_for=self._measured)
+
+    def all(self, layers: int) -> SiteDivergences:
+        """Return the measurements of all layers."""
+        costs: list[dict[str, tuple[tuple[float, float], ...]]] = [{} for _ in range(layers)]
+        for (layer, site), points in sorted(self._found.items()):
+            costs[layer][site] = tuple(sorted(points))
+        return SiteDivergences(tuple(costs))
 
 
 def _split(tokens_ST: Tensor, batch: int) -> tuple[Tensor, Tensor]:

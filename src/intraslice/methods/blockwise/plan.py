@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from intraslice.errors import RecipeError
 from intraslice.layers.decoder import blocks_are_parallel
@@ -15,11 +16,12 @@ from intraslice.methods.blockwise.allocators.drop import choose_dropped
 from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients
 from intraslice.methods.blockwise.allocators.shapes import ShapeGrid, allocate_shapes
 from intraslice.methods.blockwise.allocators.uniform import allocate_uniform
-from intraslice.methods.blockwise.divergence_pass import measure_divergences
+from intraslice.methods.blockwise.divergence_pass import DIVERGENCE_VERSION, measure_divergences
 from intraslice.methods.blockwise.gradient_pass import PASS_VERSION, measure_gradients
 from intraslice.methods.blockwise.options import BlockwiseOptions
 from intraslice.methods.blockwise.profile_pass import profile_layers
 from intraslice.methods.blockwise.strategies import SCORES
+from intraslice.methods.choices import option_values
 from intraslice.streaming.model import StreamedModel
 
 
@@ -45,20 +47,34 @@ def gradient_path(context: Context, options: BlockwiseOptions) -> Path:
 
     A kept one is named by everything that decides it, and nothing else.
     """
+    return _kept_path(context, "gradients", gradient_digest(context, options))
+
+
+def _kept_path(context: Context, name: str, digest: str) -> Path:
     if not context.run.gradient_folder:
-        return context.folder / "gradients.safetensors"
-    return Path(context.run.gradient_folder) / f"gradients-{gradient_digest(context, options)[:32]}.safetensors"
+        return context.folder / f"{name}.safetensors"
+    return Path(context.run.gradient_folder) / f"{name}-{digest[:32]}.safetensors"
 
 
 def gradient_digest(context: Context, options: BlockwiseOptions) -> str:
     """Return a sha256 of everything that decides the gradient pass."""
-    decides = {name: context.identity[name] for name in ("model", "device", "batch_tokens", "compute", "matmul")}
-    decides["tokens"] = context.identity["calibration"]["fingerprint"]
-    decides["num_channel_groups"] = options.allocation.num_channel_groups
-    decides["version"] = PASS_VERSION
+    decides: dict[str, Any] = {"num_channel_groups": options.allocation.num_channel_groups, "version": PASS_VERSION}
     if rotates_exactly(options):
         decides["rotated"] = True
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return _digest(context, decides)
+
+
+def divergence_digest(context: Context, options: BlockwiseOptions) -> str:
+    """Return a sha256 of everything that decides what the losses of the sites cost."""
+    read = {name: value for name, value in option_values(options).items() if name in options.read()}
+    return _digest(context, {"sparsity": context.sparsity, "options": read, "version": DIVERGENCE_VERSION})
+
+
+def _digest(context: Context, decides: Mapping[str, Any]) -> str:
+    names = ("model", "device", "batch_tokens", "compute", "matmul")
+    of_run = {name: context.identity[name] for name in names}
+    of_run["tokens"] = context.identity["calibration"]["fingerprint"]
+    return hashlib.sha256(json.dumps({**of_run, **decides}, sort_keys=True).encode()).hexdigest()
 
 
 def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
@@ -104,6 +120,8 @@ def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
             context.sparsity,
             options,
             boundary_bytes=context.run.boundary_bytes,
+            save_path=_kept_path(context, "divergences", digest := divergence_digest(context, options)),
+            measured=digest,
             progress=context.progress,
         )
     sites, sparsity = model.sites, context.sparsity

@@ -49,8 +49,14 @@ def allocate_by_divergence(
     all_sites = [(layer, site) for layer, layer_sites in enumerate(sites.layers) for site in layer_sites]
     steps: list[tuple[float, int, float]] = []  # cost of a weight, number of the site, part of it that goes
     for number, (layer, site) in enumerate(all_sites):
-        losses = [options.max_site_sparsity * step / _STEPS for step in range(_STEPS + 1)]
-        curve = cost_curve(measured.layers[layer][site.name], losses)
+        points = measured.layers[layer].get(site.name)
+        if not points:
+            # So small that it has no width between none and all.
+            continue
+        # Beyond what was measured costs grow faster than the curve says.
+        most = min(options.max_site_sparsity, points[-1][0])
+        losses = [most * step / _STEPS for step in range(_STEPS + 1)]
+        curve = cost_curve(points, losses)
         for start, stop in zip(*(hull := _lower_hull(losses, curve), hull[1:]), strict=False):
             part = losses[stop] - losses[start]
             steps.append(((curve[stop] - curve[start]) / (part * site.num_weights), number, part))
@@ -63,6 +69,14 @@ def allocate_by_divergence(
         left -= taken * weights
         if left <= 0:
             break
+    # What the measured losses do not reach, all sites lose alike.
+    while left > 1e-6:
+        free = [n for n, kept in enumerate(keep) if kept > 1.0 - options.max_site_sparsity + 1e-12]
+        share = left / sum(all_sites[number][1].num_weights for number in free)
+        for number in free:
+            taken = min(share, keep[number] - (1.0 - options.max_site_sparsity))
+            keep[number] -= taken
+            left -= taken * all_sites[number][1].num_weights
     layers: list[dict[str, float]] = [{} for _ in sites.layers]
     for (layer, site), kept in zip(all_sites, keep, strict=True):
         layers[layer][site.name] = kept
