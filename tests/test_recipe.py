@@ -290,6 +290,11 @@ def test_efforts_that_a_method_does_not_know_are_refused():
     assert "method flap has one way to run" in message({"method": "flap", "effort": "low"})
 
 
+def test_divergences_are_measured_before_gradients():
+    text = message({"method": "llm-pruner"}, ("allocation.rule=divergence",))
+    assert "allocation.rule = divergence" in text and "attention.score = taylor" in text
+
+
 def test_an_unknown_target_is_named():
     with pytest.raises(RecipeError, match="unknown target 'llamacpp'.*Did you mean 'llama.cpp'"):
         load_recipe(None, {"model": "m", "sparsity": 0.3, "target": "llamacpp"})

@@ -1,4 +1,4 @@
-"""Allocation by measured divergences: against every allocation on a grid, and what a cost curve is between its points."""
+"""Allocation by measured divergences: against every allocation on a grid, and what lies between measured points."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ Shapes: B sequences of a batch, T tokens, D hidden_size, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,6 +114,7 @@ def measure_divergences(
     starts = range(costs.done, layers, wave)
     total = layers + sum(layers - first for first in starts)
     with progress.step("divergence of each site", total=total) as advance:
+        started = time.monotonic()
         for index in range(layers):
             layer = model.load_layer(index)
             for states in (reference, fit, judge) if index < costs.done else (reference,):
@@ -131,7 +133,8 @@ def measure_divergences(
                     propagate_layer(layer, judge)
                 advance(1)
             found = _divergences(model, judge_tokens, reference, [branch.states for branch in branches])
-            costs.add(branches, found, stop)
+            costs.add(branches, found, stop, time.monotonic() - started)
+            started = time.monotonic()
     return costs.all(layers)
 
 
@@ -147,7 +150,7 @@ class _Costs:
     def __init__(self, path: Path, measured: str, progress: Progress) -> None:
         self._path, self._measured = path, measured
         self._found: dict[tuple[int, str], list[tuple[float, float]]] = {}
-        self.done = 0
+        self.done, self.seconds = 0, 0.0
         if not path.exists():
             return
         try:
@@ -155,20 +158,22 @@ class _Costs:
         except CheckpointError as error:
             progress.note(f"{error}; the divergences are measured again")
             return
-        self.done = int(tensors.pop("done"))
+        self.done, self.seconds = int(tensors.pop("done")), float(tensors.pop("seconds"))
         for name, points in tensors.items():
             layer, _, site = name.partition(".")
             self._found[int(layer), site] = [(float(lost), float(cost)) for lost, cost in points]
 
-    def add(self, branches: Sequence[_Branch], divergences: Sequence[float], done: int) -> None:
-        """Add a wave, and write the file."""
+    def add(self, branches: Sequence[_Branch], divergences: Sequence[float], done: int, seconds: float) -> None:
+        """Add a wave up to layer `done`, and what it has cost; write the file."""
         for branch, divergence in zip(branches, divergences, strict=True):
             self._found.setdefault((branch.layer, branch.site), []).append((branch.lost, divergence))
         self.done = done
+        self.seconds += seconds
         points = {
             f"{layer}.{site}": torch.tensor(found, dtype=torch.float64) for (layer, site), found in self._found.items()
         }
-        write_tensors(self._path, {**points, "done": torch.tensor(done)}, sealed_for=self._measured)
+        numbers = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("done", "seconds")}
+        write_tensors(self._path, {**points, **numbers}, sealed_for=self._measured)
 
     def all(self, layers: int) -> SiteDivergences:
         """Return the measurements of all layers."""

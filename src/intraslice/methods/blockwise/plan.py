@@ -42,18 +42,18 @@ def rotates_exactly(options: BlockwiseOptions) -> bool:
     return "allocation.rotation" in options.read() and options.allocation.rotation == "exact"
 
 
-def gradient_path(context: Context, options: BlockwiseOptions) -> Path:
-    """Return the file of the gradient pass: of this run, or one that is kept for all runs that would repeat it.
+def measured_path(context: Context, options: BlockwiseOptions) -> Path | None:
+    """Return the file of what the plan measures: of this run, or one that is kept for all runs that would repeat it.
 
-    A kept one is named by everything that decides it, and nothing else.
+    A kept one is named by everything that decides it, and nothing else. None where nothing is measured that is worth
+    keeping.
     """
-    return _kept_path(context, "gradients", gradient_digest(context, options))
-
-
-def _kept_path(context: Context, name: str, digest: str) -> Path:
+    measures = options.rule.measures
+    if context.sparsity == 0 or measures not in _DIGESTS:
+        return None
     if not context.run.gradient_folder:
-        return context.folder / f"{name}.safetensors"
-    return Path(context.run.gradient_folder) / f"{name}-{digest[:32]}.safetensors"
+        return context.folder / f"{measures}.safetensors"
+    return Path(context.run.gradient_folder) / f"{measures}-{_DIGESTS[measures](context, options)[:32]}.safetensors"
 
 
 def gradient_digest(context: Context, options: BlockwiseOptions) -> str:
@@ -75,6 +75,9 @@ def _digest(context: Context, decides: Mapping[str, Any]) -> str:
     of_run = {name: context.identity[name] for name in names}
     of_run["tokens"] = context.identity["calibration"]["fingerprint"]
     return hashlib.sha256(json.dumps({**of_run, **decides}, sort_keys=True).encode()).hexdigest()
+
+
+_DIGESTS = {"gradients": gradient_digest, "divergences": divergence_digest}
 
 
 def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
@@ -99,7 +102,10 @@ def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
     grid = _shape_grid(model, options)
     if context.sparsity == 0:
         return units.to_weight_fractions(allocate_uniform(None, units.sites, units.sparsity, rules))
-    measured = None
+    measured: Any = None
+    kept: dict[str, Any] = {}
+    if (path := measured_path(context, options)) is not None:
+        kept = {"save_path": path, "measured": _DIGESTS[options.rule.measures](context, options)}
     if options.rule.measures == "profile":
         measured = profile_layers(model, context.embedded(), context.progress)
     elif options.rule.measures == "gradients":
@@ -109,8 +115,7 @@ def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
             boundary_bytes=context.run.boundary_bytes,
             num_channel_groups=rules.num_channel_groups,
             rotated=rotates_exactly(options),
-            save_path=gradient_path(context, options),
-            measured=gradient_digest(context, options),
+            **kept,
             progress=context.progress,
         )
     elif options.rule.measures == "divergences":
@@ -120,8 +125,7 @@ def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
             context.sparsity,
             options,
             boundary_bytes=context.run.boundary_bytes,
-            save_path=_kept_path(context, "divergences", digest := divergence_digest(context, options)),
-            measured=digest,
+            **kept,
             progress=context.progress,
         )
     sites, sparsity = model.sites, context.sparsity
