@@ -78,8 +78,12 @@ def _check_expressible(checkpoint: PrunedCheckpoint) -> None:
     else:
         return
     cost = padding_cost(checkpoint, (checkpoint.dense_shape,) * len(shapes))
+    never = checkpoint.spec.without_targets.get("stock")
+    way = (
+        "prune with --target stock, or use" if never is None else f"--target stock is no way out, because {never}; use"
+    )
     raise UnsupportedModelError(
-        f"{checkpoint.name!r} cannot become a stock model: {reason}; prune with --target stock, or use --to padded "
+        f"{checkpoint.name!r} cannot become a stock model: {reason}; {way} --to padded "
         f"(exact, but {cost:+.0%} decoder weights)."
     )
 

@@ -322,7 +322,9 @@ class FamilySpec:
         """The runtimes that cannot run a pruned model of this family, by name, and why."""
         reasons = {}
         if self.llama_cpp_lacks:
-            reasons["llama.cpp"] = f"its architecture with a shape per layer has no {', no '.join(self.llama_cpp_lacks)}"
+            reasons["llama.cpp"] = (
+                f"its architecture with a shape per layer has no {', no '.join(self.llama_cpp_lacks)}"
+            )
         if not self.head_dim_field:
             reasons["stock"] = "the stock class has no head width of its own, only hidden_size / heads"
         return reasons
