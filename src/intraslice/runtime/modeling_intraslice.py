@@ -546,7 +546,7 @@ class DroppedFFN(nn.Module):
     """Stands where a layer has no FFN, or has its last projection: adds nothing, and has no weights."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return zeros, [..., D]; not those of `_nothing`, because layers of parallel blocks may add to them in place."""
+        """Return zeros, [..., D], with memory of their own: layers of parallel blocks may add to them in place."""
         return torch.zeros_like(hidden_states)
 
 
