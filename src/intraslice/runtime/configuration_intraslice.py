@@ -120,7 +120,7 @@ def dense_shape(config: PretrainedConfig, spec: FamilySpec, layer_idx: int = 0) 
     values = _dense_values(config, layer_idx)
     heads = values["num_attention_heads"]
     kv_heads = spec.kv_heads if isinstance(spec.kv_heads, int) else values.get(spec.kv_heads) or heads
-    intermediate_size = values[spec.intermediate_size]
+    intermediate_size: Any = values[spec.intermediate_size]
     if intermediate_size is None and spec.ffn_ratio is not None:
         intermediate_size = spec.ffn_ratio * values["hidden_size"]
     head_dim = dense_head_dim(config, layer_idx)
