@@ -120,16 +120,19 @@ def dense_shape(config: PretrainedConfig, spec: FamilySpec, layer_idx: int = 0) 
     values = _dense_values(config, layer_idx)
     heads = values["num_attention_heads"]
     kv_heads = spec.kv_heads if isinstance(spec.kv_heads, int) else values.get(spec.kv_heads) or heads
-    intermediate_size: Any = values[spec.intermediate_size]
-    if intermediate_size is None and spec.ffn_ratio is not None:
-        intermediate_size = spec.ffn_ratio * values["hidden_size"]
     head_dim = dense_head_dim(config, layer_idx)
     return LayerShape(
         heads_per_kv=(heads // kv_heads,) * kv_heads,
         qk_head_dim=head_dim,
         v_head_dim=head_dim,
-        intermediate_size=intermediate_size,
+        intermediate_size=_ffn_width(values, spec),
     )
+
+
+def _ffn_width(values: Mapping[str, Any], spec: FamilySpec) -> int:
+    if values[spec.intermediate_size] is None and spec.ffn_ratio is not None:
+        return spec.ffn_ratio * values["hidden_size"]
+    return values[spec.intermediate_size]
 
 
 def dense_shapes(config: PretrainedConfig, spec: FamilySpec) -> tuple[LayerShape, ...]:
