@@ -360,7 +360,10 @@ def fit_to_model(recipe: Recipe, spec: FamilySpec, *, hidden_size: int, norms_fi
             f"works for {', '.join(words.rotatable_families())}. Choose another method, for example svd-llm."
         )
     if recipe.target in spec.without_targets:
-        raise RecipeError(f"target {recipe.target} cannot run a pruned {spec.name} model; use --target transformers.")
+        raise RecipeError(
+            f"target {recipe.target} cannot run a pruned {spec.name} model, because "
+            f"{spec.without_targets[recipe.target]}; use --target transformers."
+        )
     if spec.output_norms and option_values(recipe.options).get("ffn.iter_pca"):
         raise RecipeError(
             f"ffn.iter_pca fits plain sums, but the blocks of {spec.name} end in norms; use ffn.iter_pca = false."
