@@ -241,7 +241,8 @@ def with_ragged_groups(source: Path, target: Path) -> Path:
 
 def parts_of_heads(folder: Path) -> int:
     """Return the least number of devices that divides the query heads: others vLLM refuses by itself."""
-    heads = json.loads((folder / "config.json").read_text())["num_attention_heads"]
+    config = json.loads((folder / "config.json").read_text())
+    heads = config.get("num_attention_heads") or config["n_head"]
     return next(parts for parts in range(2, heads + 1) if heads % parts == 0)
 
 

@@ -36,7 +36,8 @@ class Check:
 
     Attributes:
         title: of the column.
-        test: the test that decides, FILE::FUNCTION; its parameter is the family.
+        test: the test that decides, FILE::FUNCTION; its parameter is the family, with words behind it where the family
+            is tested in several forms.
         means: what it says, for the list below the table.
     """
 
@@ -103,26 +104,8 @@ CHECKS = (
 
 def refusal(spec: FamilySpec, title: str) -> str | None:
     """Return why a family cannot pass a check; None where it can."""
-    if title == "llama.cpp" and not spec.fits_llama_cpp:
-        return _llama_cpp_lacks(spec)
-    if title == "one shape" and "stock" in spec.without_targets:
-        return "the stock config has no head width"
-    return None
-
-
-def _llama_cpp_lacks(spec: FamilySpec) -> str:
-    lacks = {
-        "norms of query and key": spec.qk_norm is not None,
-        "norms of outputs": spec.output_norms,
-        "parallel blocks": spec.parallel is not False,
-        "a factor on the residual sum": spec.residual_scale is not None,
-        "interleaved RoPE": spec.interleaved,
-        "layers without RoPE": spec.rope is not True,
-        "a temperature of the queries": spec.query_temperature,
-        "FFNs without gate": spec.gate is None,
-        "norms other than RMSNorm": spec.norm != "rms",
-    }
-    return ", ".join(name for name, missing in lacks.items() if missing)
+    target = {"llama.cpp": "llama.cpp", "one shape": "stock"}.get(title, "")
+    return spec.without_targets.get(target)
 
 
 def run_tests(only: str | None) -> dict[str, dict[str, str]]:
@@ -139,8 +122,14 @@ def run_tests(only: str | None) -> dict[str, dict[str, str]]:
         return found if only is None else {only: found.get(only, {})}
 
 
+_WORSE = ("passed", "skipped", "failed")
+
+
 def read_outcomes(report: Path) -> dict[str, dict[str, str]]:
-    """Return the outcomes of a JUnit report: "passed", "failed" or "skipped", by family and title."""
+    """Return the outcomes of a JUnit report: "passed", "failed" or "skipped", by family and title.
+
+    A family that was tested in several forms has the worst outcome of them.
+    """
     titles = {(Path(check.test.split("::")[0]).stem, check.test.split("::")[1]): check.title for check in CHECKS}
     found: dict[str, dict[str, str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
@@ -150,7 +139,8 @@ def read_outcomes(report: Path) -> dict[str, dict[str, str]]:
             continue
         bad = any(case.find(kind) is not None for kind in ("failure", "error"))
         outcome = "failed" if bad else "skipped" if case.find("skipped") is not None else "passed"
-        found.setdefault(parameter.removesuffix("]"), {})[title] = outcome
+        row = found.setdefault(parameter.removesuffix("]").split()[0], {})
+        row[title] = max(outcome, row.get(title, outcome), key=_WORSE.index)
     return found
 
 
@@ -190,7 +180,7 @@ def page(data: dict[str, object]) -> str:
             f"{spec.since}",
             ", ".join(features(spec)),
             ", ".join(f"`{field}`" for field in spec.refuse),
-            "" if spec.fits_llama_cpp else _llama_cpp_lacks(spec),
+            ", ".join(spec.llama_cpp_lacks),
             ", ".join(f"`{composite}`" for composite in spec.text_of),
             "yes" if spec.gguf in ARCHITECTURES else "",
         ]
@@ -213,13 +203,15 @@ def features(spec: FamilySpec) -> list[str]:
         "norms of query and key over all heads": spec.qk_norm is not None and spec.qk_norm.over == "all",
         "norms of outputs": spec.output_norms,
         "no norms of inputs": spec.attention_norm is None,
-        "parallel blocks": spec.parallel is True,
+        "parallel blocks": spec.parallel is True and not spec.variants,
         "parallel blocks as the config says": isinstance(spec.parallel, str),
         "factor on the residual sum": spec.residual_scale is not None,
         "temperature of the queries": spec.query_temperature,
         "no RoPE": spec.rope is False,
         "RoPE in some layers": isinstance(spec.rope, str),
         "interleaved RoPE": spec.interleaved,
+        "blocks, norms and kv heads as the config says": bool(spec.variants),
+        "matrices stored transposed": spec.transposed,
         "fused projections": bool(spec.q.parts) or bool(spec.up.parts),
         "no gate": spec.gate is None,
         "LayerNorm": spec.norm.startswith("layer"),

@@ -26,11 +26,16 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 257,
     "pad_token_id": 258,
 }
+_OWN_HEADS = {"hidden_size": 256, "num_key_value_heads": None, "head_dim": None}
 FAMILIES: dict[str, dict[str, Any]] = {
     # Norms of query and key.
     "qwen3": {"tie_word_embeddings": False},
     # Norms of outputs, and logits with a cap. Windows longer than the texts: they are another thing.
     "gemma2": {"query_pre_attn_scalar": 48, "sliding_window": 1024, "final_logit_softcapping": 30.0},
+    # Transposed matrices and learned positions; heads are as wide as hidden_size says.
+    "gpt2": {**_OWN_HEADS, "n_inner": 320},
+    # One kv head, and parallel blocks.
+    "falcon": {**_OWN_HEADS, "ffn_hidden_size": 320},
 }
 
 
@@ -40,7 +45,8 @@ def main() -> None:
         sys.exit(f"usage: small_model.py FAMILY FOLDER, with FAMILY one of {', '.join(FAMILIES)}")
     family, folder = sys.argv[1], Path(sys.argv[2])
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**COMMON, **FAMILIES[family]}))
+    values = {name: value for name, value in {**COMMON, **FAMILIES[family]}.items() if value is not None}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**values))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

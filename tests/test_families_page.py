@@ -63,6 +63,7 @@ def test_a_failure_is_shown(script: Any, data: dict[str, Any], tmp_path: Path) -
     report.write_text(
         '<testsuites><testsuite><testcase classname="tests.runtime.test_families" '
         'name="test_sparsity_zero_is_the_identity[llama]"><failure message="no"/></testcase>'
+        '<testcase classname="tests.runtime.test_families" name="test_sparsity_zero_is_the_identity[llama biased]"/>'
         '<testcase classname="tests.runtime.test_families" name="test_sparsity_zero_is_the_identity[opt]"/>'
         '<testcase classname="tests.runtime.test_families" name="test_of_something_else[opt]"/>'
         "</testsuite></testsuites>"

@@ -192,6 +192,7 @@ def family_of(config: Any) -> FamilySpec:
     """
     name = config.model_type.removeprefix(_PRUNED_PREFIX)
     tower = getattr(config, "text_config", None)
+    own = config if tower is None else tower
     if tower is not None:
         text_type = tower.model_type.removeprefix(_PRUNED_PREFIX)
         reason = composite_reason(name, text_type)
@@ -202,7 +203,7 @@ def family_of(config: Any) -> FamilySpec:
         raise UnsupportedModelError(
             f"architecture {name!r} is not supported; supported are {', '.join(sorted(FAMILIES))}."
         )
-    return FAMILIES[name]
+    return FAMILIES[name].of_config(own)
 
 
 def _errors(folder: Path) -> dict[int, dict[str, float]]:

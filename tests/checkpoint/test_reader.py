@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from intraslice.checkpoint.reader import open_folder
 from intraslice.errors import CheckpointError, NumericalError, UnsupportedModelError
 from intraslice.runtime.families_intraslice import FAMILIES as KNOWN
+from support.family_cases import family_model
 from support.tiny import FAMILIES, make_tiny
 
 Folder = Callable[..., Path]
@@ -120,6 +121,32 @@ def test_a_stored_copy_of_a_tied_head_is_accepted_and_another_one_refused(make_f
     with pytest.raises(CheckpointError) as caught:
         open_folder(folder)
     one_sentence(caught, "lm_head.weight", "tie_word_embeddings")
+
+
+def test_gpt2_as_it_was_published(tmp_path: Path) -> None:
+    """Without the prefix of the class with the head, matrices as [in, out], and with masks that the class computes."""
+    model = family_model("gpt2", torch.float32)
+    model.save_pretrained(tmp_path)
+
+    def published(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+
+    edit_weights(tmp_path, published)
+    layer = open_folder(tmp_path).load_layer(0)
+    stock = model.transformer.h[0]
+    assert torch.equal(layer["attn.c_attn.weight"], stock.attn.c_attn.weight.T)
+    assert torch.equal(layer["mlp.c_proj.weight"], stock.mlp.c_proj.weight.T)
+    assert torch.equal(layer["attn.c_attn.bias"], stock.attn.c_attn.bias) and "attn.bias" not in layer
+
+
+def test_embeddings_of_another_name_are_compared_with_a_tied_head(tmp_path: Path) -> None:
+    model = family_model("gpt2", torch.float32)
+    model.save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda tensors: tensors.update({"lm_head.weight": model.transformer.wte.weight + 1}))
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        open_folder(tmp_path)
 
 
 def test_a_layer_costs_the_memory_of_a_layer(tmp_path: Path) -> None:

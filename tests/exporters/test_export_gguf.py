@@ -197,7 +197,7 @@ CASES: dict[str, tuple[str, list[LayerShape], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("family", [name for name in KNOWN_FAMILIES if FAMILIES[name].fits_llama_cpp])
+@pytest.mark.parametrize("family", [name for name in KNOWN_FAMILIES if not FAMILIES[name].llama_cpp_lacks])
 def test_a_family_in_llama_cpp(tmp_path: Path, family: str) -> None:
     prune_family(family, tmp_path, target="llama.cpp")
     export(tmp_path / "pruned", tmp_path / "model.gguf", verify=False)

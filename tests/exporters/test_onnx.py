@@ -130,6 +130,7 @@ ONE_OF_EACH_KIND = (
     "cohere2",
     "ministral3",
     "gpt_neox",
+    "gpt2",
 )
 """Tracing takes seconds; these have between them everything that layers of the table can have."""
 

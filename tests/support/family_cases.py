@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from intraslice.runtime.configuration_intraslice import known_families
-from intraslice.runtime.families_intraslice import FAMILIES
+from intraslice.runtime.configuration_intraslice import family_of, known_families
+from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 272,
@@ -30,6 +30,7 @@ _SLIDING = {"use_sliding_window": True, "sliding_window": 5, "layer_types": _WIN
 _BIASES = {"attention_bias": True, "mlp_bias": True}
 _NO_DROPOUT = {"residual_dropout": 0.0}
 _PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
+_FALCON = {"bias": True, "ffn_hidden_size": 48, "num_key_value_heads": None, "tie_word_embeddings": True}
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": _BIASES,
@@ -126,19 +127,38 @@ CASES: dict[str, dict[str, Any]] = {
     "cohere2": {"logit_scale": 0.7, "attention_bias": True, "sliding_window": 5, "layer_types": _WINDOWS},
     "gpt_neox": {"num_key_value_heads": None, "hidden_dropout": 0.0, "hidden_act": "gelu", **_PARTIAL},
     "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, **_PARTIAL},
+    "falcon": _FALCON,
+    "falcon two norms": {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon one norm": {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    "falcon sequential": {**_FALCON, "multi_query": False, "parallel_attn": False},
+    "gpt2": {
+        "num_key_value_heads": None,
+        "n_inner": None,
+        "scale_attn_by_inverse_layer_idx": True,
+        "tie_word_embeddings": True,
+        **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    },
 }
-assert CASES.keys() == FAMILIES.keys(), "every row of the table is tested"
+"""By family; where a family has variants that its config switches, more of them, with words behind its name."""
+assert {case.split()[0] for case in CASES} == FAMILIES.keys(), "every row of the table is tested"
 KNOWN_FAMILIES = known_families()
 """Those that the installed transformers has; `since` of the others says which release does."""
 
-
-def family_config(family: str) -> Any:
-    return CONFIG_MAPPING[family](**{**_COMMON, **CASES[family]})
+KNOWN_CASES = [case for case in CASES if case.split()[0] in KNOWN_FAMILIES]
 
 
-def family_model(family: str, dtype: torch.dtype = torch.float64) -> Any:
+def family_config(case: str) -> Any:
+    return CONFIG_MAPPING[case.split()[0]](**{**_COMMON, **CASES[case]})
+
+
+def spec_of(case: str) -> FamilySpec:
+    """Return the row of the table for a case."""
+    return family_of(family_config(case))
+
+
+def family_model(case: str, dtype: torch.dtype = torch.float64) -> Any:
     """Stock model with weights large enough that attention is far from uniform; biases and norms are not trivial."""
-    model = AutoModelForCausalLM.from_config(family_config(family), dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(family_config(case), dtype=dtype).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -19,8 +19,6 @@ _FEATURES: tuple[tuple[str, tuple[str, ...]], ...] = (
 _ARCHITECTURES = {
     "bloom": "positions as ALiBi slopes",
     "mpt": "positions as ALiBi slopes",
-    "falcon": "norms whose names depend on the config, and heads that are repeated before the cache",
-    "gpt2": "matrices that are stored transposed (Conv1D)",
     "gpt_bigcode": "one key and value for all heads in a fused matrix, beside a layout by head",
     "gptj": "an attention function of its own",
     "gpt_neo": "an attention function of its own",

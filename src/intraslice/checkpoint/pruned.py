@@ -20,8 +20,8 @@ from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
 from intraslice.layers.state_dict import NeutralLayer, split_layer
 from intraslice.names import expanded
 from intraslice.runtime import register
-from intraslice.runtime.configuration_intraslice import dense_config, dense_shapes, rotary_dim, rotated
-from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec, LayerShape
+from intraslice.runtime.configuration_intraslice import dense_config, dense_shapes, family_of, rotary_dim, rotated
+from intraslice.runtime.families_intraslice import FamilySpec, LayerShape
 from intraslice.runtime.modeling_intraslice import pair_channels
 
 _NO_EFFECT = {"weight": 1.0, "bias": 0.0}
@@ -51,7 +51,7 @@ class PrunedCheckpoint:
         self.name = name
         self.config = config
         self.dense = dense_config(config)
-        self.spec: FamilySpec = FAMILIES[config.family]
+        self.spec: FamilySpec = family_of(config)
         self.shapes: tuple[LayerShape, ...] = config.layer_shapes
         self.dense_shape = dense_shapes(config, self.spec)[0]
         self.rotated = tuple(rotated(config, self.spec, index) for index in range(len(self.shapes)))
@@ -185,7 +185,7 @@ def open_pruned(model: str) -> PrunedCheckpoint:
             f"{model!r} was pruned by {config.intraslice['method']}, whose layers no other runtime knows; it runs in "
             "transformers, and can be exported only after another method, for example intraslice."
         )
-    if len(set(dense_shapes(config, FAMILIES[config.family]))) > 1:
+    if len(set(dense_shapes(config, family_of(config)))) > 1:
         raise UnsupportedModelError(
             f"{model!r} was pruned from a model whose layers have different sizes, for which no other format has a "
             "place here; load it with transformers as it is."

@@ -7,6 +7,7 @@ is opened; NaN and Inf are found when a tensor is loaded.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
@@ -24,13 +25,14 @@ from intraslice.checkpoint.tokenizer import open_tokenizer
 from intraslice.checkpoint.writer import side_files
 from intraslice.digests import bytes_digest, file_digest
 from intraslice.errors import CheckpointError, NumericalError, UnsupportedModelError, one_line
-from intraslice.runtime.configuration_intraslice import dense_shapes, rotary_dim, rotated
-from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
+from intraslice.layers.state_dict import as_linears
+from intraslice.runtime.configuration_intraslice import dense_shapes, family_of, rotary_dim, rotated
+from intraslice.runtime.families_intraslice import FamilySpec
 
 OUTPUT_EMBEDDING = "lm_head.weight"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Llama checkpoints of 2023 carry this buffer; every version of transformers since then computes it.
-_IGNORED_SUFFIX = "rotary_emb.inv_freq"
+_INV_FREQ = r"rotary_emb\.inv_freq$"
 
 
 class Checkpoint:
@@ -86,7 +88,7 @@ class Checkpoint:
         return f"{self.spec.layers}.{index}."
 
     def load_layer(self, index: int) -> dict[str, torch.Tensor]:
-        """Load the tensors of one layer into memory of their own, as stored (no cast).
+        """Load the tensors of one layer into memory of their own, as stored (no cast), matrices as [out, in].
 
         Args:
             index: layer, from 0.
@@ -100,7 +102,8 @@ class Checkpoint:
         """
         prefix = self.layer_prefix(index)
         names = [name for name in self._tensors if name.startswith(prefix)]
-        return {name[len(prefix) :]: self._load(name, f"layer {index}") for name in names}
+        tensors = {name[len(prefix) :]: self._load(name, f"layer {index}") for name in names}
+        return as_linears(tensors, self.spec)
 
     def load_rest(self) -> dict[str, torch.Tensor]:
         """Load every tensor outside the decoder layers by full name; a tied output head is left out.
@@ -217,17 +220,25 @@ class Checkpoint:
         return tensor
 
     def _check_against_config(self) -> None:
-        expected = {name: tuple(tensor.shape) for name, tensor in self.skeleton().state_dict().items()}
+        skeleton = self.skeleton()
+        expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         tensors = self._under_state_names(expected) if self.spec.renames else self._tensors
         if not any(name in expected for name in tensors):
             # Saved from the class without a head: the names lack the attribute of the body.
             body = self.spec.layers.split(".")[0]
             if any(f"{body}.{name}" in expected for name in tensors):
                 tensors = {f"{body}.{name}": tensor for name, tensor in tensors.items()}
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_IGNORED_SUFFIX)}
+        # Buffers of older releases, of which the class itself says that it makes them.
+        computed = [_INV_FREQ, *(skeleton._keys_to_ignore_on_load_unexpected or ())]
+        tensors = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name in expected or not any(re.search(pattern, name) for pattern in computed)
+        }
         self._tensors = tensors
         if self.tied:
-            self._drop_tied_head()
+            embeddings = skeleton.get_input_embeddings()
+            self._drop_tied_head(next(name for name, module in skeleton.named_modules() if module is embeddings))
             expected.pop(OUTPUT_EMBEDDING, None)
         missing = [name for name in expected if name not in tensors]
         extra = [name for name in tensors if name not in expected]
@@ -265,11 +276,11 @@ class Checkpoint:
             tensors[name] = tensor
         return tensors
 
-    def _drop_tied_head(self) -> None:
+    def _drop_tied_head(self, embeddings: str) -> None:
         head = self._tensors.pop(OUTPUT_EMBEDDING, None)
         if head is None:
             return
-        matrix = next((t for name, t in self._tensors.items() if name.endswith("embed_tokens.weight")), None)
+        matrix = self._tensors.get(f"{embeddings}.weight")
         if matrix is not None and (head.shape != matrix.shape or not _same(head, matrix)):
             raise CheckpointError(
                 f"config.json of {self.name!r} ties {OUTPUT_EMBEDDING} to the embeddings, but the stored "
@@ -303,7 +314,7 @@ def open_folder(folder: Path, *, name: str | None = None, trust_remote_code: boo
         name,
         folder,
         config,
-        FAMILIES[config.model_type],
+        family_of(config),
         tensors,
         trust_remote_code=trust_remote_code,
         composite=composite,

@@ -66,10 +66,10 @@ def make_plan(checkpoint: PrunedCheckpoint, options: ExportOptions) -> FilePlan:
     """
     spec, values = checkpoint.spec, vars(checkpoint.dense)
     channels = checkpoint.pair_channels(0)
-    if channels is None or not spec.fits_llama_cpp:
+    if spec.llama_cpp_lacks or channels is None:
         raise UnsupportedModelError(
-            f"a {spec.name} model cannot be exported to GGUF: llama.cpp's architecture with a shape per layer has "
-            "rotary positions, gated FFNs and RMSNorm only; load the checkpoint with transformers or vLLM instead"
+            f"a {spec.name} model cannot be exported to GGUF: llama.cpp's architecture with a shape per layer has no "
+            f"{', no '.join(spec.llama_cpp_lacks)}; load the checkpoint with transformers or vLLM instead"
         )
     if values[spec.activation] not in ("silu", "swish"):
         raise UnsupportedModelError(

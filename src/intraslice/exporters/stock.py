@@ -34,6 +34,7 @@ from intraslice.placement import dtype_from_name
 from intraslice.progress import Progress
 from intraslice.runtime.configuration_intraslice import rotary_dim, stock_config_class
 from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
+from intraslice.runtime.modeling_intraslice import causal_lm_class
 
 _SHARD_BYTES = 1 << 30
 # Fields of a config that belong to one class or file.
@@ -77,8 +78,12 @@ def _check_expressible(checkpoint: PrunedCheckpoint) -> None:
     else:
         return
     cost = padding_cost(checkpoint, (checkpoint.dense_shape,) * len(shapes))
+    never = checkpoint.spec.without_targets.get("stock")
+    way = (
+        "prune with --target stock, or use" if never is None else f"--target stock is no way out, because {never}; use"
+    )
     raise UnsupportedModelError(
-        f"{checkpoint.name!r} cannot become a stock model: {reason}; prune with --target stock, or use --to padded "
+        f"{checkpoint.name!r} cannot become a stock model: {reason}; {way} --to padded "
         f"(exact, but {cost:+.0%} decoder weights)."
     )
 
@@ -172,8 +177,8 @@ def stock_config(checkpoint: PrunedCheckpoint, shape: LayerShape, pairs: Sequenc
     heads, width = shape.num_attention_heads, shape.qk_head_dim
     values["num_attention_heads"] = heads
     values[spec.intermediate_size] = shape.intermediate_size
-    if "num_key_value_heads" in vars(dense):
-        values["num_key_value_heads"] = shape.num_key_value_heads
+    if spec.kv_heads in vars(dense):
+        values[spec.kv_heads] = shape.num_key_value_heads
     if spec.head_dim_field:
         values["head_dim"] = width
     elif heads * width != dense.hidden_size:
@@ -208,7 +213,7 @@ def stock_config(checkpoint: PrunedCheckpoint, shape: LayerShape, pairs: Sequenc
         rope = values["rope_parameters"]
         values["rope_parameters"] = {name: value for name, value in rope.items() if not name.startswith("mrope_")}
     try:
-        return kind(**values, architectures=[kind.__name__.replace("Config", "ForCausalLM")])
+        return kind(**values, architectures=[causal_lm_class(kind.model_type).__name__])
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UnsupportedModelError(
             f"{kind.__name__} refuses heads of {width} channels with a subset of the rotary pairs "

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 
 class LanguageHead:
@@ -25,7 +25,9 @@ class LanguageHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] for decoder outputs [..., D]."""
-        given = BaseModelOutputWithPast(last_hidden_state=hidden.reshape(1, -1, hidden.shape[-1]))  # type: ignore[arg-type]
+        states: Any = hidden.reshape(1, -1, hidden.shape[-1])
+        # The one with the most fields: GPT-2 asks for attention to an encoder, which is empty.
+        given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states)
         tokens = torch.zeros((1, hidden[..., 0].numel()), dtype=torch.int64, device=hidden.device)
         # The decoder stays where the model looks for it, but hands out what is given. Others may have wrapped it.
         wrapped = vars(self._decoder).get("forward")

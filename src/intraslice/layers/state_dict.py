@@ -178,6 +178,20 @@ def join_parts(parts: Sequence[Part]) -> dict[str, tuple[Tensor, Tensor | None]]
     return joined
 
 
+def as_linears(tensors: Mapping[str, Tensor], spec: FamilySpec) -> dict[str, Tensor]:
+    """Return the tensors of a stock layer with all matrices as [out, in]; also the way back, where they are [in, out].
+
+    Args:
+        tensors: by name relative to the layer.
+        spec: the family.
+    """
+    if not spec.transposed:
+        return dict(tensors)
+    paths = [path for reading, writing in (spec.attention_paths, spec.ffn_paths) for path in (*reading, writing)]
+    matrices = {f"{path}.weight" for path in paths}
+    return {name: tensor.T.contiguous() if name in matrices else tensor for name, tensor in tensors.items()}
+
+
 def below(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
     """Return the tensors of one module of a layer by name relative to it; "" is the layer itself."""
     prefix = f"{module}." if module else ""
@@ -222,4 +236,4 @@ def join_layer(layer: NeutralLayer) -> dict[str, Tensor]:
                 tensors[f"{prefix}{path}.bias"] = bias.contiguous()
     for name, weight in norm_weights(layer.attention, spec, layer.shape.headed_qk_norm).items():
         tensors[f"{spec.attention}.{name}"] = weight.contiguous()
-    return tensors
+    return as_linears(tensors, spec)

@@ -38,6 +38,22 @@ CACHE_ARGUMENT = "cache" if _CALLS_IT_CACHE else "past_key_values"
 """What models of the installed transformers call it."""
 
 FORMAT_VERSION = 1
+PREFIX = "IntraSlice"
+MODEL_TYPE_PREFIX = "intraslice_"
+
+
+def family_of(config: PretrainedConfig) -> FamilySpec:
+    """Return the row of the family table for a stock or a pruned config, with what the config switches."""
+    return FAMILIES[config.model_type.removeprefix(MODEL_TYPE_PREFIX)].of_config(config)
+
+
+def config_values(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the fields of a config by their names, and by those under which other families have them.
+
+    Unlike attributes they can be read while there are values per layer.
+    """
+    values = vars(config)
+    return {**values, **{name: values[own] for name, own in config.attribute_map.items() if own in values}}
 
 
 def _dense_overrides(config: PretrainedConfig) -> dict[str, dict[str, Any]] | None:
@@ -54,12 +70,11 @@ def _dense_overrides(config: PretrainedConfig) -> dict[str, dict[str, Any]] | No
 def _dense_values(config: PretrainedConfig, layer_idx: int) -> dict[str, Any]:
     """Return the fields of the dense model's config for one layer."""
     if vars(config).get("intraslice") is None:
-        return vars(config.per_layer_config[layer_idx])
+        return config_values(config.per_layer_config[layer_idx])
     overrides = _dense_overrides(config) or {}
     # JSON has made strings of the layers, perhaps with zeros in front.
     own = next((values for key, values in overrides.items() if int(key) == layer_idx), {})
-    # vars(): reading an overridden attribute of a config with per-layer values raises.
-    return {**vars(config), **own}
+    return {**config_values(config), **own}
 
 
 def dense_head_dim(config: PretrainedConfig, layer_idx: int = 0) -> int:
@@ -112,19 +127,25 @@ def dense_shape(config: PretrainedConfig, spec: FamilySpec, layer_idx: int = 0) 
     """
     values = _dense_values(config, layer_idx)
     heads = values["num_attention_heads"]
-    kv_heads = values.get("num_key_value_heads") or heads
+    kv_heads = spec.kv_heads if isinstance(spec.kv_heads, int) else values.get(spec.kv_heads) or heads
     head_dim = dense_head_dim(config, layer_idx)
     return LayerShape(
         heads_per_kv=(heads // kv_heads,) * kv_heads,
         qk_head_dim=head_dim,
         v_head_dim=head_dim,
-        intermediate_size=values[spec.intermediate_size],
+        intermediate_size=_ffn_width(values, spec),
     )
+
+
+def _ffn_width(values: Mapping[str, Any], spec: FamilySpec) -> int:
+    if values[spec.intermediate_size] is None and spec.ffn_ratio is not None:
+        return spec.ffn_ratio * values["hidden_size"]
+    return values[spec.intermediate_size]
 
 
 def dense_shapes(config: PretrainedConfig, spec: FamilySpec) -> tuple[LayerShape, ...]:
     """Return the shapes of all layers of the dense model of a stock or a pruned config."""
-    return tuple(dense_shape(config, spec, layer_idx) for layer_idx in range(vars(config)["num_hidden_layers"]))
+    return tuple(dense_shape(config, spec, layer_idx) for layer_idx in range(config.num_hidden_layers))
 
 
 @contextmanager
@@ -164,7 +185,7 @@ def check_record(record: Any, config: PretrainedConfig, spec: FamilySpec) -> Non
         raise ValueError(f"intraslice.family of config.json is {record['family']!r}, but the model is {spec.name}.")
     if not isinstance(record.get("dense", {}), dict):
         raise ValueError("intraslice.dense of config.json is no object.")
-    layers, count = record["layers"], vars(config)["num_hidden_layers"]
+    layers, count = record["layers"], config.num_hidden_layers
     if len(layers) != count:
         raise ValueError(f"config.json has shapes of {len(layers)} layers, but {count} layers.")
     for layer_idx, shape in enumerate(layers):
@@ -224,7 +245,7 @@ def _wrong_shape(shape: LayerShape, config: PretrainedConfig, spec: FamilySpec, 
             return f"has {size} {name}, and there are {low} to {high}"
     if shape.has_attention and rotated(config, spec, layer_idx) and shape.qk_head_dim % 2:
         return f"has {shape.qk_head_dim} channels of query and key, which are rotated in pairs"
-    values = vars(config)
+    values = config_values(config)
     ends_sliced = shape.shortcuts and layer_idx == values["num_hidden_layers"] - 1
     if shape.output_size and not (ends_sliced and shape.output_size >= values["hidden_size"]):
         return f"has output_size = {shape.output_size}, which only the end of a sliced stream has"
@@ -259,7 +280,7 @@ class _PrunedConfig(_ConfigBase):
     def layer_shapes(self) -> tuple[LayerShape, ...]:
         """Shape of every layer; dense when the config says nothing."""
         if self.intraslice is None:
-            return dense_shapes(self, FAMILIES[self.family])
+            return dense_shapes(self, family_of(self))
         return tuple(LayerShape.from_dict(layer) for layer in self.intraslice["layers"])
 
     def validate_architecture(self) -> None:
@@ -279,7 +300,7 @@ class _PrunedConfig(_ConfigBase):
                 f"format version {version} of this checkpoint is newer than version {FORMAT_VERSION}, the newest that "
                 "this code reads; install a newer release of intraslice."
             )
-        check_record(self.intraslice, self, FAMILIES[self.family])
+        check_record(self.intraslice, self, family_of(self))
 
     def check_vllm(self, tensor_parallel_size: int) -> None:
         """Refuse what vLLM would run with wrong results or stop at without saying why.
@@ -327,10 +348,6 @@ class _PrunedConfig(_ConfigBase):
         }
 
 
-PREFIX = "IntraSlice"
-MODEL_TYPE_PREFIX = "intraslice_"
-
-
 def known_families() -> tuple[str, ...]:
     """Return the families of the table that the installed transformers has."""
     return tuple(family for family in FAMILIES if family in CONFIG_MAPPING_NAMES)
@@ -349,9 +366,9 @@ def stock_config_class(family: str) -> type[Any]:
 @cache
 def config_class(family: str) -> type[Any]:
     """Return the config class of pruned models of a family, for example `IntraSliceLlamaConfig`."""
-    stem = class_stem(family)
+    stem, stock = class_stem(family), stock_config_class(family)
     name = f"{PREFIX}{stem}Config"
-    fields = {
+    fields: dict[str, Any] = {
         "__module__": __name__,
         "__qualname__": name,
         "__doc__": f"{stem} whose layers have their own shapes.",
@@ -360,7 +377,16 @@ def config_class(family: str) -> type[Any]:
         "model_type": f"{MODEL_TYPE_PREFIX}{family}",
         "family": family,
     }
-    return strict(type(name, (_PrunedConfig, stock_config_class(family)), fields))
+    if _computes(stock, "head_dim"):
+        # Narrower heads have a width that does not follow from their number.
+        fields["__annotations__"]["head_dim"] = int | None
+        fields["head_dim"] = None
+    return strict(type(name, (_PrunedConfig, stock), fields))
+
+
+def _computes(stock: type[Any], name: str) -> bool:
+    """Return whether a stock config class computes an attribute, so that nobody can set it."""
+    return isinstance(getattr(stock, name, None), property)
 
 
 def known_composites() -> tuple[str, ...]:
@@ -454,6 +480,7 @@ def dense_config(config: PretrainedConfig) -> PretrainedConfig:
     family = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
     stock = stock_config_class(family)
     values = {**_carried_over(config), **((vars(config)["intraslice"] or {}).get("dense", {}))}
+    values = {name: value for name, value in values.items() if not _computes(stock, name)}
     # Of some text towers transformers has no such class, see `causal_lm_class`.
     head = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family, f"{class_stem(family)}ForCausalLM")
     return stock(**values, architectures=[head])

@@ -135,6 +135,19 @@ class QKNorm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What is different in a family where its config says so.
+
+    Attributes:
+        when: config attributes, and the values that all of them must have.
+        then: fields of the `FamilySpec`, and their values in such a model.
+    """
+
+    when: dict[str, Any]
+    then: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class FamilySpec:
     """Where things are in one Hugging Face layout, and what is special about the family. Data only.
 
@@ -163,7 +176,9 @@ class FamilySpec:
             "sliding_window" where layers with a window are rotated, and all layers if the model has no windows.
         rope_layout: where the two channels of a rotary pair are: "half" (one in each half of the rotated channels), or
             "interleaved" (side by side); "interleaved_tables" when those of the angles are side by side too.
+        kv_heads: config attribute of the number of kv heads, as many as query heads where it is not set; or the number.
         intermediate_size: config attribute of the FFN width.
+        ffn_ratio: FFN width over hidden_size where that attribute is not set; None where it always is.
         sliding_window: config attribute passed on to the attention kernel, where the stock attention module reads it
             from the config at every call; None when the module holds its window itself, or has none.
         qkv_bias, o_bias: whether the projections have biases: a constant, or a config attribute.
@@ -179,6 +194,10 @@ class FamilySpec:
         gguf_interleaved: whether such files store the two channels of a rotary pair side by side.
         starts_with_bos: whether the model is of no use on text that does not begin with the BOS token, so that every
             window of calibration and evaluation has to begin with it.
+        transposed: whether the stock class stores the matrices of its layers as [in, out] (Conv1D). In pruned models
+            they are Linears.
+        variants: what the config switches; where several hold, the later ones go over the earlier ones. See
+            `of_config`.
         refuse: config attributes that must be unset, because the computation is another one with them.
         renames: (beginning of a name on disk, what stands there in the state dict of the ForCausalLM class), for
             checkpoints whose names are others, for example ("model.language_model.", "model.") or ("embed_out.",
@@ -216,7 +235,9 @@ class FamilySpec:
     norm_first: str | None = None
     rope: bool | str = True
     rope_layout: str = "half"
+    kv_heads: str | int = "num_key_value_heads"
     intermediate_size: str = "intermediate_size"
+    ffn_ratio: int | None = None
     sliding_window: str | None = None
     qkv_bias: bool | str = False
     o_bias: bool | str = False
@@ -229,11 +250,25 @@ class FamilySpec:
     gguf: str | None = None
     gguf_interleaved: bool = False
     starts_with_bos: bool = False
+    transposed: bool = False
+    variants: tuple[Variant, ...] = ()
     refuse: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     head_of: str | None = None
     text_of: tuple[str, ...] = ()
     since: str = "5.16"
+
+    def of_config(self, config: Any) -> FamilySpec:
+        """Return this row with what a config of the family switches.
+
+        Args:
+            config: stock or pruned config.
+        """
+        changes: dict[str, Any] = {}
+        for variant in self.variants:
+            if all(getattr(config, name) == value for name, value in variant.when.items()):
+                changes |= variant.then
+        return replace(self, **changes) if changes else self
 
     def state_name(self, name: str) -> str:
         """Return the state-dict name of a tensor that is stored under another name; the same name if no pair fits."""
@@ -267,16 +302,32 @@ class FamilySpec:
         return self.attention_out_norm is not None or self.ffn_out_norm is not None
 
     @property
-    def fits_llama_cpp(self) -> bool:
-        """Whether llama.cpp's architecture with a shape per layer has a place for everything in a layer."""
-        plain = self.qk_norm is None and self.residual_scale is None and self.rope_layout == "half"
-        return plain and not self.query_temperature and self.rope is True and self.gate is not None and self.rotatable
+    def llama_cpp_lacks(self) -> tuple[str, ...]:
+        """What a layer has that llama.cpp's architecture with a shape per layer has no place for, in words."""
+        has = {
+            "norms of query and key": self.qk_norm is not None,
+            "norms of outputs": self.output_norms,
+            "parallel blocks": self.parallel is not False,
+            "a factor on the residual sum": self.residual_scale is not None,
+            "interleaved RoPE": self.interleaved,
+            "layers without RoPE": self.rope is not True,
+            "a temperature of the queries": self.query_temperature,
+            "FFNs without gate": self.gate is None,
+            "norms other than RMSNorm": self.norm != "rms",
+        }
+        return tuple(words for words, found in has.items() if found)
 
     @property
-    def without_targets(self) -> tuple[str, ...]:
-        """Names of the runtimes that cannot run a pruned model of this family."""
-        runs = {"llama.cpp": self.fits_llama_cpp, "stock": self.head_dim_field}
-        return tuple(target for target, can in runs.items() if not can)
+    def without_targets(self) -> dict[str, str]:
+        """The runtimes that cannot run a pruned model of this family, by name, and why."""
+        reasons = {}
+        if self.llama_cpp_lacks:
+            reasons["llama.cpp"] = (
+                f"its architecture with a shape per layer has no {', no '.join(self.llama_cpp_lacks)}"
+            )
+        if not self.head_dim_field:
+            reasons["stock"] = "the stock class has no head width of its own, only hidden_size / heads"
+        return reasons
 
     @property
     def class_fields(self) -> tuple[str, ...]:
@@ -663,6 +714,70 @@ FAMILIES: dict[str, FamilySpec] = {
             bias_fields=("attention_bias",),
             head_dim_field=False,
             renames=(("embed_out.", "lm_head."),),
+        ),
+        FamilySpec(
+            name="falcon",
+            layers="transformer.h",
+            attention="self_attention",
+            q=Slot("query_key_value", 0, _QKV, grouped=True),
+            k=Slot("query_key_value", 1, _QKV, grouped=True),
+            v=Slot("query_key_value", 2, _QKV, grouped=True),
+            o=Slot("dense"),
+            up=Slot("dense_h_to_4h"),
+            gate=None,
+            down=Slot("dense_4h_to_h"),
+            activation="activation",
+            act_fn="act",
+            ffn_norm="input_layernorm",
+            parallel=True,
+            norm="layer",
+            rope_subset=False,
+            kv_heads=1,
+            intermediate_size="ffn_hidden_size",
+            qkv_bias="bias",
+            o_bias="bias",
+            bias_fields=("bias",),
+            head_dim_field=False,
+            variants=(
+                Variant(when={"multi_query": False}, then={"kv_heads": "num_kv_heads"}),
+                Variant(
+                    when={"parallel_attn": False}, then={"ffn_norm": "post_attention_layernorm", "parallel": False}
+                ),
+                Variant(
+                    when={"new_decoder_architecture": True},
+                    then={"kv_heads": "num_kv_heads", "attention_norm": "ln_attn", "ffn_norm": "ln_mlp"},
+                ),
+                Variant(
+                    when={"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
+                    then={"attention_norm": "input_layernorm", "ffn_norm": "input_layernorm"},
+                ),
+            ),
+            refuse=("alibi",),
+        ),
+        FamilySpec(
+            name="gpt2",
+            layers="transformer.h",
+            attention="attn",
+            q=Slot("c_attn", 0, _QKV),
+            k=Slot("c_attn", 1, _QKV),
+            v=Slot("c_attn", 2, _QKV),
+            o=Slot("c_proj"),
+            up=Slot("c_fc"),
+            gate=None,
+            down=Slot("c_proj"),
+            activation="activation_function",
+            act_fn="act",
+            attention_norm="ln_1",
+            ffn_norm="ln_2",
+            norm="layer",
+            rope=False,
+            intermediate_size="n_inner",
+            ffn_ratio=4,
+            qkv_bias=True,
+            o_bias=True,
+            head_dim_field=False,
+            transposed=True,
+            refuse=("add_cross_attention",),
         ),
     )
 }

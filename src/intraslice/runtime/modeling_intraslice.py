@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_MAPPING,
 )
+from transformers.pytorch_utils import Conv1D
 
 from .configuration_intraslice import (
     CACHE_NAMES,
@@ -36,6 +37,7 @@ from .configuration_intraslice import (
     dense_config,
     dense_head_dim,
     dense_sizes,
+    family_of,
     family_of_class,
     rotary_dim,
     rotated,
@@ -171,11 +173,11 @@ class PrunedAttention(nn.Module):
         dense_dim = dense_head_dim(config, layer_idx)
         inherited = vars(stock)
         self.is_causal = inherited["is_causal"]
-        self.scaling = inherited["scaling"]
-        # Not as a default of get(): some configs have no such field.
-        dropout = "attention_dropout"
-        self.attention_dropout = inherited[dropout] if dropout in inherited else config.attention_dropout
-        self.residual_dropout = inherited.get("residual_dropout", 0.0)
+        self.scaling = inherited.get("scaling", dense_dim**-0.5)
+        dropout = _dropout_of(stock, "attention_dropout", "attn_dropout")
+        # Some configs have no such field, but then the module knows.
+        self.attention_dropout = config.attention_dropout if dropout is None else dropout
+        self.residual_dropout = _dropout_of(stock, "residual_dropout", "resid_dropout") or 0.0
         self.attn_logit_softcapping = inherited.get("attn_logit_softcapping")
         # Some modules hold the window of the model, and use it only where they are told to.
         self.sliding_window = inherited.get("sliding_window") if inherited.get("is_sliding", True) else None
@@ -486,6 +488,12 @@ class PrunedAttention(nn.Module):
         return output, weights
 
 
+def _dropout_of(stock: nn.Module, *names: str) -> float | None:
+    """Return the probability that a module has under one of these names, as a number or as a module of its own."""
+    found = next((getattr(stock, name) for name in names if hasattr(stock, name)), None)
+    return found.p if isinstance(found, nn.Dropout) else found
+
+
 def _widened(x: torch.Tensor, width: int) -> torch.Tensor:
     return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
@@ -538,8 +546,8 @@ class DroppedFFN(nn.Module):
     """Stands where a layer has no FFN, or has its last projection: adds nothing, and has no weights."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return zeros, [..., D]."""
-        return _nothing(hidden_states)
+        """Return zeros, [..., D], with memory of their own: layers of parallel blocks may add to them in place."""
+        return torch.zeros_like(hidden_states)
 
 
 class FactoredLinear(nn.Module):
@@ -656,7 +664,19 @@ def _drop_norms(layer: nn.Module, config: PretrainedConfig, spec: FamilySpec, sh
             layer.set_submodule(path, nn.Identity())
 
 
+def _as_linear(module: nn.Module) -> nn.Module:
+    """Return the Linear that computes the same as a Conv1D, whose weight is stored transposed; others as they are."""
+    if not isinstance(module, Conv1D):
+        return module
+    linear = nn.Linear(module.nx, module.nf, device="meta")
+    weight = module.weight
+    linear.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=weight.requires_grad)
+    linear.bias = module.bias
+    return linear.train(module.training)
+
+
 def _resized(linear: Any, out_features: int, in_features: int) -> nn.Module:
+    linear = _as_linear(linear)
     if tuple(linear.weight.shape) == (out_features, in_features):
         return linear
     weight = linear.weight
@@ -688,7 +708,7 @@ def _shape_layers(model: Any, config: Any) -> None:
     if config._attn_implementation == "vllm":
         # Nothing here may import vLLM; when it builds a model, it is there.
         config.check_vllm(sys.modules["vllm.distributed"].get_tensor_model_parallel_world_size())
-    spec = FAMILIES[config.family]
+    spec = family_of(config)
     layers = model.get_submodule(spec.layers.rpartition(".")[2])
     for layer_idx, (layer, shape) in enumerate(zip(layers, config.layer_shapes, strict=True)):
         apply_layer_shape(layer, config, spec, layer_idx, shape)
@@ -806,7 +826,8 @@ def _model_class(family: str, kind: str) -> type[Any]:
         fields["_auto_class"] = "AutoModel"
         if nested:
             return type(name, (_HoldsDecoder, stock), fields)
-    fields["_can_record_outputs"] = {**stock._can_record_outputs, "attentions": PrunedAttention}
+    if stock._can_record_outputs is not None:
+        fields["_can_record_outputs"] = {**stock._can_record_outputs, "attentions": PrunedAttention}
     return type(name, (_HoldsLayers, stock), fields)
 
 
