@@ -179,7 +179,7 @@ def open_pruned(model: str) -> PrunedCheckpoint:
     config = text_config(whole)
     if vars(config).get("intraslice") is None:
         raise CheckpointError(f"config.json of {model!r} names a pruned model and says nothing of its layers")
-    check_shapes(config, FAMILIES[config.family], model)
+    check_shapes(config, family_of(config), model)
     if any(shape.ranks or shape.shortcuts for shape in config.layer_shapes):
         raise UnsupportedModelError(
             f"{model!r} was pruned by {config.intraslice['method']}, whose layers no other runtime knows; it runs in "
