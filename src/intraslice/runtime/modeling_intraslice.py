@@ -837,6 +837,9 @@ def _model_class(family: str, kind: str) -> type[Any]:
         # Of every family: the attention of the layers is ours.
         "_supports_attention_backend": True,
     }
+    if getattr(stock_config, "attn_logit_softcapping", None) is not None:
+        # Before 5.24 transformers did not say that sdpa leaves the cap of the scores out.
+        fields["_supports_sdpa"] = False
     if kind == "ForCausalLM":
         return type(name, (_HoldsHead, head), fields)
     if kind == "Decoder":
