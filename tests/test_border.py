@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
-from intraslice.border import MAX_DEPTH, check_plain, foreign, parse_json, parse_yaml, printable, read_json
+from intraslice.border import MAX_DEPTH, check_plain, foreign, in_time, parse_json, parse_yaml, printable, read_json
 from intraslice.errors import CheckpointError, RecipeError
 
 BOMB = "[&a [x,x,x,x,x,x,x,x,x]" + "".join(
@@ -86,6 +87,16 @@ def test_whatever_a_library_raises_becomes_a_sentence() -> None:
         raise KeyboardInterrupt
     with pytest.raises(RecipeError, match="^ours$"), foreign("x", CheckpointError):
         raise RecipeError("ours")
+
+
+def test_what_does_not_end_is_given_up() -> None:
+    ended = threading.Event()
+    with pytest.raises(CheckpointError, match="^the work takes more than 0.01 seconds, and was given up$"):
+        in_time(ended.wait, 0.01, "the work", CheckpointError)
+    ended.set()
+    assert in_time(lambda: 7, 60, "the work", CheckpointError) == 7
+    with pytest.raises(KeyError, match="x"):
+        in_time(lambda: {}["x"], 60, "the work", CheckpointError)
 
 
 def test_a_terminal_is_not_rewritten() -> None:

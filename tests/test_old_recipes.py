@@ -155,7 +155,7 @@ def test_an_old_record_is_todays_preset(method: str, tmp_path: Path):
     old = load_recipe(write(tmp_path / "recipe.yaml", old_recipe(method)))
     today = {name: value for name, value in GENERAL.items() if name not in ("architecture", "run", "calibration")}
     today |= {**flatten({"calibration": GENERAL["calibration"]}), "run.device": "cpu", "method": method}
-    today |= CHANGED.get(method, {})
+    today |= CHANGED.get(method, {}) | ({"effort": "low"} if METHODS[method].efforts else {})
     new = load_recipe(None, today)
     assert old.model_copy(update={"notes": ()}) == new
     assert old.to_dict() == new.to_dict()
@@ -182,7 +182,7 @@ def test_an_old_record_of_a_target_is_todays_target(target: str, tmp_path: Path)
         "stock": {"allocation": {"shapes": "model"}, "attention": {"head_multiple": 8}},
     }[target]
     old = load_recipe(write(tmp_path / "recipe.yaml", old_recipe("intraslice", target=target, **shapes)))
-    new = load_recipe(None, {**BASE, "target": target})
+    new = load_recipe(None, {**BASE, "effort": "low", "target": target})
     assert old.options == new.options and old.target == target
 
 

@@ -11,10 +11,11 @@ import yaml
 
 from intraslice.errors import RecipeError
 from intraslice.methods.blockwise.options import BlockwiseOptions
+from intraslice.methods.presets import DEFAULT_EFFORT
 from intraslice.methods.registry import METHODS
 from intraslice.methods.svd_llm.options import SvdLlmOptions
 from intraslice.options import CalibrationOptions, RunOptions
-from intraslice.recipes.recipe import Recipe, fit_to_model, load_recipe, parse_align
+from intraslice.recipes.recipe import Recipe, fit_to_model, load_recipe, parse_align, recipe_from_dict
 from intraslice.recipes.words import option_names
 from intraslice.runtime.families_intraslice import FAMILIES
 
@@ -34,7 +35,7 @@ def message(flags: dict | None = None, sets: tuple[str, ...] = (), path: Path | 
 
 
 def test_defaults_are_those_of_the_options():
-    recipe = load_recipe(None, BASE)
+    recipe = load_recipe(None, {**BASE, "effort": "low"})
     assert recipe.method == "intraslice"
     assert recipe.options == BlockwiseOptions()
     assert (recipe.calibration.source, recipe.calibration.num_samples, recipe.calibration.seqlen) == (
@@ -271,6 +272,27 @@ def test_blocks_of_quantised_rows_fit_the_model():
 def test_wrong_alignments_are_refused(text):
     with pytest.raises(RecipeError, match="ffn=256,head=32"):
         parse_align(text)
+
+
+def test_an_effort_is_a_preset_that_flags_win_over_and_is_recorded():
+    recipe = load_recipe(None, BASE)
+    assert (recipe.effort, recipe.options.distill.sites) == (DEFAULT_EFFORT, "none")
+    assert recipe == load_recipe(None, {**BASE, "effort": DEFAULT_EFFORT})
+    high = load_recipe(None, {**BASE, "effort": "high"}, ["distill.epochs=3"])
+    assert (high.effort, high.options.distill.sites, high.options.distill.epochs) == ("high", "all", 3.0)
+    assert load_recipe(None, {**BASE, "effort": "high"}, ["distill.sites=none"]).options.distill.sites == "none"
+    assert recipe_from_dict(high.to_dict()) == high
+    assert load_recipe(None, {**BASE, "method": "flap"}).effort is None
+
+
+def test_efforts_that_a_method_does_not_know_are_refused():
+    assert "unknown effort 'hihg'" in message({"effort": "hihg"}) and "'high'" in message({"effort": "hihg"})
+    assert "method flap has one way to run" in message({"method": "flap", "effort": "low"})
+
+
+def test_divergences_are_measured_before_gradients():
+    text = message({"method": "llm-pruner"}, ("allocation.rule=divergence",))
+    assert "allocation.rule = divergence" in text and "attention.score = taylor" in text
 
 
 def test_an_unknown_target_is_named():

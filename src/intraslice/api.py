@@ -54,6 +54,7 @@ def prune(
     target_size: int | str | None = None,
     speedup_of: str | None = None,
     method: str | None = None,
+    effort: str | None = None,
     target: str | None = None,
     calibration: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -75,6 +76,7 @@ def prune(
         target_size: instead of sparsity: bytes that its weight files may have in the saved dtype, such as "4GB".
         speedup_of: what is to be faster: "decode" (default) or "prefill".
         method: name of a preset; "intraslice" unless given.
+        effort: how much time the default method takes for quality: "low", "medium" (default) or "high".
         target: runtime that the shapes are chosen for: "transformers" (default), "vllm", "llama.cpp" or "stock".
         calibration: name of a text, a file, or several with weights, as in "self:0.5,notes.txt:0.5";
             `options.DEFAULT_CALIBRATION` unless given.
@@ -97,6 +99,7 @@ def prune(
         "target_size": target_size,
         "speedup_of": speedup_of,
         "method": method,
+        "effort": effort,
         "target": target,
         "calibration.source": calibration,
         **(options or {}),

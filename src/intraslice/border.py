@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import math
+import queue
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +37,7 @@ MAX_REASON = 200
 
 _MAX_INTEGER = (1 << 63) - 1
 _Checked = TypeVar("_Checked")
+_Result = TypeVar("_Result")
 _Error = type[IntraSliceError]
 
 
@@ -63,6 +66,39 @@ def foreign(what: str, error: _Error, advice: str = "") -> Iterator[None]:
         if type(found).__name__ != "PanicException":
             raise
         raise error(f"{what}: {reason(found)}{advice}") from found
+
+
+def in_time(work: Callable[[], _Result], seconds: float, what: str, error: _Error) -> _Result:
+    """Return what a library makes of something from outside, or give up when that takes far too long.
+
+    A thread that does not end cannot be ended either: it works on beside the sentence, until the process is over. What
+    never lets go of the interpreter (a regular expression of Python itself) cannot be given up on.
+
+    Args:
+        work: the call of the library.
+        seconds: after these it is given up.
+        what: what messages call it.
+        error: the class of our error.
+
+    Raises:
+        IntraSliceError: it is given up. What the library raises comes through.
+    """
+    results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put((work(), None))
+        except BaseException as found:
+            results.put((None, found))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        value, found = results.get(timeout=seconds)
+    except queue.Empty:
+        raise error(f"{what} takes more than {seconds:g} seconds, and was given up") from None
+    if found is not None:
+        raise found
+    return value
 
 
 def reason(error: BaseException) -> str:

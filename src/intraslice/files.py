@@ -77,12 +77,12 @@ def _allocated(descriptor: int, num_bytes: int) -> bool:
     return True
 
 
-def check_replaced(path: Path, begins: str) -> None:
-    """Refuse to write over a file that is something else than what it is replaced by.
+def check_replaced(path: Path, *begins: str) -> None:
+    """Refuse to write over a file that is something else than what it is replaced by; an empty one may be replaced.
 
     Args:
         path: the file to write.
-        begins: how files of this kind begin; "" lets none be replaced.
+        begins: how files of this kind begin; without any, none may be replaced.
 
     Raises:
         OutputError: there is another file, or a folder.
@@ -91,8 +91,8 @@ def check_replaced(path: Path, begins: str) -> None:
         raise OutputError(f"{str(path)!r} is a folder; give the name of a file to write")
     if path.is_file():
         with writing(path), open(path, "rb") as file:
-            found = file.read(len(begins.encode()))
-        if not begins or found != begins.encode():
+            found = file.read(max(len(one.encode()) for one in ("", *begins)) + 1)
+        if not begins or (found and not found.startswith(tuple(one.encode() for one in begins))):
             raise OutputError(
                 f"{str(path)!r} exists and is something else than what would be written there; give another name"
             )

@@ -131,7 +131,11 @@ def load_model(
     if missing:
         # transformers fills these with random numbers and goes on; a perplexity of that means nothing.
         raise CheckpointError(f"{name!r} lacks {len(missing)} weights, the first is {missing[0]!r}")
-    return model.to(chosen_device).eval(), tokenizer
+    model = model.to(chosen_device).eval()
+    with foreign(f"{name!r} cannot be run", CheckpointError), quiet("transformers"), torch.inference_mode():
+        # What its config asks for may fit its weights, but not each other.
+        model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=model.device))
+    return model, tokenizer
 
 
 def check_size(config: Any, tensors: dict[str, StoredTensor], name: str, *, trust_remote_code: bool = False) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 
 @contextmanager
@@ -40,3 +42,26 @@ def quiet(*libraries: str, everything: bool = False) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def no_words_of_compiled_code() -> Iterator[None]:
+    """Keep off the screen what compiled code writes to standard error by itself.
+
+    A tokenizer in Rust that panics says there where it did, before its exception says what it did.
+    """
+    kept = None
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stderr.flush()
+        kept = os.dup(2)
+    if kept is None:
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

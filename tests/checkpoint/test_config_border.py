@@ -18,6 +18,7 @@ from intraslice.runtime import RUNTIME_FILES
 from support.processes import BLOCK_PACKAGE, run_python
 from support.pruned import FREE, save_pruned
 from support.refusal import Refused
+from support.tiny_composites import make_composite
 
 
 def change(folder: Path, **fields: Any) -> None:
@@ -67,6 +68,35 @@ def test_configs_that_no_model_can_have(
     options = ["-o", tmp_path / "out", "--sparsity", "0.3"] if command == "prune" else []
     assert sentence in refused(command, folder, *options)
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize(
+    ("rope", "sentence"),
+    [
+        (7, "rope_parameters"),
+        ({"rope_type": 5}, "is not valid"),
+        ({"rope_type": "default", "rope_theta": [1]}, "is not valid"),
+        ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": "x"}, "is not valid"),
+        ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": -1}, "rotates -8 of the 8 channels"),
+        ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e30}, "of the 8 channels"),
+    ],
+)
+def test_rope_settings_of_a_text_tower(rope: Any, sentence: str, tmp_path: Path, refused: Refused) -> None:
+    folder = make_composite("mistral3", tmp_path / "model")
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    change(folder, text_config={**text, "rope_parameters": rope})
+    (tmp_path / "text.txt").write_text("Some words, and some more words. " * 20)
+    options = ["--sparsity", "0.3", "--num-samples", "2", "--seqlen", "16", "--calibration", tmp_path / "text.txt"]
+    assert sentence in refused("prune", folder, "-o", tmp_path / "out", *options)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_model_that_loads_and_cannot_run(make_folder, refused: Refused) -> None:
+    """Rotary tables of half a head, to be multiplied with a whole one."""
+    folder = make_folder("llama")
+    change(folder, rope_parameters={"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5})
+    (folder / "text.txt").write_text("Some words, and some more words. " * 20)
+    assert "cannot be run" in refused("eval", folder, "--text", folder / "text.txt", "--seqlen", "16")
 
 
 @pytest.mark.parametrize("text", ["[" * 900 + "]" * 900, '{"a":' * 5000 + "1" + "}" * 5000, "\udcff"])

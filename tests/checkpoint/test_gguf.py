@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import errno
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from intraslice.checkpoint.gguf import cache_folder, convert_gguf
 from intraslice.checkpoint.reader import open_folder
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.errors import CheckpointError, MissingExtraError, OutputError, UnsupportedModelError
+from support.progress import Notes
 from support.tolerances import READ_BACK
 
 gguf = pytest.importorskip("gguf")
@@ -111,6 +114,35 @@ def test_converted_once_and_again_when_the_content_changes(tmp_path: Path) -> No
     write_gguf(path, "llama", seed=1)
     assert convert_gguf(path) != first
     assert len(list(cache_folder().iterdir())) == 2
+
+
+def test_a_damaged_conversion_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "llama")
+    folder = convert_gguf(path)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def flip_last(name: str) -> None:
+        content = before[name]
+        (folder / name).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+
+    damages: tuple[Callable[[], object], ...] = (
+        *(partial(flip_last, name) for name in before),
+        (folder / "model.safetensors").unlink,
+        # What was converted before there were digests.
+        (folder / "intraslice_files.json").unlink,
+        lambda: (folder / "model.safetensors.index.json").write_text("{}"),
+    )
+    for damage in damages:
+        damage()
+        notes = Notes()
+        assert convert_gguf(path, progress=notes) == folder
+        assert any("is not what was written: it is converted again" in note for note in notes.notes)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert list(cache_folder().iterdir()) == [folder]
+    notes = Notes()
+    convert_gguf(path, progress=notes)
+    assert notes.notes == []
 
 
 def test_leftovers_of_killed_conversions_are_removed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,17 +11,28 @@ from pathlib import Path
 
 import pytest
 
+from intraslice.cli.app import main
+from support.text import WORDS
 
-def _command(model: Path, out: Path, *more: str) -> list[str]:
-    command = [sys.executable, "-m", "intraslice", "prune", str(model), "-o", str(out), "--sparsity", "0.3"]
-    command += ["--calibration", "builtin", "--num-samples", "64", "--seqlen", "128", "--set", "ffn.ffn_multiple=1"]
+
+def _command(model: Path, out: Path, text: Path, *more: str) -> list[str]:
+    command = ["prune", str(model), "-o", str(out), "--sparsity", "0.3", "--calibration", str(text)]
+    command += ["--num-samples", "64", "--seqlen", "64", "--set", "ffn.ffn_multiple=1"]
     return command + ["--set", "attention.head_multiple=2", *more]
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs a signal that cannot be caught")
-def test_kill_and_resume(make_folder, tmp_path):
+def test_kill_and_resume(make_folder, tmp_path, capfd):
     model, killed, whole = make_folder("llama", num_hidden_layers=24), tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen(_command(model, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{number}. {WORDS}" for number in range(100)))
+    # What kills it needs a process of its own; with as many threads as this one, which does the rest.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "intraslice", *_command(model, killed, text)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     first_layer = tmp_path / "killed.partial" / "layers" / "00000.safetensors"
     deadline = time.monotonic() + 600
     while not first_layer.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -28,10 +40,9 @@ def test_kill_and_resume(make_folder, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run was over before it could be killed"
     assert not killed.exists()
-    again = subprocess.run(_command(model, killed), capture_output=True, text=True)
-    assert again.returncode == 2 and "--resume" in again.stderr and "Traceback" not in again.stderr
-    resumed = subprocess.run(_command(model, killed, "--resume"), capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
-    subprocess.run(_command(model, whole), check=True, capture_output=True)
+    assert main(_command(model, killed, text)) == 2
+    assert "--resume" in capfd.readouterr().err
+    assert main(_command(model, killed, text, "--resume")) == 0
+    assert main(_command(model, whole, text)) == 0
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert not (tmp_path / "killed.partial").exists()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from intraslice.checkpoint.tokenizer import open_tokenizer
 from intraslice.cli.app import main
 from intraslice.comparison.tables import write_outputs
+from intraslice.data import encoding
 from intraslice.errors import CheckpointError
 from support.prune import prune
 from support.refusal import Refused
@@ -133,6 +134,63 @@ def test_tokenizers_that_the_library_refuses(case: str, make_folder, refused: Re
     options = ["--calibration", text, "--seqlen", "16", "--sparsity", "0.3", "-o", folder.parent / "out"]
     assert "tokenizer" in refused("prune", folder, *options)
     assert not list(folder.parent.glob("out*"))
+
+
+def split_by(folder: Path, expression: str) -> None:
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["pre_tokenizer"] = {**_SPLIT, "pattern": {"Regex": expression}}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
+def test_an_expression_that_explodes(make_folder, refused: Refused) -> None:
+    """The library gives up by itself and says so by a panic, which writes lines of its own."""
+    folder = make_folder("llama")
+    split_by(folder, "(a+)+$")
+    text = folder / "text.txt"
+    text.write_text("a" * 40 + "b" * 1000)
+    assert "the tokenizer cannot take this text" in refused("eval", folder, "--text", text, "--seqlen", "16")
+
+
+def test_an_expression_that_takes_too_long(make_folder, refused: Refused, monkeypatch) -> None:
+    monkeypatch.setattr(encoding, "MAX_SECONDS", 0.05)
+    monkeypatch.setattr(encoding, "_MIN_CHARS_PER_SECOND", 1e9)
+    folder = make_folder("llama")
+    # The square of the length of the text: half a second here, hours for a text of ordinary length.
+    split_by(folder, r"[^\n]*(?<=\x00)")
+    text = folder / "text.txt"
+    text.write_text("a" * 10_000)
+    assert "the tokenizer with this text takes more than" in refused("eval", folder, "--text", text, "--seqlen", "16")
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{{ raise_exception('no') }}", "cannot be used: no"),
+        ("{% if %}", "cannot be used: "),
+        ("{{ ''.__class__.__mro__ }}", "cannot be used: "),
+        (
+            "{% for a in range(2000) %}{% for b in range(2000) %}{% endfor %}{% endfor %}",
+            "takes more than 0.05 seconds",
+        ),
+    ],
+)
+def test_chat_templates(template: str, sentence: str, make_folder, refused: Refused, monkeypatch) -> None:
+    monkeypatch.setattr(encoding, "MAX_SECONDS", 0.05)
+    folder = make_folder("llama")
+    (folder / "chat_template.jinja").write_text(template)
+    options = ["--calibration", "self-chat", "--num-samples", "2", "--seqlen", "16", "--sparsity", "0.3"]
+    line = refused("prune", folder, *options, "-o", folder.parent / "out")
+    assert "the chat template of the tokenizer" in line and sentence in line
+    assert not list(folder.parent.glob("out*"))
+
+
+def test_a_tokenizer_of_another_model_writes_no_text_of_its_own(make_folder, refused: Refused) -> None:
+    folder = make_folder("llama")
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["model"]["vocab"] = {token: 1000 + number for token, number in data["model"]["vocab"].items()}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    options = ["--calibration", "self", "--num-samples", "2", "--seqlen", "16", "--sparsity", "0.3"]
+    assert "is outside the vocabulary of 272" in refused("prune", folder, *options, "-o", folder.parent / "out")
 
 
 def test_a_tokenizer_whose_length_is_no_number(make_folder) -> None:

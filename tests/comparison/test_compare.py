@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from intraslice.cli.app import main
+from intraslice.comparison import run, store
 from intraslice.evaluation.paired import difference
 from support.small_comparison import INTRASLICE, SMALL, document_of
 from support.task_rows import write_tasks
@@ -56,6 +57,33 @@ def test_whole_comparison(finished_folder: tuple[Path, Jobs]):
     # Checkpoints go when they are measured; the gradient pass, which both methods share, stays.
     assert list((folder / "checkpoints").iterdir()) == []
     assert len(list((folder / "scans").iterdir())) == 1
+
+
+@pytest.mark.parametrize("stopped", ["measure", "prune", "delete"])
+def test_a_comparison_that_was_stopped_is_repeated(
+    stopped: str, jobs: Jobs, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Before there is a row in its tables; in the middle of a cell; while it deletes the checkpoint of a cell."""
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("Some words, and some more words. " * 100)
+    calibration = {"source": str(text), "num_samples": 4, "seqlen": 32}
+    evaluation = {"text": str(text), "seqlen": 64, "windows": 2}
+    file = small(methods=["naive"], sparsities=[0.3], calibration=calibration, evaluation=evaluation)
+    run_job = run.run_job
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if stopped == "delete":
+            patch.setattr(store, "delete_published", stop)
+        else:
+            patch.setattr(run, "run_job", lambda job, *rest: stop() if job["job"] == stopped else run_job(job, *rest))
+        assert main(["compare", str(file), "-o", str(out)]) == 130
+    assert main(["compare", str(file), "-o", str(out)]) == 0
+    assert names(jobs).count("prune") == 1
+    assert main_cells(document_of(out)) == [("dense", 0.0), ("naive", 0.3)]
+    assert list((out / "checkpoints").iterdir()) == []
 
 
 def test_all_variants_share_their_calibration(finished_folder: tuple[Path, Jobs]):

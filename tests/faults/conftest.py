@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from intraslice.cli.app import parser
 from intraslice.exporters.registry import EXPORTERS
 from support.faults import Scenario, command, kill_when, run_forked
 from support.pruned import FREE, save_pruned
@@ -30,25 +31,48 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scena
     """Return a function name -> scenario; everything that they read is made once."""
     for module in _MODULES:
         importlib.import_module(module)
+    parser()
     root = tmp_path_factory.mktemp("inputs")
-    dense = make_tiny("llama", root / "dense", num_hidden_layers=4)
+    dense = make_tiny("llama", root / "dense", num_hidden_layers=3)
     text = root / "text.txt"
     text.write_text("".join(f"{number}. {TEXT}" for number in range(100)))
     pruned = save_pruned(root / "pruned", shapes=FREE[:2])
-    sizes = ["--calibration", text, "--num-samples", "8", "--seqlen", "32", "--set", "ffn.ffn_multiple=1"]
-    sizes += ["--set", "attention.head_multiple=2", "--set", "run.batch_tokens=64"]
-    prune = ["prune", dense, "-o", "out", "--sparsity", "0.3", *sizes]
-    heal = ["--calibration", text, "--seqlen", "32", "--held-out", "4", "--evaluate-every", "2", "--lr", "1e-3"]
-    spec = write_yaml(root / "spec.yaml", dense, methods=[{"label": "uniform", "method": "naive"}], sparsities=[0.3])
+    calibrated = ["--calibration", text, "--num-samples", "8", "--seqlen", "16", "--set", "run.batch_tokens=64"]
+    prune = ["prune", dense, "-o", "out", "--sparsity", "0.3", *calibrated]
+    prune += ["--set", "ffn.ffn_multiple=1", "--set", "attention.head_multiple=2"]
+    heal = ["--calibration", text, "--seqlen", "32", "--held-out", "4", "--evaluate-every", "4", "--lr", "3e-4"]
+    spec = write_yaml(
+        root / "spec.yaml",
+        dense,
+        methods=[{"label": "uniform", "method": "naive"}],
+        sparsities=[0.3],
+        calibration={"source": str(text), "num_samples": 4, "seqlen": 32},
+        evaluation={"text": str(text), "seqlen": 64, "windows": 2},
+    )
 
-    def old(folder: Path) -> None:
-        """Leave an older output of the same name."""
-        done = run_forked(command(*prune, "--sparsity", "0.1"), folder)
-        assert done.status == 0, done.messages
+    def once(name: str, make: Callable[[Path], None]) -> Callable[[Path], None]:
+        """Return a function that fills a folder with a copy of what `make` has made the first time."""
 
-    def old_export(folder: Path) -> None:
-        done = run_forked(command("export", pruned, "--to", "padded", "-o", "out", "--no-verify"), folder)
-        assert done.status == 0, done.messages
+        def fill(folder: Path) -> None:
+            if not (root / name).exists():
+                (root / name).mkdir()
+                make(root / name)
+            shutil.copytree(root / name, folder, dirs_exist_ok=True)
+
+        return fill
+
+    def done(*words: object) -> Callable[[Path], None]:
+        """Return a function that runs a command in a folder."""
+
+        def run(folder: Path) -> None:
+            outcome = run_forked(command(*words), folder)
+            assert outcome.status == 0, outcome.messages
+
+        return run
+
+    # An older output of the same name.
+    old = once("old", done(*prune, "--sparsity", "0.1"))
+    old_export = once("old-export", done("export", pruned, "--to", "padded", "-o", "out", "--no-verify"))
 
     def compare() -> int:
         with pytest.MonkeyPatch.context() as patch:
@@ -80,23 +104,21 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scena
         ),
         "compare": Scenario("compare", compare, compare, results=measured),
     }
-    interrupted = root / "interrupted"
 
-    def half(folder: Path) -> None:
+    def killed(folder: Path) -> None:
         """Leave a prune that was killed after its second layer."""
-        if not interrupted.exists():
-            interrupted.mkdir()
-            layer = interrupted / "out.partial" / "layers" / "00001.safetensors"
-            kill_when(command(*prune), interrupted, layer.exists)
-        shutil.copytree(interrupted, folder, dirs_exist_ok=True)
+        layer = folder / "out.partial" / "layers" / "00001.safetensors"
+        kill_when(command(*prune), folder, layer.exists)
 
+    half = once("interrupted", killed)
     made["resume"] = Scenario("resume", command(*prune, "--resume"), command(*prune, "--resume"), half)
 
     def get(name: str) -> Scenario:
         if name == "heal" and name not in made:
             source = root / "to-heal"
             source.mkdir()
-            old(source)
+            # Pruned badly, so that a few steps help.
+            done("prune", dense, "-o", "out", "--method", "naive", "--sparsity", "0.7", *calibrated)(source)
             given = ["heal", source / "out", "-o", "out", "--budget", "512", "--batch-size", "2", *heal]
             made["heal"] = Scenario("heal", command(*given), command(*given, "--resume"))
         if name == "gguf" and name not in made:

@@ -126,6 +126,18 @@ def test_a_flipped_bit_of_the_work_folder_is_noticed(name: str, again: Path, tin
         prune(tiny_folder("llama"), again / "out", resume=True)
 
 
+@pytest.mark.parametrize("inside", [None, "notes.txt"])
+def test_a_folder_in_the_place_of_the_hidden_states(inside: str | None, again: Path, tiny_folder: Folder) -> None:
+    place = again / "out.partial" / "hidden.bin"
+    place.mkdir()
+    if inside is not None:
+        (place / inside).write_text("mine")
+    with pytest.raises(OutputError, match="hidden.bin"):
+        prune(tiny_folder("llama"), again / "out", resume=True, run__hidden_states="disk")
+    assert place.is_dir() and (inside is None or (place / inside).read_text() == "mine")
+    assert not (again / "out").exists()
+
+
 def test_the_run_goes_on_when_nothing_is_damaged(again: Path, whole: Path, tiny_folder: Folder) -> None:
     prune(tiny_folder("llama"), again / "out", resume=True)
     assert (again / "out/model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

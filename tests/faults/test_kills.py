@@ -21,7 +21,10 @@ RANDOM_KILLS = {"prune": 80, "prune-on-disk": 30, "overwrite": 40, "export": 20,
 
 def check(tally: Tally, capfd: pytest.CaptureFixture[str], name: str) -> None:
     with capfd.disabled():
-        print(f"\n{name}: {tally.kills} kills, {tally.identical} identical, {tally.sentences} were finished already")
+        print(
+            f"\n{name}: {tally.points} points, {tally.kills} kills, {tally.identical} identical, "
+            f"{tally.sentences} were finished already"
+        )
     assert not tally.failures, "\n".join(tally.failures[:5])
 
 

@@ -5,6 +5,9 @@ A forked process has torch already, so that a run of a tiny model takes a second
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import json
 import os
 import random
 import signal
@@ -85,6 +88,8 @@ def kill_when(work: Callable[[], int], folder: Path, reached: Callable[[], bool]
 
 
 def _be_the_child(work: Callable[[], int], folder: Path, log: Path) -> None:
+    # What the parent has made is never collected here, which would copy all of its memory.
+    gc.freeze()
     status = _TRACEBACK
     try:
         os.chdir(folder)
@@ -109,7 +114,7 @@ def command(*arguments: object) -> Callable[[], int]:
 
 
 @contextmanager
-def around(action: Callable[[int], None]) -> Iterator[list[str]]:
+def around(action: Callable[[int], object]) -> Iterator[list[str]]:
     """Call an action before and after each function of `POINTS`, with the number of the point; yields their names."""
     names: list[str] = []
     found = {name: getattr(os, name) for name in POINTS if hasattr(os, name)}
@@ -134,20 +139,34 @@ def around(action: Callable[[int], None]) -> Iterator[list[str]]:
             setattr(os, name, function)
 
 
-def counted(work: Callable[[], int], folder: Path) -> int:
-    """Run a function in a forked process and return how many points it has."""
+def counted(work: Callable[[], int], folder: Path) -> tuple[list[int], int]:
+    """Run a function in a forked process; return its points, and how many there are.
+
+    Of several points with the same files on the disk only the first is returned: who comes afterwards sees nothing but
+    the files.
+    """
     report = folder.parent / f"{folder.name}.points"
 
     def count() -> int:
-        with around(lambda number: None) as names:
+        seen: dict[str, int] = {}
+        with around(lambda number: seen.setdefault(_state(folder), number)) as names:
             status = work()
             total = len(names)
-        report.write_text(str(total))
+        report.write_text(json.dumps([list(seen.values()), total]))
         return status
 
     done = run_forked(count, folder)
     assert done.status == 0, done.messages
-    return int(report.read_text())
+    points, total = json.loads(report.read_text())
+    return points, total
+
+
+def _state(folder: Path) -> str:
+    state = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        content = path.read_bytes() if path.is_file() else b""
+        state.update(f"{path.relative_to(folder)} {path.is_dir()} {len(content)} ".encode() + content)
+    return state.hexdigest()
 
 
 def crashing(work: Callable[[], int], point: int) -> Callable[[], int]:
@@ -168,6 +187,7 @@ def crashing(work: Callable[[], int], point: int) -> Callable[[], int]:
 class Tally:
     """What a campaign has found, for the figures of the documentation."""
 
+    points: int = 0
     kills: int = 0
     identical: int = 0
     sentences: int = 0
@@ -193,10 +213,17 @@ class Scenario:
     results: Callable[[Path], dict[str, object]] = lambda folder: contents(folder)
 
     def whole(self, root: Path) -> dict[str, object]:
-        """Return what a run without interruption leaves."""
+        """Return what a run without interruption leaves.
+
+        It is done in this process, so that those that are forked afterwards have imported everything.
+        """
         folder = self.prepared(root / f"{self.name}-whole")
-        done = run_forked(self.first, folder)
-        assert done.status == 0, done.messages
+        before = Path.cwd()
+        os.chdir(folder)
+        try:
+            assert self.first() == 0
+        finally:
+            os.chdir(before)
         return self.results(folder)
 
     def prepared(self, folder: Path) -> Path:
@@ -250,15 +277,15 @@ def kill_at_every_point(scenario: Scenario, root: Path, *, at_most: int | None =
     Args:
         scenario: the command.
         root: folder for the cases.
-        at_most: so many points, drawn by the seed; None takes all.
+        at_most: so many of its points, drawn by the seed; None takes all.
         seed: of the choice.
     """
     tally = Tally()
     expected = scenario.whole(root)
-    total = counted(scenario.first, scenario.prepared(root / f"{scenario.name}-count"))
-    points = list(range(total))
+    points, total = counted(scenario.first, scenario.prepared(root / f"{scenario.name}-count"))
+    tally.points = total
     if at_most is not None:
-        points = sorted(random.Random(seed).sample(points, min(at_most, total)))
+        points = sorted(random.Random(seed).sample(points, min(at_most, len(points))))
     for point in points:
         folder = scenario.prepared(root / f"{scenario.name}-{point}")
         done = run_forked(crashing(scenario.first, point), folder)
@@ -278,8 +305,9 @@ def kill_at_random(scenario: Scenario, root: Path, *, kills: int, seed: int = 0)
         seed: of moments and signals.
     """
     tally, chance = Tally(), random.Random(seed)
-    started = time.monotonic()
     expected = scenario.whole(root)
+    started = time.monotonic()
+    assert run_forked(scenario.first, scenario.prepared(root / f"{scenario.name}-timed")).status == 0
     longest = time.monotonic() - started
     case = 0
     while tally.kills < kills:

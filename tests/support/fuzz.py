@@ -1,14 +1,13 @@
-"""The folders and commands that `tests/faults/test_fuzz.py` spoils, and what must hold whatever comes in."""
+"""The folders and commands that `tests/faults/test_fuzz.py` spoils, and what must hold whatever comes in.
+
+Commands run in a forked process (`support.served`), so that one that never ends, or dies, is a finding like the others.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
-import time
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,13 @@ import yaml
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from intraslice.cli.app import main
 from intraslice.comparison.document import against_dense
 from intraslice.comparison.tables import write_outputs
 from intraslice.recipes.recipe import load_recipe
 from support.gguf_files import write_gguf
 from support.malformed import (
     SETTINGS,
+    SPOILT_TEMPLATES,
     WORDS,
     dump,
     spoilt_bytes,
@@ -35,6 +34,7 @@ from support.malformed import (
 )
 from support.prune import prune
 from support.sample_comparison import sample
+from support.served import Ended, Server
 from support.task_rows import ROWS, write_tasks
 from support.tiny import make_tiny
 from support.tiny_composites import make_composite
@@ -45,18 +45,28 @@ GGUF_KEYS = (
     *("llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base", "general.architecture", "general.name"),
     *("tokenizer.ggml.model", "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id", "tokenizer.ggml.tokens"),
 )
+EXTRA_MEMORY = 1 << 30
+"""Bytes that a command may take besides twice the size of its file, and besides what the program has at its start."""
 TEXT = ("--text", "{root}/text.txt", "--seqlen", "16", "--windows", "1")
 DRY = ("--sparsity", "0.3", "--dry-run")
 RUN = ("--sparsity", "0.3", "--num-samples", "2", "--seqlen", "16", "--calibration", "{root}/text.txt", "-o", "{out}")
+BENCH = ("--prompt-tokens", "8", "--decode-tokens", "1", "--repetitions", "1")
+HEAL = ("--calibration", "{root}/text.txt", "--seqlen", "16", "--held-out", "1", "--budget", "32", "--lr", "1e-9")
+SAMPLED = ("--sparsity", "0.3", "--num-samples", "2", "--seqlen", "16", "--calibration", "self", "-o", "{out}")
 OF_DENSE = (
     ("inspect", "{here}"),
     ("prune", "{here}", *DRY),
     ("prune", "{here}", *RUN),
     ("eval", "{here}", *TEXT),
+    ("prune", "{here}", *SAMPLED),
+    ("bench", "{here}", *BENCH),
 )
 OF_PRUNED = (
     ("inspect", "{here}"),
     ("eval", "{here}", *TEXT),
+    ("bench", "{here}", *BENCH),
+    ("bench", "{here}", "--layers", *BENCH),
+    ("heal", "{here}", "-o", "{out}", "--batch-size", "1", *HEAL),
     ("export", "{here}", "--to", "padded", "--no-verify", "-o", "{out}"),
     ("export", "{here}", "--to", "gguf", "--no-verify", "-o", "{out}"),
     ("export", "{here}", "--to", "stock", "--no-verify", "-o", "{out}"),
@@ -79,6 +89,7 @@ class Ground:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.marker = root / "code-was-run"
+        (root / "temporary").mkdir()
         self.folders = {
             "dense": make_tiny("llama", root / "dense"),
             "sharded": make_tiny("qwen2", root / "sharded", tie_word_embeddings=True),
@@ -105,6 +116,7 @@ class Ground:
             for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
                 yield self._json(f"{file} of a {folder} model", path / file, commands)
             yield self._json(f"index of a {folder} model", path / "model.safetensors.index.json", commands, extra=())
+            yield Target(f"chat template of a {folder} model", path / "chat_template.jinja", SPOILT_TEMPLATES, commands)
             for weights in sorted(path.glob("*.safetensors"))[:1]:
                 content = weights.read_bytes()
                 yield Target(f"weights of a {folder} model", weights, spoilt_bytes(content), commands)
@@ -145,7 +157,7 @@ class Ground:
         (root / "text.jsonl").write_bytes(b"\n".join(map(dump, rows)))
         evaluate = (("eval", dense, "--text", "{file}", "--seqlen", "16", "--windows", "1"),)
         yield Target("JSON lines of text", root / "text.jsonl", spoilt_lines(rows), evaluate)
-        yield Target("a text", root / "text.txt", spoilt_bytes((root / "text.txt").read_bytes()), (OF_DENSE[3],))
+        yield Target("a text", root / "text.txt", spoilt_bytes((root / "text.txt").read_bytes()), evaluate)
         for task in ("arc_easy", "piqa", "hellaswag"):
             write_tasks(root / f"tasks-{task}", {task: ROWS[task]})
             yield Target(
@@ -166,18 +178,26 @@ class Ground:
         """Return whether all files are the ones that were made at the start."""
         return self._listing() == self.before
 
-    def try_file(self, target: Target, content: bytes, command: tuple[str, ...]) -> Outcome:
+    def try_unspoilt(self, server: Server) -> list[Outcome]:
+        """Run every command on the good files, in this process."""
+        given = {
+            (command, target.file) for target in self.targets for command in target.commands if target.file.exists()
+        }
+        words = {tuple(self._filled(word, file) for word in command) for command, file in given}
+        return [self._judged(list(one), 0, server.run_here(list(one))) for one in sorted(words)]
+
+    def try_file(self, target: Target, content: bytes, command: tuple[str, ...], server: Server) -> Outcome:
         """Run a command on a spoilt file, and put the file back."""
         before = target.file.read_bytes() if target.file.is_file() else None
         target.file.write_bytes(content)
         try:
-            return self._run([self._filled(word, target.file) for word in command])
+            return self._run([self._filled(word, target.file) for word in command], len(content), server)
         finally:
             target.file.unlink() if before is None else target.file.write_bytes(before)
 
-    def try_words(self, words: list[str]) -> Outcome:
+    def try_words(self, words: list[str], server: Server) -> Outcome:
         """Run a prune with these options."""
-        return self._run(["prune", str(self.folders["dense"]), "-o", str(self.root / "out"), *words])
+        return self._run(["prune", str(self.folders["dense"]), "-o", str(self.root / "out"), *words], 0, server)
 
     def _filled(self, word: str, file: Path) -> str:
         places = {"{here}": file.parent, "{file}": file, "{root}": self.root, "{out}": self.root / "out"}
@@ -185,38 +205,40 @@ class Ground:
             word = word.replace(mark, str(path))
         return word
 
-    def _run(self, words: list[str]) -> Outcome:
-        out, err = io.StringIO(), io.StringIO()
-        wrong, status = "", -1
-        start = time.perf_counter()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                status = main(words)
-            except BaseException:
-                wrong = traceback.format_exc()
-        seconds = time.perf_counter() - start
-        errors = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
-        if status == 2 and len(errors) != 1:
-            wrong += f"{len(errors)} sentences: {errors[:3]}"
-        if status not in (0, 2) and not wrong:
-            wrong += f"status {status}: {err.getvalue()}"
-        if seconds > 60:
-            wrong += f"{seconds:.0f} s"
+    def _run(self, words: list[str], num_bytes: int, server: Server) -> Outcome:
+        return self._judged(words, num_bytes, server.run(words))
+
+    def _judged(self, words: list[str], num_bytes: int, ended: Ended) -> Outcome:
+        wrong = [ended.died, ended.traceback]
+        errors = [line for line in ended.messages.splitlines() if line.startswith("error: ")]
+        if ended.status == 2 and len(errors) != 1:
+            wrong.append(f"{len(errors)} sentences: {errors[:3]}")
+        if ended.status == 2 and errors and not errors[0].removeprefix("error: ").strip():
+            wrong.append("an empty sentence")
+        if ended.status not in (0, 2) and not any(wrong):
+            wrong.append(f"status {ended.status}: {ended.messages[-1000:]}")
+        if "panicked at" in ended.compiled or "Traceback" in ended.compiled:
+            wrong.append(f"besides, it wrote {ended.compiled[:300]!r}")
+        if ended.more_bytes > 2 * num_bytes + EXTRA_MEMORY:
+            wrong.append(f"{ended.more_bytes / 1e6:.0f} MB of memory for a file of {num_bytes} bytes")
+        wrong += ended.connections
         if self.marker.exists():
             self.marker.unlink()
-            wrong += "code was run"
-        wrong += self._left(status)
-        return Outcome(words, status, errors[0] if errors else "", seconds, wrong)
+            wrong.append("code was run")
+        wrong.append(self._left(ended.status))
+        return Outcome(words, ended, "\n".join(filter(None, wrong)))
 
     def _left(self, status: int) -> str:
         """Return what a refused command has left behind, and remove it; what a successful one writes is its own."""
         cache = Path(os.environ["INTRASLICE_CACHE"])
         # What is whole there is kept for the next command, whatever became of this one.
-        found = [*self.root.glob("out*"), *cache.glob("*.partial-*"), *cache.glob("*.tmp")]
+        found = [*self.root.glob("out*"), *self.root.glob(".out*"), *cache.glob("*.partial-*"), *cache.glob("*.tmp")]
         for path in found:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        wrong = f"left {[path.name for path in found]}" if status and found else ""
-        return wrong
+        temporary = list((self.root / "temporary").iterdir())
+        for path in temporary:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return f"left {[path.name for path in found + temporary]}" if temporary or (status and found) else ""
 
 
 @dataclass(frozen=True)
@@ -225,16 +247,12 @@ class Outcome:
 
     Attributes:
         words: the command.
-        status: its exit status.
-        sentence: what it said when it refused.
-        seconds: how long it took.
+        ended: how it ended.
         wrong: what must not have happened; "" when all is well.
     """
 
     words: list[str]
-    status: int
-    sentence: str
-    seconds: float
+    ended: Ended
     wrong: str
 
 

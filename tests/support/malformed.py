@@ -199,3 +199,23 @@ WORDS = (
     *("calibration.source=a:1e400,b:1", "ffn.damping=.nan", 'calibration.source="\\ud800"', "a" * 100_000, "cuda:99"),
     *("allocation.max_site_sparsity=1e308", "run.max_shard_bytes=1e400", 'calibration.text_field="\\0"', "1e-320"),
 )
+
+_LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+SPOILT_TEMPLATES: st.SearchStrategy[bytes] = st.one_of(
+    st.sampled_from(
+        (
+            *("{{ messages }}", "{% for m in messages %}{{ m['content'] }}{% endfor %}", "", "{% if %}", "{{ 1 / 0 }}"),
+            *("{{ messages[9] }}", "{{ nothing.x }}", "{{ raise_exception('no') }}", "{% include 'x' %}", _LOOP),
+            *("{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.system('id') }}"),
+            *("{{ 'x' * 10 ** 6 }}", "{{ range(10 ** 12) | list }}", "{{ messages | tojson(indent=9999999999) }}"),
+            *(
+                "(" * 3000,
+                "{{ " + "(" * 3000,
+                "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+                "\ud800 {{ '\\ud800' }}",
+            ),
+        )
+    ).map(lambda text: text.encode("utf-8", "surrogatepass")),
+    st.binary(max_size=64),
+)
+"""Chat templates that fail, never end, or try to get out of their sandbox."""

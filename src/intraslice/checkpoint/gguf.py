@@ -20,6 +20,7 @@ from platformdirs import user_cache_path
 
 from intraslice.border import foreign
 from intraslice.checkpoint.gguf_header import read_header
+from intraslice.checkpoint.ownership import LIST_FILE, verify_folder, write_list
 from intraslice.checkpoint.reader import OUTPUT_EMBEDDING, build_skeleton
 from intraslice.checkpoint.tensorfile import TensorFile, TensorSlot
 from intraslice.checkpoint.writer import plan_shards, shard_names, write_index
@@ -49,6 +50,8 @@ def cache_folder() -> Path:
 def convert_gguf(path: Path, *, name: str | None = None, progress: Progress | None = None) -> Path:
     """Return a float32 safetensors folder with the same model; converted on first use, then cached.
 
+    What is in the cache is compared with its digests, and converted again if it is something else.
+
     Args:
         path: GGUF file of a Llama, Mistral, Qwen2 or Phi-3 model, quantised or not.
         name: how messages call the model.
@@ -69,24 +72,40 @@ def convert_gguf(path: Path, *, name: str | None = None, progress: Progress | No
     reader = _open(path, name)
     key = _content_key(path)
     final = cache_folder() / key
-    if (final / "config.json").is_file():
+    if _is_whole(final):
         return final
+    if final.exists():
+        progress.note(f"the cached conversion of {name} is not what was written: it is converted again")
     with writing(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(final.parent)
         temporary = Path(tempfile.mkdtemp(prefix=f"{key[:16]}.partial-", dir=final.parent))
     try:
-        _convert(reader, path, name, temporary, progress)
+        _convert(reader, path, name, temporary / "new", progress)
+        write_list(temporary / "new")
         with writing(final):
             try:
-                os.replace(temporary, final)
+                if final.exists():
+                    os.replace(final, temporary / "old")
+                os.replace(temporary / "new", final)
             except OSError:
                 # Another process has finished the same file meanwhile; its folder is as good.
-                if not (final / "config.json").is_file():
+                if not _is_whole(final):
                     raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether a folder of the cache is there, and every file in it is what was written."""
+    if not (folder / LIST_FILE).is_file():
+        return False
+    try:
+        found = verify_folder(folder, str(folder))
+    except CheckpointError:
+        return False
+    return not (found.changed or found.missing or found.others)
 
 
 def read_gguf_config(path: Path, name: str) -> Any:
@@ -117,6 +136,8 @@ def _convert(reader: Any, path: Path, name: str, folder: Path, progress: Progres
         shapes.pop(OUTPUT_EMBEDDING, None)
     sources = _match_names(reader, shapes, config.num_hidden_layers, name)
 
+    with writing(folder):
+        folder.mkdir()
     slots = {key: TensorSlot(torch.float32, shapes[key]) for key in sources}
     shards = plan_shards(slots, _SHARD_BYTES)
     file_names = shard_names(len(shards))

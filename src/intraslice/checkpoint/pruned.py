@@ -14,6 +14,7 @@ from intraslice.checkpoint.composite import is_composite, text_config, text_tens
 from intraslice.checkpoint.config_file import CONFIG_FILE, check_layers, make_config, read_config_data
 from intraslice.checkpoint.folder import StoredTensor, read_headers
 from intraslice.checkpoint.ownership import check_intact
+from intraslice.checkpoint.reader import check_shapes
 from intraslice.checkpoint.tensorfile import DTYPES
 from intraslice.errors import CheckpointError, UnsupportedModelError, one_line
 from intraslice.layers.state_dict import NeutralLayer, split_layer
@@ -178,6 +179,7 @@ def open_pruned(model: str) -> PrunedCheckpoint:
     config = text_config(whole)
     if vars(config).get("intraslice") is None:
         raise CheckpointError(f"config.json of {model!r} names a pruned model and says nothing of its layers")
+    check_shapes(config, family_of(config), model)
     if any(shape.ranks or shape.shortcuts for shape in config.layer_shapes):
         raise UnsupportedModelError(
             f"{model!r} was pruned by {config.intraslice['method']}, whose layers no other runtime knows; it runs in "

@@ -70,10 +70,7 @@ class Checkpoint:
         self._tensors = tensors
         self._identity: dict[str, Any] | None = None
         self._check_against_config()
-        with foreign(f"config.json of {name!r} is not valid", CheckpointError):
-            for index in range(len(dense_shapes(config, spec))):
-                if rotated(config, spec, index):
-                    rotary_dim(config, index)
+        check_shapes(config, spec, name)
         matrices = [
             tensor.dtype
             for key, tensor in self._tensors.items()
@@ -322,6 +319,23 @@ def open_folder(folder: Path, *, name: str | None = None, trust_remote_code: boo
         trust_remote_code=trust_remote_code,
         composite=composite,
     )
+
+
+def check_shapes(config: Any, spec: FamilySpec, name: str) -> None:
+    """Refuse a config of which no layer can be built: with sizes that are none, or RoPE settings of another type.
+
+    Args:
+        config: stock or pruned config.
+        spec: its family.
+        name: how messages call the model.
+
+    Raises:
+        CheckpointError: with what is wrong.
+    """
+    with foreign(f"config.json of {name!r} is not valid", CheckpointError):
+        for index in range(len(dense_shapes(config, spec))):
+            if rotated(config, spec, index):
+                rotary_dim(config, index)
 
 
 def build_skeleton(config: Any, name: str, dtype: torch.dtype) -> Any:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from intraslice.border import foreign, is_number
+from intraslice.border import foreign, in_time, is_number
 from intraslice.errors import CheckpointError
-from intraslice.quiet import quiet
+from intraslice.quiet import no_words_of_compiled_code, quiet
 
 MAX_TOKENIZER_BYTES = 1 << 28
 """Each file of a tokenizer is at most this large; those of the largest vocabularies have some 30 MB."""
+MAX_SECONDS = 50
+"""For a short text; ordinary tokenizers take less than a thousandth of one."""
 _FILES = (
     "tokenizer*",
     "vocab*",
@@ -46,7 +48,8 @@ def open_tokenizer(folder: Path, name: str, config: Any, *, trust_remote_code: b
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
         if not is_number(tokenizer.model_max_length):
             raise ValueError(f"model_max_length is {tokenizer.model_max_length!r}")
-        ids = tokenizer(_PROBE)["input_ids"]
+        with no_words_of_compiled_code():
+            ids = in_time(lambda: tokenizer(_PROBE)["input_ids"], MAX_SECONDS, "a short text", CheckpointError)
         if not all(isinstance(token, int) and token >= 0 for token in ids):
             raise ValueError(f"it makes {ids} of a text")
         for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):

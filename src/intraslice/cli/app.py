@@ -8,8 +8,9 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
-from typing import cast
+from typing import Any, cast
 
 import typer
 
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_readable(given)
         with stop_signals():
-            status = app(given, prog_name="intraslice", standalone_mode=False, obj=given)
+            status = parser()(given, prog_name="intraslice", standalone_mode=False, obj=given)
     except IntraSliceError as error:
         if "--debug" in given:
             raise
@@ -94,6 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sentence = f"out of memory. {error}" if isinstance(error, MemoryError) else _system_sentence(error)
         return _fail(sentence, as_json)
     return status if isinstance(status, int) else 0
+
+
+@cache
+def parser() -> Any:
+    """Return what parses a command line and runs the command; made once, because it takes longer than some commands."""
+    return typer.main.get_command(app)
 
 
 def _check_readable(arguments: Sequence[str]) -> None:

@@ -70,6 +70,10 @@ def prune(
             help=f"intraslice (default), its variants, or another method to compare with: {', '.join(METHODS)}."
         ),
     ] = None,
+    effort: Annotated[
+        str | None,
+        typer.Option(help="How much time the default method takes for quality: low, medium (default) or high."),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -142,6 +146,7 @@ def prune(
         "target_size": target_size,
         "speedup_of": speedup_of,
         "method": method,
+        "effort": effort,
         "target": target,
         **(parse_align(align) if align is not None else {}),
         "calibration.source": calibration,

@@ -32,7 +32,7 @@ def report(
     check_replaced(output, PAGE_BEGINS)
     if table is not None:
         table = expanded(table)
-        check_replaced(table, TABLE_BEGINS.get(table.suffix, ""))
+        check_replaced(table, *TABLE_BEGINS.get(table.suffix, ()))
     document = merge_results(results)
     page = render_report(document)
     rows = None if table is None else table_text(document, table.suffix)

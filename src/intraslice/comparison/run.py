@@ -13,7 +13,6 @@ from pydantic import TypeAdapter, ValidationError
 from intraslice.comparison.cells import (
     ANALYSIS,
     HEAL,
-    PERPLEXITY,
     PRUNE,
     SPEED,
     Facts,
@@ -140,8 +139,11 @@ class Comparison:
             with self._progress.step("cells", len(self.works)) as advance:
                 advance(done)
                 for index, (work, remaining, started) in enumerate(_timed(unfinished)):
+                    cell = None
                     try:
-                        outcome = self._run_cell(work, command)
+                        cell = self._run_cell(work, command)
+                        measured = cell["perplexity"]
+                        outcome = "perplexity not finite" if measured is None else f"perplexity {measured:.2f}"
                     except IntraSliceError as error:
                         failures[work.key] = one_line(error)
                         outcome = f"failed: {failures[work.key]}"
@@ -149,6 +151,9 @@ class Comparison:
                     if work.cell.recipe is not None and not self.spec.keep_checkpoints:
                         if following is None or not self._share_a_checkpoint(work, following):
                             self.store.drop_checkpoint(work)
+                    if cell is not None:
+                        # Last: a run that is killed before drops the checkpoint when it is repeated.
+                        self.store.keep_cell(work, cell)
                     document = self._write(failures)
                     advance(1)
                     number = f"[{len(self.works) - remaining}/{len(self.works)}]"
@@ -161,7 +166,7 @@ class Comparison:
     def _share_a_checkpoint(self, work: Work, other: Work) -> bool:
         return PRUNE in other.identities and self.store.checkpoint(work) == self.store.checkpoint(other)
 
-    def _run_cell(self, work: Work, command: str) -> str:
+    def _run_cell(self, work: Work, command: str) -> dict[str, Any]:
         cell, store = work.cell, self.store
         missing = self._planned(work).to_run
         folder = self.facts[cell.model].folder if cell.recipe is None else str(store.checkpoint(work))
@@ -190,8 +195,7 @@ class Comparison:
         if SPEED in missing:
             store.keep_part(SPEED, work.identities[SPEED], self._speed(work, folder))
         parts = store.parts(work)
-        store.keep_cell(work, build_cell(work, parts, self.facts[cell.model]))
-        return f"perplexity {parts[PERPLEXITY]['perplexity']:.2f}"
+        return build_cell(work, parts, self.facts[cell.model])
 
     def _check_calibration(self, work: Work, result: dict[str, Any]) -> None:
         wanted = work.identities[PRUNE]["calibration"]

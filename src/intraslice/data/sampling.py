@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from intraslice.data.encoding import as_conversation, encode
 from intraslice.data.text import SELF, SELF_KINDS, START
 from intraslice.errors import CalibrationError, NumericalError
 from intraslice.placement import choose_device
@@ -175,6 +176,7 @@ class _Seeds:
         )
         special = set(tokenizer.all_special_ids)
         self._plain = [token for token in range(min(len(tokenizer), vocab_size)) if token not in special]
+        self._vocab_size = vocab_size
         self._ends = ends
 
     def documents(self, source: str, seed: int, number: int) -> Iterator[_Document]:
@@ -208,10 +210,13 @@ class _Seeds:
         text = drawn.choice(self._texts[kind])
         if kind == CHAT:
             said = [{"role": "user", "content": text}]
-            text = self._tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-            tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            tokens = self._tokenizer(text)["input_ids"]
+            text = as_conversation(said, self._tokenizer, prompt=True)
+        tokens = encode(text, self._tokenizer, special=kind != CHAT)
+        if max(tokens, default=0) >= self._vocab_size:
+            raise CalibrationError(
+                f"token id {max(tokens)} is outside the vocabulary of {self._vocab_size}; the tokenizer does not "
+                "belong to the model."
+            )
         while len(tokens) > 1 and tokens[-1] in self._ends:
             tokens = tokens[:-1]
         return tokens

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from intraslice.border import foreign, parse_json
+from intraslice.data.encoding import as_conversation
 from intraslice.data.shipped import SHIPPED
 from intraslice.errors import CalibrationError, MissingExtraError, nearest, one_line
 from intraslice.names import expanded
@@ -220,7 +221,7 @@ def _as_text(content: Any, tokenizer: Any) -> str:
     if isinstance(content, str):
         return content
     if tokenizer is not None and tokenizer.chat_template:
-        return tokenizer.apply_chat_template(content, tokenize=False)
+        return as_conversation(content, tokenizer)
     return "\n".join(f"{said['role']}: {said['content']}" for said in content)
 
 

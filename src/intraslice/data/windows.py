@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from intraslice.border import foreign
+from intraslice.data.encoding import encode
 from intraslice.errors import CalibrationError
 from intraslice.runtime.families_intraslice import FAMILIES
 
@@ -25,15 +26,14 @@ def token_stream(text: str, tokenizer: Any) -> Tensor:
         int64 token ids, [N].
 
     Raises:
-        CalibrationError: the tokenizer cannot take the text.
+        CalibrationError: the tokenizer cannot take the text, or not in time.
     """
     with foreign("the tokenizer cannot take this text", CalibrationError):
         if len(text) <= PIECE_CHARS:
-            # verbose=False: the stream is meant to be longer than the model's context.
-            return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-        begin = tokenizer("")["input_ids"][:1]
+            return torch.tensor(encode(text, tokenizer), dtype=torch.int64)
+        begin = encode("", tokenizer)[:1]
         streams = [begin if begin == [tokenizer.bos_token_id] else []]
-        streams += [tokenizer(part, verbose=False, add_special_tokens=False)["input_ids"] for part in _pieces(text)]
+        streams += [encode(part, tokenizer, special=False) for part in _pieces(text)]
         return torch.cat([torch.tensor(stream, dtype=torch.int64) for stream in streams])
 
 

@@ -15,6 +15,21 @@ from typing import Any
 _NO_CORRECTION = {"pca_attention": False, "pca_ffn": False}
 
 INTRASLICE: dict[str, Any] = {}
+INTRASLICE_EFFORTS: dict[str, dict[str, Any]] = {
+    "low": {},
+    "medium": {
+        "attention": {"drift_share": 0.5},
+        "ffn": {"drift_share": 0.5, "damping_scale": "channel", "damping": 0.3},
+    },
+    "high": {
+        "attention": {"drift_share": 0.5},
+        "ffn": {"drift_share": 0.5, "damping_scale": "channel", "damping": 0.3},
+        "distill": {"sites": "all"},
+    },
+}
+"""How much time the default method takes, least first; the other methods have one way to run. docs/research.md has what
+each part was measured to be worth."""
+DEFAULT_EFFORT = "medium"
 ITER_PCA = {"ffn": {"iter_pca": True}}
 ADA_H = {"allocation": _NO_CORRECTION}
 NAIVE = {"allocation": _NO_CORRECTION, "attention": {"heads": "whole"}}

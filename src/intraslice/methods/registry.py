@@ -85,12 +85,14 @@ class MethodEntry:
         form: the code that it runs.
         summary: for help and docs.
         preset: sections of options that differ from the form's defaults.
+        efforts: sections on top of the preset, by what `--effort` names; {} when there is one way to run.
         paper: where it comes from.
     """
 
     form: Form
     summary: str
     preset: Mapping[str, Any] = field(default_factory=dict)
+    efforts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     paper: str = ""
 
     @property
@@ -110,7 +112,11 @@ class MethodEntry:
 _INTRASLICE = "arXiv 2602.01975"
 METHODS: dict[str, MethodEntry] = {
     "intraslice": MethodEntry(
-        form=BLOCKWISE, preset=presets.INTRASLICE, summary="the default: block-intra PCA with repair", paper=_INTRASLICE
+        form=BLOCKWISE,
+        preset=presets.INTRASLICE,
+        efforts=presets.INTRASLICE_EFFORTS,
+        summary="the default: block-intra PCA with repair",
+        paper=_INTRASLICE,
     ),
     "iter-pca": MethodEntry(
         form=BLOCKWISE,

@@ -1,7 +1,7 @@
 """The recipe: everything that decides a run, checked before torch is imported.
 
-Values come from four places, and a later one wins: the presets of the method and of the target, the recipe file, the
-flags, `--set a.b=c`. What the method does not read is refused.
+Values come from four places, and a later one wins: the presets of the method, its effort and the target, the recipe
+file, the flags, `--set a.b=c`. What the method does not read is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from intraslice.errors import RecipeError, nearest
 from intraslice.files import check_home
 from intraslice.methods.choices import option_values
-from intraslice.methods.presets import TARGETS
+from intraslice.methods.presets import DEFAULT_EFFORT, TARGETS
 from intraslice.methods.registry import METHODS, MethodEntry, MethodOptions
 from intraslice.numbers import parse_count, parse_size
 from intraslice.options import MAX_SPARSITY, CalibrationOptions, RunOptions
@@ -45,6 +45,7 @@ class Recipe(BaseModel):
         trust_remote_code: whether code that comes with the input model may be executed.
         output: folder to write.
         method: name of the preset the options started from.
+        effort: how much time the method may take, also a preset; None where it has one way to run.
         target: runtime that the shapes are chosen for, also a preset.
         sparsity: fraction of the decoder layers' linear weights to remove; None until it follows from a target.
         target_speedup: how many times as fast as the dense model the pruned one should be on this machine; the other
@@ -65,6 +66,7 @@ class Recipe(BaseModel):
     trust_remote_code: bool = False
     output: str | None = None
     method: str = "intraslice"
+    effort: str | None = None
     target: str = "transformers"
     sparsity: float | None = None
     target_speedup: float | None = None
@@ -135,6 +137,9 @@ def load_recipe(
     given = {**file_values, **flag_values, **shared_values, **set_values}
     target = _preset(given, "target", TARGETS)
     entry = METHODS[method]
+    # Earlier releases had one way to run, which is the least effort of today.
+    first = next(iter(entry.efforts), None) if old_in_file else None
+    effort = _effort(given.get("effort", first), entry, method)
     _check_missing(given, method)
     own = {name: value for name, value in given.items() if name.partition(".")[0] in _OWN_FIELDS}
     of_method = {name: value for name, value in given.items() if name not in own}
@@ -143,9 +148,10 @@ def load_recipe(
     asked = {**flag_values, **set_values}
     of_file = {name: value for name, value in file_values.items() if old_in_file and name not in asked}
     of_all = {name: value for name, value in shared_values.items() if name not in asked}
-    options, left_out = _method_options(entry, method, target, of_method, drop={**of_file, **of_all})
+    presets = merge(dict(entry.preset), entry.efforts.get(effort or "", {}))
+    options, left_out = _method_options(entry, presets, method, target, of_method, drop={**of_file, **of_all})
     try:
-        recipe = Recipe(**{**nest(own), "method": method, "target": target, "options": options})
+        recipe = Recipe(**{**nest(own), "method": method, "effort": effort, "target": target, "options": options})
     except ValidationError as error:
         raise RecipeError(words.sentence(error, Recipe)) from None
     _check_target(recipe)
@@ -170,13 +176,37 @@ def _translated(sources: Sequence[Mapping[str, Any]], entry: MethodEntry) -> lis
     return translated
 
 
+def _effort(given: Any, entry: MethodEntry, method: str) -> str | None:
+    """Return the effort that is made; None where the method has one way to run."""
+    if not entry.efforts:
+        if given is None:
+            return None
+        knowing = ", ".join(name for name, each in METHODS.items() if each.efforts)
+        raise RecipeError(
+            f"effort {given!r} was asked for, but method {method} has one way to run; {knowing} has more."
+        )
+    effort = DEFAULT_EFFORT if given is None else given
+    if not isinstance(effort, str) or effort not in entry.efforts:
+        raise RecipeError(
+            f"unknown effort {effort!r}; efforts of {method} are {', '.join(entry.efforts)}."
+            f"{nearest(str(effort), entry.efforts)}"
+        )
+    return effort
+
+
 def _method_options(
-    entry: MethodEntry, method: str, target: str, given: Mapping[str, Any], drop: Mapping[str, Any]
+    entry: MethodEntry,
+    presets: Mapping[str, Any],
+    method: str,
+    target: str,
+    given: Mapping[str, Any],
+    drop: Mapping[str, Any],
 ) -> tuple[Any, list[str]]:
     """Return the options of a method, and the names that were left out because they have no effect.
 
     Args:
         entry: the row of the method.
+        presets: of the method and its effort.
         method: its name.
         target: the runtime that the shapes are chosen for.
         given: options that somebody asked for, by dotted name.
@@ -187,7 +217,7 @@ def _method_options(
         RecipeError: an option is unknown, has no effect, or a value is wrong.
     """
     known = words.option_names(entry)
-    presets = merge(dict(entry.preset), _of_known(TARGETS[target], known))
+    presets = merge(dict(presets), _of_known(TARGETS[target], known))
     unknown = [name for name in given if name not in known]
     left_out = [name for name in unknown if name in drop and name in words.option_names(None)]
     for name in unknown:

@@ -18,7 +18,7 @@ from intraslice.recipes.old_names import OLD_NAMES, RENAMED
 from intraslice.runtime.families_intraslice import FAMILIES
 
 _GENERAL = (
-    *("model", "revision", "trust_remote_code", "output", "method", "target", "sparsity", "target_speedup"),
+    *("model", "revision", "trust_remote_code", "output", "method", "effort", "target", "sparsity", "target_speedup"),
     *("target_parameters", "target_size", "speedup_of"),
 )
 

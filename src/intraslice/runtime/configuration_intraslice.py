@@ -84,13 +84,21 @@ def dense_head_dim(config: PretrainedConfig, layer_idx: int = 0) -> int:
 
 
 def rotary_dim(config: PretrainedConfig, layer_idx: int = 0) -> int:
-    """Return how many channels of a dense head are rotated, in a layer that rotates them at all."""
+    """Return how many channels of a dense head are rotated, in a layer that rotates them at all.
+
+    Raises:
+        ValueError: there are none, or more than a head has.
+    """
     values = vars(config)
     rope = values.get("rope_parameters") or {}
     layer_types = values.get("layer_types") or ()
     if layer_types and layer_types[layer_idx] in rope:
         rope = rope[layer_types[layer_idx]]
-    return int(dense_head_dim(config, layer_idx) * rope.get("partial_rotary_factor", 1.0))
+    head_dim, share = dense_head_dim(config, layer_idx), rope.get("partial_rotary_factor", 1.0)
+    dim = int(head_dim * share)
+    if not 1 < dim <= head_dim:
+        raise ValueError(f"partial_rotary_factor = {share!r} rotates {dim} of the {head_dim} channels of a head")
+    return dim
 
 
 def rotated(config: PretrainedConfig, spec: FamilySpec, layer_idx: int) -> bool:

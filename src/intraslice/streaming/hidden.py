@@ -69,6 +69,13 @@ class HiddenStates:
         """Overwrite the states of some sequences."""
         self._states[part].copy_(states_BTD)
 
+    def clone(self) -> HiddenStates:
+        """Return a copy, in memory."""
+        count, seqlen, width = self._states.shape
+        copy = HiddenStates((count, seqlen, width), self._states.dtype, self._batch, self._device)
+        copy._states.copy_(self._states)
+        return copy
+
     def release(self) -> None:
         """Free the buffer; nothing can be read or written afterwards."""
         self._states = self._states.new_empty(0)

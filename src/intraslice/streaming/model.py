@@ -222,9 +222,7 @@ class StreamedModel:
         head = LanguageHead(self.model)
         with torch.enable_grad():
             top = top_NTD.detach().requires_grad_(True)
-            self._recorders[-1].replacement = top
-            output = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-            self._recorders[-1].replacement = None
+            output = self._after_layers(tokens, top)
             final = output.detach().requires_grad_(True)
             total = 0.0
             positions = tokens.shape[1] - 1
@@ -241,6 +239,18 @@ class StreamedModel:
                 raise NumericalError("the loss on the calibration text is NaN or infinite.")
             (gradient,) = torch.autograd.grad(output, top, final.grad)
         return total, gradient
+
+    @torch.no_grad()
+    def after_layers(self, tokens_BT: Tensor, top_BTD: Tensor) -> Tensor:
+        """Return what the head reads, [B, T, D], for outputs of the last layer [B, T, D]."""
+        return self._after_layers(tokens_BT.to(self.placement.device), top_BTD)
+
+    def _after_layers(self, tokens_BT: Tensor, top_BTD: Tensor) -> Tensor:
+        self._recorders[-1].replacement = top_BTD
+        try:
+            return self.model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        finally:
+            self._recorders[-1].replacement = None
 
     def release(self) -> None:
         """Free the embeddings and the head, which the layers do not need."""

@@ -59,9 +59,7 @@ class Budget:
 
     def widths(self, site: Site) -> list[int]:
         """Return the numbers of channels that an FFN site may keep, ascending."""
-        multiple = self._options.ffn.ffn_multiple
-        low = min(multiple, site.units)
-        return [*range(-(-low // multiple) * multiple, site.units, multiple), site.units]
+        return ffn_widths(site, self._options.ffn.ffn_multiple)
 
     def channels(self, layer: int, site: Site, wanted: float) -> int:
         """Return how many channels an FFN site keeps.
@@ -144,6 +142,11 @@ class Budget:
                 f"sparsity {sparsity:g} was asked for, but with {given} the possible widths reach only {reached:.4f}; "
                 f"lower {'it' if len(multiples) == 1 else 'them'} or change the sparsity."
             )
+
+
+def ffn_widths(site: Site, multiple: int) -> list[int]:
+    """Return the numbers of channels that an FFN site may keep, ascending: multiples, and all of them."""
+    return [*range(multiple, site.units, multiple), site.units]
 
 
 def allowed_miss(steps: Sequence[float], total: float) -> float:

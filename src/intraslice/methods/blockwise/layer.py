@@ -22,7 +22,7 @@ from intraslice.layers.weights import FFNEdit, ValueEdit, attention_shape, fuse_
 from intraslice.methods.blockwise.budget import Budget
 from intraslice.methods.blockwise.channels import select_channels, solve_down
 from intraslice.methods.blockwise.distill import Distilled, distill_site
-from intraslice.methods.blockwise.heads import choose_qk, solve_value
+from intraslice.methods.blockwise.heads import AttentionStats, choose_qk, solve_value
 from intraslice.methods.blockwise.iter_pca import iterate_pca
 from intraslice.methods.blockwise.measure import (
     OutputAim,
@@ -34,10 +34,11 @@ from intraslice.methods.blockwise.measure import (
     with_gain,
 )
 from intraslice.methods.blockwise.options import AttentionOptions, BlockwiseOptions, FFNOptions
+from intraslice.methods.blockwise.repairs import OutputMoments
 from intraslice.methods.blockwise.strategies import BASES, SCORES
 from intraslice.runtime.families_intraslice import LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention
-from intraslice.streaming.hidden import Streams
+from intraslice.streaming.hidden import HiddenStates, Streams
 from intraslice.streaming.model import StreamedModel
 from intraslice.streaming.propagate import propagate_ffn
 
@@ -125,9 +126,9 @@ def prune_layer(
                     granted, spent = 0.0, 0
                 continue
             if site.kind == ATTENTION:
-                pruned = _prune_attention(model, layer, index, streams, planned, plan, options.attention)
+                pruned = prune_attention(model, layer, index, streams, planned, plan, options.attention)
                 heads, errors[site.name] = pruned.heads, pruned.error
-                granted, spent = granted + planned, spent + _attention_cost(model, pruned.shape)
+                granted, spent = granted + planned, spent + attention_cost(model, pruned.shape)
                 if options.distills(site.kind):
                     distilled[site.name] = _distill(model, layer, index, site, streams, options)
                 continue
@@ -174,13 +175,15 @@ def _drop_site(
 
 
 @dataclass(frozen=True)
-class _PrunedAttention:
+class AttentionOutcome:
+    """What pruning an attention site produced: its shape, the kept query heads, and the relative squared error."""
+
     shape: LayerShape
     heads: tuple[int, ...]
     error: float
 
 
-def _prune_attention(
+def prune_attention(
     model: StreamedModel,
     layer: DecoderLayer,
     index: int,
@@ -188,7 +191,20 @@ def _prune_attention(
     budget: float,
     plan: LayerPlan,
     options: AttentionOptions,
-) -> _PrunedAttention:
+    stats: AttentionStats | None = None,
+) -> AttentionOutcome:
+    """Prune the attention of a layer in place, and advance the dense stream through it.
+
+    Args:
+        model: the streamed model the layer belongs to.
+        layer: its attention is dense.
+        index: number of the layer.
+        streams: inputs of the layer.
+        budget: linear weights that may stay.
+        plan: of this layer.
+        options: of attention.
+        stats: what `attention_stats` gives for this layer and these streams, where it was measured before.
+    """
     dense, whole_shape = layer.attention, model.dense_shapes[index]
     gain = layer.output_gain(ATTENTION)
     weights = read_attention(layer, whole_shape)
@@ -196,9 +212,8 @@ def _prune_attention(
     if options.measured_on == "dense_stream":
         assert streams.dense is not None
         measured = streams.dense
-    stats = attention_stats(
-        model, layer, measured, SCORES[options.score].needs_full_moment, BASES[options.basis].needs_values
-    )
+    if stats is None:
+        stats = stats_of_attention(model, layer, measured, options)
     pairs = model.pairs_to_channels(index)
     # The factors behind o count where something is chosen or solved; what is written leaves them out, because the trial
     # shares with the dense attention whatever keeps its size.
@@ -237,10 +252,19 @@ def _prune_attention(
     shape = attention_shape(per_kv, fused, ffn_width, output_bias=output_bias, headed_qk_norm=headed)
     write_attention(layer, model.config, index, shape, fused, edit.rope_pairs)
     _round_to_saved(model, layer.attention)
-    return _PrunedAttention(shape, edit.heads, error)
+    return AttentionOutcome(shape, edit.heads, error)
 
 
-def _attention_cost(model: StreamedModel, shape: LayerShape) -> int:
+def stats_of_attention(
+    model: StreamedModel, layer: DecoderLayer, hidden: HiddenStates, options: AttentionOptions
+) -> AttentionStats:
+    """Measure what the choice of heads and directions reads."""
+    needs = (SCORES[options.score].needs_full_moment, BASES[options.basis].needs_values)
+    return attention_stats(model, layer, hidden, *needs)
+
+
+def attention_cost(model: StreamedModel, shape: LayerShape) -> int:
+    """Return the linear weights of the attention of a layer of this shape."""
     return model.spec.num_parameters(replace(shape, intermediate_size=0), model.config.hidden_size)
 
 
@@ -258,20 +282,43 @@ def _prune_ffn(
 ) -> tuple[int, float]:
     """Return the kept channels and the error."""
     moments = ffn_moments(model, layer, streams, dense, options)
-    shape = layer.shape
     keep = budget.channels(index, site, wanted)
-    weights, gain = read_ffn(layer, shape), layer.output_gain(FFN)
-    down = with_gain(weights.down, gain)
-    reading = [matrix for matrix in (weights.up, weights.gate) if matrix is not None]
-    channels = select_channels(moments, down, keep, options, reading, plan.measured(site.name))
-    edit, error = solve_down(moments, down, channels, options)
-    if plan.iter_pca and keep < shape.intermediate_size:
+    edit, error = solve_ffn(layer, moments, keep, options, plan.measured(site.name))
+    if plan.iter_pca and keep < layer.shape.intermediate_size:
+        down = with_gain(read_ffn(layer, layer.shape).down, layer.output_gain(FFN))
         replay = _Replay(layer, streams, down, options)
         edit, error = iterate_pca(replay, moments, edit, error, options)
-    shape = replace(shape, intermediate_size=keep, output_bias=shape.output_bias or edit.down_bias is not None)
+    write_solved_ffn(model, layer, index, edit)
+    return keep, error
+
+
+def solve_ffn(
+    layer: DecoderLayer, moments: OutputMoments, keep: int, options: FFNOptions, scores_F: Tensor | None = None
+) -> tuple[FFNEdit, float]:
+    """Choose channels of an FFN and solve its output projection; return the edit and its relative squared error.
+
+    Args:
+        layer: its FFN is dense.
+        moments: sums over the site.
+        keep: how many channels stay.
+        options: of FFNs.
+        scores_F: scores that were measured before the first layer changed, [F].
+    """
+    weights = read_ffn(layer, layer.shape)
+    down = with_gain(weights.down, layer.output_gain(FFN))
+    reading = [matrix for matrix in (weights.up, weights.gate) if matrix is not None]
+    channels = select_channels(moments, down, keep, options, reading, scores_F)
+    return solve_down(moments, down, channels, options)
+
+
+def write_solved_ffn(model: StreamedModel, layer: DecoderLayer, index: int, edit: FFNEdit) -> None:
+    """Write what was solved with the factors behind the output projection into a layer whose FFN is dense."""
+    shape, gain = layer.shape, layer.output_gain(FFN)
+    weights = read_ffn(layer, shape)
+    bias = shape.output_bias or edit.down_bias is not None
+    shape = replace(shape, intermediate_size=edit.down_weight.shape[1], output_bias=bias)
     write_ffn(layer, model.config, index, shape, fuse_ffn(weights, _without_gain(edit, gain)))
     _round_to_saved(model, layer.ffn)
-    return keep, error
 
 
 def _without_gain(edit: _Edit, gain: Tensor | None) -> _Edit:

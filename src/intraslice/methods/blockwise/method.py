@@ -18,7 +18,7 @@ from intraslice.methods.blockwise.distill import num_held_out
 from intraslice.methods.blockwise.gradient_pass import pass_seconds
 from intraslice.methods.blockwise.layer import LayerPlan, prune_layer
 from intraslice.methods.blockwise.options import BlockwiseOptions
-from intraslice.methods.blockwise.plan import allocate, gradient_path, reads_gradients, reads_weight_gradients
+from intraslice.methods.blockwise.plan import allocate, measured_path, reads_gradients, reads_weight_gradients
 from intraslice.methods.blockwise.weight_gradients import measure_taylor
 from intraslice.streaming.hidden import Streams
 from intraslice.streaming.propagate import propagate_layer
@@ -75,10 +75,9 @@ class Blockwise:
         return allocation.to_dict()
 
     def plan_seconds(self, context: Context) -> float:
-        """Return what a kept gradient pass has cost."""
-        if not reads_gradients(self._options, context.sparsity):
-            return 0.0
-        return pass_seconds(gradient_path(context, self._options))
+        """Return what a kept gradient pass, or kept divergences, have cost."""
+        path = measured_path(context, self._options)
+        return 0.0 if path is None else pass_seconds(path)
 
     def open(self, context: Context, plan: dict[str, Any], carry: Any) -> _State:
         """Return the streams at the input of the first layer, and the budget."""

@@ -272,6 +272,13 @@ class BlockwiseOptions:
                 f"allocation.rule = {rule} (method {method}) does not rank; leave shapes free, as --target "
                 "transformers does, or use --set allocation.rule=mask_gradient."
             )
+        for name, site in (("attention", self.attention), ("ffn", self.ffn)):
+            needs_gradients = strategies.SCORES[site.score].needs_gradients and f"{name}.score" in self.read()
+            if self.rule.measures == "divergences" and needs_gradients:
+                return (
+                    f"allocation.rule = {rule} prunes each site before any gradient is measured, but {name}.score = "
+                    f"{site.score} (method {method}) reads them; take another score, or another allocation.rule."
+                )
         if freedom != "free" and self.attention.heads == "all":
             return (
                 f"attention.heads = all (method {method}) keeps every head, but allocation.shape_freedom = {freedom} "

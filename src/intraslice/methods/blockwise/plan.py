@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from intraslice.errors import RecipeError
 from intraslice.layers.decoder import blocks_are_parallel
@@ -15,10 +16,12 @@ from intraslice.methods.blockwise.allocators.drop import choose_dropped
 from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients
 from intraslice.methods.blockwise.allocators.shapes import ShapeGrid, allocate_shapes
 from intraslice.methods.blockwise.allocators.uniform import allocate_uniform
+from intraslice.methods.blockwise.divergence_pass import DIVERGENCE_VERSION, measure_divergences
 from intraslice.methods.blockwise.gradient_pass import PASS_VERSION, measure_gradients
 from intraslice.methods.blockwise.options import BlockwiseOptions
 from intraslice.methods.blockwise.profile_pass import profile_layers
 from intraslice.methods.blockwise.strategies import SCORES
+from intraslice.methods.choices import option_values
 from intraslice.streaming.model import StreamedModel
 
 
@@ -39,25 +42,42 @@ def rotates_exactly(options: BlockwiseOptions) -> bool:
     return "allocation.rotation" in options.read() and options.allocation.rotation == "exact"
 
 
-def gradient_path(context: Context, options: BlockwiseOptions) -> Path:
-    """Return the file of the gradient pass: of this run, or one that is kept for all runs that would repeat it.
+def measured_path(context: Context, options: BlockwiseOptions) -> Path | None:
+    """Return the file of what the plan measures: of this run, or one that is kept for all runs that would repeat it.
 
-    A kept one is named by everything that decides it, and nothing else.
+    A kept one is named by everything that decides it, and nothing else. None where nothing is measured that is worth
+    keeping.
     """
+    measures = options.rule.measures
+    if context.sparsity == 0 or measures not in _DIGESTS:
+        return None
     if not context.run.gradient_folder:
-        return context.folder / "gradients.safetensors"
-    return Path(context.run.gradient_folder) / f"gradients-{gradient_digest(context, options)[:32]}.safetensors"
+        return context.folder / f"{measures}.safetensors"
+    return Path(context.run.gradient_folder) / f"{measures}-{_DIGESTS[measures](context, options)[:32]}.safetensors"
 
 
 def gradient_digest(context: Context, options: BlockwiseOptions) -> str:
     """Return a sha256 of everything that decides the gradient pass."""
-    decides = {name: context.identity[name] for name in ("model", "device", "batch_tokens", "compute", "matmul")}
-    decides["tokens"] = context.identity["calibration"]["fingerprint"]
-    decides["num_channel_groups"] = options.allocation.num_channel_groups
-    decides["version"] = PASS_VERSION
+    decides: dict[str, Any] = {"num_channel_groups": options.allocation.num_channel_groups, "version": PASS_VERSION}
     if rotates_exactly(options):
         decides["rotated"] = True
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return _digest(context, decides)
+
+
+def divergence_digest(context: Context, options: BlockwiseOptions) -> str:
+    """Return a sha256 of everything that decides what the losses of the sites cost."""
+    read = {name: value for name, value in option_values(options).items() if name in options.read()}
+    return _digest(context, {"sparsity": context.sparsity, "options": read, "version": DIVERGENCE_VERSION})
+
+
+def _digest(context: Context, decides: Mapping[str, Any]) -> str:
+    names = ("model", "device", "batch_tokens", "compute", "matmul")
+    of_run = {name: context.identity[name] for name in names}
+    of_run["tokens"] = context.identity["calibration"]["fingerprint"]
+    return hashlib.sha256(json.dumps({**of_run, **decides}, sort_keys=True).encode()).hexdigest()
+
+
+_DIGESTS = {"gradients": gradient_digest, "divergences": divergence_digest}
 
 
 def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
@@ -82,7 +102,10 @@ def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
     grid = _shape_grid(model, options)
     if context.sparsity == 0:
         return units.to_weight_fractions(allocate_uniform(None, units.sites, units.sparsity, rules))
-    measured = None
+    measured: Any = None
+    kept: dict[str, Any] = {}
+    if (path := measured_path(context, options)) is not None:
+        kept = {"save_path": path, "measured": _DIGESTS[options.rule.measures](context, options)}
     if options.rule.measures == "profile":
         measured = profile_layers(model, context.embedded(), context.progress)
     elif options.rule.measures == "gradients":
@@ -92,8 +115,17 @@ def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
             boundary_bytes=context.run.boundary_bytes,
             num_channel_groups=rules.num_channel_groups,
             rotated=rotates_exactly(options),
-            save_path=gradient_path(context, options),
-            measured=gradient_digest(context, options),
+            **kept,
+            progress=context.progress,
+        )
+    elif options.rule.measures == "divergences":
+        measured = measure_divergences(
+            model,
+            context.tokens,
+            context.sparsity,
+            options,
+            boundary_bytes=context.run.boundary_bytes,
+            **kept,
             progress=context.progress,
         )
     sites, sparsity = model.sites, context.sparsity

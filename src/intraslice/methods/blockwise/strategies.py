@@ -277,7 +277,8 @@ class AllocationRule(Row):
 
     Attributes:
         measures: what the rule reads of the dense model: "nothing", "profile" (one forward pass, profile_pass.py), or
-            "gradients" (a backward pass per sequence, gradient_pass.py).
+            "gradients" (a backward pass per sequence, gradient_pass.py), or "divergences" (each site pruned alone,
+            divergence_pass.py).
     """
 
     measures: str = "nothing"
@@ -298,6 +299,11 @@ ALLOCATION_RULES: dict[str, AllocationRule] = {
             "allocation.drop_blocks",
         ),
         paper="IntraSlice, Eq. 9-11",
+    ),
+    "divergence": AllocationRule(
+        summary="where the next weight costs the same: each site is pruned alone, and predictions are compared",
+        function=f"{_ALLOCATORS}.divergence:allocate_by_divergence",
+        measures="divergences",
     ),
     "uniform": AllocationRule(
         summary="the same share of every layer",

@@ -1,0 +1,266 @@
+"""What each site's loss costs: the site is pruned alone, in a dense model, and the predictions are compared.
+
+A wave of layers is pruned site by site, each at several losses; what comes out runs on through the dense layers above,
+all of it side by side, so that each layer is loaded once for a wave. A wave is as wide as `boundary_bytes` allows.
+
+Shapes: B sequences of a batch, T tokens, D hidden_size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from intraslice.checkpoint.tensorfile import read_sealed, write_tensors
+from intraslice.errors import CheckpointError, NumericalError
+from intraslice.layers.decoder import DecoderLayer
+from intraslice.layers.head import LanguageHead
+from intraslice.layers.sites import ATTENTION
+from intraslice.methods.blockwise.allocators.divergence import SiteDivergences
+from intraslice.methods.blockwise.budget import ffn_widths
+from intraslice.methods.blockwise.layer import (
+    LayerPlan,
+    attention_cost,
+    prune_attention,
+    solve_ffn,
+    stats_of_attention,
+    write_solved_ffn,
+)
+from intraslice.methods.blockwise.measure import ffn_moments
+from intraslice.methods.blockwise.options import BlockwiseOptions
+from intraslice.progress import Progress
+from intraslice.streaming.hidden import HiddenStates, Streams, embedded_states
+from intraslice.streaming.model import StreamedModel
+from intraslice.streaming.propagate import propagate_layer
+
+FIT_TOKENS = 16384
+"""How many tokens, in whole batches, the pruned sites are fitted to."""
+
+DIVERGENCE_VERSION = 1
+"""Part of what a kept measurement is named by: raise it when what is measured, or the form of the file, changes."""
+
+JUDGE_TOKENS = 2048
+"""How many other tokens the predictions are compared on."""
+
+JUDGED_POSITIONS = 512
+"""At how many of their positions: those are the only ones whose logits are made."""
+
+_LOGIT_POSITIONS = 128  # positions whose logits exist at once
+
+_LOSSES = (0.7, 2.0)
+"""What a site loses when it is tried, times the sparsity of the model. No site is given a loss beyond the last one:
+costs grow faster than any curve through smaller losses says."""
+
+
+@dataclass
+class _Branch:
+    """A model in which one site is pruned: where the states of its tokens are now."""
+
+    layer: int
+    site: str
+    lost: float
+    states: HiddenStates
+
+
+@torch.no_grad()
+def measure_divergences(
+    model: StreamedModel,
+    tokens_ST: Tensor,
+    sparsity: float,
+    options: BlockwiseOptions,
+    *,
+    boundary_bytes: int,
+    save_path: Path,
+    measured: str = "",
+    progress: Progress,
+) -> SiteDivergences:
+    """Return what some losses of each site cost.
+
+    Sites are repaired against their own output: in a dense model there is no drift to repair.
+
+    Args:
+        model: the streamed dense model.
+        tokens_ST: calibration token ids, [S, T].
+        sparsity: around which losses are tried.
+        options: how a site is pruned.
+        boundary_bytes: memory for the states of a wave.
+        save_path: file that holds what is measured, written after each wave.
+        measured: digest of everything that decides it; measurements of something else are not taken.
+        progress: shows the layers.
+
+    Raises:
+        NumericalError: activations or logits are NaN or infinite.
+    """
+    fit_tokens, judge_tokens = _split(tokens_ST, model.batch_shape[0])
+    cap = options.allocation.max_site_sparsity
+    losses = sorted({min(sparsity * factor, cap) for factor in _LOSSES})
+    alone = replace(
+        options,
+        attention=replace(options.attention, repair_against="own_output", measured_on="pruned_stream"),
+        ffn=replace(options.ffn, repair_against="own_output", measured_on="pruned_stream"),
+    )
+    layers, costs = model.num_layers, _Costs(save_path, measured, progress)
+    if costs.done == layers:
+        return costs.all(layers)
+    fit, judge = embedded_states(model, fit_tokens, None), embedded_states(model, judge_tokens, None)
+    reference = judge.clone()
+    states_bytes = judge_tokens.numel() * model.config.hidden_size * model.placement.compute_dtype.itemsize
+    wave = max(1, boundary_bytes // (states_bytes * len(losses) * max(map(len, model.sites.layers))))
+    starts = range(costs.done, layers, wave)
+    total = layers + sum(layers - first for first in starts)
+    with progress.step("divergence of each site", total=total) as advance:
+        started = time.monotonic()
+        for index in range(layers):
+            layer = model.load_layer(index)
+            for states in (reference, fit, judge) if index < costs.done else (reference,):
+                propagate_layer(layer, states)
+            advance(1)
+        for first in starts:
+            stop = min(first + wave, layers)
+            branches: list[_Branch] = []
+            for index in range(first, layers):
+                layer = model.load_layer(index)
+                for branch in branches:
+                    propagate_layer(layer, branch.states)
+                if index < stop:
+                    branches += _trials(model, layer, index, fit, judge, losses, alone)
+                    propagate_layer(layer, fit)
+                    propagate_layer(layer, judge)
+                advance(1)
+            found = _divergences(model, judge_tokens, reference, [branch.states for branch in branches])
+            costs.add(branches, found, stop, time.monotonic() - started)
+            started = time.monotonic()
+    return costs.all(layers)
+
+
+class _Costs:
+    """What has been measured so far; saved after each wave so that an interrupted run goes on from there.
+
+    Args:
+        path: file of it; what it holds is taken if it was measured for the same.
+        measured: digest of everything that decides it.
+        progress: is told when the file cannot be used.
+    """
+
+    def __init__(self, path: Path, measured: str, progress: Progress) -> None:
+        self._path, self._measured = path, measured
+        self._found: dict[tuple[int, str], list[tuple[float, float]]] = {}
+        self.done, self.seconds = 0, 0.0
+        if not path.exists():
+            return
+        try:
+            tensors = read_sealed(path, measured)
+        except CheckpointError as error:
+            progress.note(f"{error}; the divergences are measured again")
+            return
+        self.done, self.seconds = int(tensors.pop("done")), float(tensors.pop("seconds"))
+        for name, points in tensors.items():
+            layer, _, site = name.partition(".")
+            self._found[int(layer), site] = [(float(lost), float(cost)) for lost, cost in points]
+
+    def add(self, branches: Sequence[_Branch], divergences: Sequence[float], done: int, seconds: float) -> None:
+        """Add a wave up to layer `done`, and what it has cost; write the file."""
+        for branch, divergence in zip(branches, divergences, strict=True):
+            self._found.setdefault((branch.layer, branch.site), []).append((branch.lost, divergence))
+        self.done = done
+        self.seconds += seconds
+        points = {
+            f"{layer}.{site}": torch.tensor(found, dtype=torch.float64) for (layer, site), found in self._found.items()
+        }
+        numbers = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in ("done", "seconds")}
+        write_tensors(self._path, {**points, **numbers}, sealed_for=self._measured)
+
+    def all(self, layers: int) -> SiteDivergences:
+        """Return the measurements of all layers."""
+        costs: list[dict[str, tuple[tuple[float, float], ...]]] = [{} for _ in range(layers)]
+        for (layer, site), points in sorted(self._found.items()):
+            costs[layer][site] = tuple(sorted(points))
+        return SiteDivergences(tuple(costs))
+
+
+def _split(tokens_ST: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Return the sequences that sites are fitted to and those that judge, in whole batches; one batch does both."""
+    batches, tokens = len(tokens_ST) // batch, batch * tokens_ST.shape[1]
+    if batches < 2:
+        return tokens_ST, tokens_ST
+    judge = max(1, min(JUDGE_TOKENS // tokens, batches // 4))
+    fit = max(1, min(FIT_TOKENS // tokens, batches - judge))
+    return tokens_ST[: fit * batch], tokens_ST[fit * batch : (fit + judge) * batch]
+
+
+def _trials(
+    model: StreamedModel,
+    layer: DecoderLayer,
+    index: int,
+    fit: HiddenStates,
+    judge: HiddenStates,
+    losses: Sequence[float],
+    options: BlockwiseOptions,
+) -> list[_Branch]:
+    """Prune each site of a dense layer at each loss; return what comes out of the layer."""
+    branches = []
+    stats = moments = None
+    for site in model.sites.layers[index]:
+        for loss in losses:
+            trial = model.load_layer(index)
+            if site.kind == ATTENTION:
+                stats = stats or stats_of_attention(model, layer, fit, options.attention)
+                outcome = prune_attention(
+                    model,
+                    trial,
+                    index,
+                    Streams(pruned=fit, dense=None),
+                    (1.0 - loss) * site.num_weights,
+                    LayerPlan(iter_pca=False),
+                    options.attention,
+                    stats,
+                )
+                kept = attention_cost(model, outcome.shape)
+            else:
+                if moments is None:
+                    streams = Streams(pruned=fit.clone(), dense=None)
+                    moments = ffn_moments(model, layer, streams, layer.attention, options.ffn)
+                widths = ffn_widths(site, options.ffn.ffn_multiple)
+                keep = min(widths, key=lambda width: abs(width - (1.0 - loss) * site.units))
+                edit, _ = solve_ffn(trial, moments, keep, options.ffn)
+                write_solved_ffn(model, trial, index, edit)
+                kept = keep * site.unit_weights
+            if kept < site.num_weights:
+                states = judge.clone()
+                propagate_layer(trial, states)
+                branches.append(_Branch(index, site.name, 1.0 - kept / site.num_weights, states))
+    return branches
+
+
+def _divergences(
+    model: StreamedModel, tokens_ST: Tensor, reference: HiddenStates, branches: Sequence[HiddenStates]
+) -> list[float]:
+    """Return the mean over the judged positions of KL(dense || branch), in nats.
+
+    Args:
+        model: the streamed model.
+        tokens_ST: token ids of the sequences.
+        reference: outputs of the last layer of the dense model.
+        branches: the same of the others.
+    """
+    head = LanguageHead(model.model)
+    total = torch.zeros(len(branches), dtype=torch.float64)
+    count, stride = 0, -(-tokens_ST.numel() // JUDGED_POSITIONS)
+    for part in reference.slices():
+        ends = [model.after_layers(tokens_ST[part], states.read(part)) for states in (reference, *branches)]
+        dense, *others = (end.flatten(0, 1)[stride - 1 :: stride] for end in ends)
+        for start in range(0, len(dense), _LOGIT_POSITIONS):
+            at = slice(start, start + _LOGIT_POSITIONS)
+            expected = head(dense[at]).float().log_softmax(-1)
+            for number, other in enumerate(others):
+                found = head(other[at]).float().log_softmax(-1)
+                total[number] += float((expected.exp() * (expected - found)).sum(dtype=torch.float64))
+        count += len(dense)
+    if not torch.isfinite(total).all():
+        raise NumericalError("the logits of a model with one pruned site are NaN or infinite.")
+    return (total / count).tolist()
