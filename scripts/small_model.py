@@ -33,9 +33,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # Norms of outputs, and logits with a cap. Windows longer than the texts: they are another thing.
     "gemma2": {"query_pre_attn_scalar": 48, "sliding_window": 1024, "final_logit_softcapping": 30.0},
     # Transposed matrices and learned positions; heads are as wide as hidden_size says.
-    "gpt2": {**_OWN_HEADS, "n_inner": 320},
+    "gpt2": {**_OWN_HEADS, "n_inner": 512},
     # One kv head, and parallel blocks.
-    "falcon": {**_OWN_HEADS, "ffn_hidden_size": 320},
+    "falcon": {**_OWN_HEADS, "ffn_hidden_size": 512},
 }
 
 

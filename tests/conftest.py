@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 # Before transformers and datasets are imported: a test must never reach for the network.
@@ -13,6 +14,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 import pytest
 import torch
 
+from support.refusal import Refused, refusal
 from support.tiny import make_tiny, tiny_tokenizer
 
 # Two threads gain nothing on models this small, and one makes every number repeatable.
@@ -46,6 +48,12 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
         return make_tiny(family, tmp_path / f"model-{family}", **overrides)  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str]) -> Refused:
+    """Return a function that runs a command which must be refused, and returns its one line on standard error."""
+    return partial(refusal, capfd)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,13 @@ import pytest
 import torch
 
 from intraslice.checkpoint.source import open_checkpoint
-from intraslice.cli.app import main
 from intraslice.errors import CheckpointError
 from intraslice.loading import load_config, load_model
 from intraslice.runtime import RUNTIME_FILES
 from support.processes import BLOCK_PACKAGE, run_python
 from support.pruned import FREE, save_pruned
+from support.refusal import Refused
 from support.tiny_composites import make_composite
-
-Refused = Callable[..., str]
-
-
-@pytest.fixture
-def refused(capfd) -> Refused:
-    """Return a function that checks for status 2 and one line on standard error, and returns that line."""
-
-    def call(*arguments: object) -> str:
-        capfd.readouterr()
-        assert main([str(argument) for argument in arguments]) == 2
-        (line,) = [line for line in capfd.readouterr().err.splitlines() if line]
-        assert line.startswith("error: ") and len(line) < 800
-        return line
-
-    return call
 
 
 def change(folder: Path, **fields: Any) -> None:

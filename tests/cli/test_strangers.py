@@ -12,29 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from intraslice.checkpoint.tokenizer import open_tokenizer
-from intraslice.cli.app import MAX_SENTENCE, main
+from intraslice.cli.app import main
 from intraslice.comparison.tables import write_outputs
 from intraslice.data import encoding
 from intraslice.errors import CheckpointError
 from support.prune import prune
+from support.refusal import Refused
 from support.sample_comparison import sample
 from support.task_rows import ROWS, write_tasks
-
-Refused = Callable[..., str]
-
-
-@pytest.fixture
-def refused(capfd) -> Refused:
-    """Return a function that checks for status 2 and one line on standard error, and returns that line."""
-
-    def call(*arguments: object) -> str:
-        capfd.readouterr()
-        assert main([str(argument) for argument in arguments]) == 2
-        (line,) = [line for line in capfd.readouterr().err.splitlines() if line]
-        assert line.startswith("error: ") and len(line) <= MAX_SENTENCE + 20
-        return line
-
-    return call
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from intraslice.errors import BudgetError, NumericalError, UnsupportedModelError
 from intraslice.exporters.export import export_checkpoint
 from intraslice.inspection import inspect_model
 from intraslice.results.result import PruneResult
-from intraslice.runtime.configuration_intraslice import dense_config
+from intraslice.runtime.configuration_intraslice import CACHE_ARGUMENT, dense_config
 from intraslice.runtime.families_intraslice import FAMILIES as SPECS
 from intraslice.runtime.families_intraslice import LayerShape
 from support.progress import Notes, StopAt
@@ -51,7 +51,7 @@ def test_the_budget_counts_stored_tensors_and_the_model_runs(method, family, tin
     with torch.no_grad():
         whole = model(tokens).logits
         cache = DynamicCache(config=model.config)
-        steps = [model(tokens[:, i : i + 4], past_key_values=cache).logits for i in (0, 4, 8)]
+        steps = [model(tokens[:, i : i + 4], **{CACHE_ARGUMENT: cache}).logits for i in (0, 4, 8)]
     assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-4)
     assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (2, 15)
     states = model(tokens, output_hidden_states=True).hidden_states

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from intraslice.inspection import family_of
 from intraslice.loading import load_model
 from intraslice.placement import Placement
+from intraslice.runtime.configuration_intraslice import CACHE_ARGUMENT
 from intraslice.speed.bench import BenchOptions
 from intraslice.speed.layer_bench import bench_layers
 from intraslice.speed.layer_speed import LayerHost
@@ -45,8 +46,8 @@ def test_a_layer_computes_what_it_computes_in_the_model(family, tiny_folder):
     host = LayerHost(load_model(folder, device="cpu")[0], spec.layers, CPU)
     prompt, token = host.tokens(2, 9), host.tokens(2, 1)
     with torch.no_grad():
-        whole.base_model(input_ids=prompt, past_key_values=cache, use_cache=True)
-        whole.base_model(input_ids=token, past_key_values=cache, use_cache=True)
+        whole.base_model(input_ids=prompt, **{CACHE_ARGUMENT: cache}, use_cache=True)
+        whole.base_model(input_ids=token, **{CACHE_ARGUMENT: cache}, use_cache=True)
     handle.remove()
     host.layers[0].register_forward_hook(keep("alone"), with_kwargs=True)
     own = host.empty_cache()

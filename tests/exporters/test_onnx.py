@@ -17,6 +17,7 @@ from intraslice.exporters import onnx as exporter
 from intraslice.exporters import verify as verification
 from intraslice.exporters.options import ExportOptions, ExportReport
 from intraslice.progress import SilentProgress
+from intraslice.runtime.configuration_intraslice import CACHE_ARGUMENT
 from intraslice.runtime.families_intraslice import LayerShape
 from support.pruned import prune_family, save_pruned
 from support.tiny import VOCAB_SIZE
@@ -80,8 +81,8 @@ class Exported:
         past = None
         cache: list[Any] = []
         for start, stop in [(0, length), *((at, at + 1) for at in range(length, length + steps))]:
-            expected = self.model(ids[:, start:stop], past_key_values=past, use_cache=True)
-            past = expected.past_key_values
+            expected = self.model(ids[:, start:stop], **{CACHE_ARGUMENT: past}, use_cache=True)
+            past = expected[CACHE_ARGUMENT]
             run = (self.run_decode, ids[:, start:stop], cache) if start else (self.run_prefill, ids[:, :stop])
             logits, cache = run[0](*run[1:])
             torch.testing.assert_close(logits.float(), expected.logits, atol=atol, rtol=0)

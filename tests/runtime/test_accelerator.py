@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from intraslice.runtime.configuration_intraslice import CACHE_ARGUMENT
 from support.tiny_models import ONE_PER_FAMILY, pruned_model, tokens
 
 pytestmark = [
@@ -35,7 +36,7 @@ def test_half_precision_decodes_like_it_prefills(dtype):
     ids = tokens().to(device)
     with torch.no_grad():
         full = model(ids).logits
-        cache = model(ids[:, :12], use_cache=True).past_key_values
-        step = model(ids[:, 12:], past_key_values=cache).logits
+        cache = model(ids[:, :12], use_cache=True)[CACHE_ARGUMENT]
+        step = model(ids[:, 12:], **{CACHE_ARGUMENT: cache}).logits
     # Prefill and decode take different kernels; both dtypes have at least 8 bits of mantissa.
     assert (step[:, 0] - full[:, 12]).norm() < 0.05 * full[:, 12].norm()

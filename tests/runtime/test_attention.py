@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from intraslice.runtime.configuration_intraslice import dense_shape
+from intraslice.runtime.configuration_intraslice import CACHE_ARGUMENT, dense_shape
 from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention, apply_layer_shape, pair_channels
 from support.tiny_models import CASES, dense_model, pruned_model, tokens
@@ -71,8 +71,8 @@ def test_cached_decode_equals_full_forward(case, attention, build):
         full = model(ids, attention_mask=mask).logits
         cache, steps = None, []
         for start, stop in [(0, 6), (6, 9), *((i, i + 1) for i in range(9, 13))]:
-            out = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(ids[:, start:stop], attention_mask=mask[:, :stop], **{CACHE_ARGUMENT: cache}, use_cache=True)
+            cache = out[CACHE_ARGUMENT]
             steps.append(out.logits)
     tolerance = EAGER if attention == "eager" else FLOAT64
     torch.testing.assert_close(torch.cat(steps, 1)[mask == 1], full[mask == 1], **tolerance)
@@ -80,7 +80,7 @@ def test_cached_decode_equals_full_forward(case, attention, build):
 
 def test_cache_holds_only_what_is_kept():
     model = pruned_model("llama-gqa-biases")
-    cache = model(tokens(), use_cache=True).past_key_values
+    cache = model(tokens(), use_cache=True)[CACHE_ARGUMENT]
     for layer, shape in zip(cache.layers, model.config.layer_shapes, strict=True):
         assert layer.keys.shape == (2, shape.num_key_value_heads, 13, shape.qk_head_dim)
         assert layer.values.shape == (2, shape.num_key_value_heads, 13, shape.v_head_dim)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from intraslice.layers.state_dict import as_linears, below
-from intraslice.runtime.configuration_intraslice import dense_shapes, family_of, pruned_config
+from intraslice.runtime.configuration_intraslice import CACHE_ARGUMENT, dense_shapes, family_of, pruned_config
 from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.speed.worker import _cache_bytes
 from support.family_cases import KNOWN_CASES, doubles, family_config, family_model, spec_of
@@ -76,7 +76,7 @@ def test_token_by_token_computes_the_same(case: str, gone: str) -> None:
     caches += [] if case in WINDOWS else [DynamicCache()]
     for cache in caches:
         steps = [text[:, :7], *text[:, 7:].split(1, dim=1)]
-        found = [model(step, past_key_values=cache, use_cache=True).logits for step in steps]
+        found = [model(step, **{CACHE_ARGUMENT: cache}, use_cache=True).logits for step in steps]
         assert (torch.cat(found, dim=1) - whole).abs().max() <= 1e-10
 
 
@@ -109,7 +109,7 @@ def test_every_family_can_lose_its_blocks(case: str) -> None:
         assert (whole - dense(text).logits).abs().max() <= 1e-10
         cache = DynamicCache(config=model.config)
         steps = [text[:, :7], *text[:, 7:].split(1, dim=1)]
-        found = [model(step, past_key_values=cache, use_cache=True).logits for step in steps]
+        found = [model(step, **{CACHE_ARGUMENT: cache}, use_cache=True).logits for step in steps]
         assert (torch.cat(found, dim=1) - whole).abs().max() <= 1e-10
 
 
@@ -131,7 +131,7 @@ def test_a_dropped_block_has_no_weights_and_hardly_a_cache() -> None:
     assert not [name for name in names if name.startswith("model.layers.1.")]
     assert not [name for name in names if name.startswith(("model.layers.0.self_attn", "model.layers.0.input"))]
     cache = DynamicCache(config=model.config)
-    model(tokens(2, 13), past_key_values=cache, use_cache=True)
+    model(tokens(2, 13), **{CACHE_ARGUMENT: cache}, use_cache=True)
     # One channel for the keys and one for the values of layer 0, nothing in layer 1, 4 heads of 8 in layer 2.
     assert _cache_bytes(cache, 2) == ((2 + 2 * 32) * 8, (2 + 2 * 32) * 8 * 13 * 2)
 

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from intraslice.runtime.configuration_intraslice import FAMILIES
+from intraslice.runtime.configuration_intraslice import CACHE_ARGUMENT, FAMILIES
 from support.tiny_models import ONE_PER_FAMILY, pruned_model, tokens
 from support.tolerances import EAGER, FLOAT64
 
@@ -21,8 +21,8 @@ def test_generate_is_the_same_with_every_cache(case, attention):
     assert without.shape == (2, 25)
     dynamic = DynamicCache(config=model.config)
     static = StaticCache(config=model.config, max_cache_len=32)
-    assert torch.equal(model.generate(tokens(), past_key_values=dynamic, **options), without)
-    assert torch.equal(model.generate(tokens(), past_key_values=static, **options), without)
+    assert torch.equal(model.generate(tokens(), **{CACHE_ARGUMENT: dynamic}, **options), without)
+    assert torch.equal(model.generate(tokens(), **{CACHE_ARGUMENT: static}, **options), without)
     by_name = model.generate(tokens(), cache_implementation="static", disable_compile=True, **options)
     assert torch.equal(by_name, without)
 
@@ -54,7 +54,7 @@ def test_attention_weights_and_hidden_states(case):
     for weights, shape in zip(out.attentions, model.config.layer_shapes, strict=True):
         assert weights.shape == (2, shape.num_attention_heads, 13, 13)
         torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
-    step = model(tokens(2, 1), past_key_values=model(tokens()).past_key_values, output_attentions=True)
+    step = model(tokens(2, 1), **{CACHE_ARGUMENT: model(tokens())[CACHE_ARGUMENT]}, output_attentions=True)
     visible = min(14, getattr(model.config, "sliding_window", None) or 14)
     for weights, shape in zip(step.attentions, model.config.layer_shapes, strict=True):
         assert weights.shape == (2, shape.num_attention_heads, 1, visible)
@@ -128,9 +128,9 @@ def test_decode_step_compiles_without_graph_breaks():
     with torch.no_grad():
         full = model(tokens()).logits
         cache = StaticCache(config=model.config, max_cache_len=16)
-        model(tokens()[:, :12], past_key_values=cache)
+        model(tokens()[:, :12], **{CACHE_ARGUMENT: cache})
         position_ids = torch.full((2, 1), 12)
-        step = compiled(tokens()[:, 12:], past_key_values=cache, position_ids=position_ids)
+        step = compiled(tokens()[:, 12:], **{CACHE_ARGUMENT: cache}, position_ids=position_ids)
     torch.testing.assert_close(step.logits, full[:, 12:], **FLOAT64)
 
 

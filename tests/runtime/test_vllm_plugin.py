@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from copy import deepcopy
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from intraslice import vllm_plugin
 from intraslice.runtime.configuration_intraslice import class_stem, dense_shape, known_families, pruned_config
 from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
 from intraslice.runtime.modeling_intraslice import PrunedAttention
+from support.family_cases import family_config, spec_of
 from support.tiny_models import ONE_PER_FAMILY, dense_config_of, pruned_model, randomise, tokens
 
 
@@ -157,7 +159,18 @@ def test_ragged_groups_are_refused_before_and_while_the_model_is_built(vllm):
 
 @pytest.mark.parametrize("case", ONE_PER_FAMILY)
 def test_the_attention_of_vllm_sees_one_width_and_gives_the_same(vllm, case):
-    config = even_config(case)
+    check_logits(vllm, even_config(case))
+
+
+@pytest.mark.parametrize("case", ["gpt2", "falcon", "falcon two norms"])
+def test_families_whose_stock_attention_vllm_cannot_call(vllm, case):
+    """The stock layers of Falcon cannot even be built for it."""
+    dense, spec = family_config(case), spec_of(case)
+    narrow = replace(dense_shape(dense, spec), v_head_dim=5, intermediate_size=7)
+    check_logits(vllm, pruned_config(dense, spec, [narrow] * dense.num_hidden_layers, method="random", recipe={}))
+
+
+def check_logits(vllm, config):
     # A copy, because a model changes the attention of the config it is given.
     expected = AutoModelForCausalLM.from_config(deepcopy(config), attn_implementation="sdpa").double().eval()
     randomise(expected)
@@ -170,7 +183,7 @@ def test_the_attention_of_vllm_sees_one_width_and_gives_the_same(vllm, case):
     with torch.no_grad():
         logits = actual(ids, use_cache=False).logits
         torch.testing.assert_close(logits, expected(ids, use_cache=False).logits, atol=1e-10, rtol=0)
-    assert vllm.calls == [0, 1, 2]
+    assert vllm.calls == list(range(config.num_hidden_layers))
 
 
 def test_vllm_finds_the_attention_call_in_the_source_of_forward():

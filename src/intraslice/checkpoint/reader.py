@@ -341,7 +341,7 @@ def check_shapes(config: Any, spec: FamilySpec, name: str) -> None:
 def build_skeleton(config: Any, name: str, dtype: torch.dtype) -> Any:
     """Return the stock causal language model of a config without weights (meta device).
 
-    Its attention is sdpa, or eager where the class says that it cannot be (scores with a cap).
+    Its attention is sdpa, or eager where that leaves something out (a cap of the scores).
 
     Raises:
         CheckpointError: no model can have such a config.
@@ -351,7 +351,9 @@ def build_skeleton(config: Any, name: str, dtype: torch.dtype) -> Any:
     # Some values only a model finds impossible, such as an unknown activation.
     with foreign(f"config.json of {name!r} is not valid", CheckpointError), torch.device("meta"):
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        attention = "sdpa" if model_class._supports_sdpa else "eager"
+        # Not all releases of transformers say of classes with a cap that sdpa does not know it.
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        attention = "sdpa" if model_class._supports_sdpa and not capped else "eager"
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -726,11 +727,28 @@ def _shape_layers(model: Any, config: Any) -> None:
     model.post_init()
 
 
+@contextmanager
+def _stock_build(config: Any) -> Iterator[None]:
+    """Let stock code build what ours replaces, at the dense sizes.
+
+    Some stock layers choose their attention module by its name, and do not know that of vLLM.
+    """
+    attention = config._attn_implementation
+    if attention == "vllm":
+        config._attn_implementation = "eager"
+    try:
+        with dense_sizes(config):
+            yield
+    finally:
+        if attention == "vllm":
+            config._attn_implementation = attention
+
+
 class _HoldsLayers(_ModelBase):
     """The class that holds the decoder layers: the stock one, whose layers then get their own shapes."""
 
     def __init__(self, config: Any):
-        with dense_sizes(config):
+        with _stock_build(config):
             super().__init__(config)
         _shape_layers(self, config)
 
@@ -754,7 +772,7 @@ class _HoldsHead(_ModelBase):
     def __init__(self, config: Any):
         # The constructor of the stock class knows what else belongs to it. It builds the dense layers as well, here
         # without memory.
-        with torch.device("meta"), dense_sizes(config):
+        with torch.device("meta"), _stock_build(config):
             super().__init__(config)
         (body, *_) = FAMILIES[config.family].class_fields
         setattr(self, body, _model_class(config.family, "Model")(config))
@@ -816,7 +834,12 @@ def _model_class(family: str, kind: str) -> type[Any]:
         "__qualname__": name,
         "__doc__": f"{class_stem(family)}{kind} whose layers have their own shapes.",
         "config_class": config_class(family),
+        # Of every family: the attention of the layers is ours.
+        "_supports_attention_backend": True,
     }
+    if getattr(stock_config, "attn_logit_softcapping", None) is not None:
+        # Before 5.24 transformers did not say that sdpa leaves the cap of the scores out.
+        fields["_supports_sdpa"] = False
     if kind == "ForCausalLM":
         return type(name, (_HoldsHead, head), fields)
     if kind == "Decoder":
