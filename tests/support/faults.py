@@ -252,7 +252,8 @@ class Scenario:
             tally.identical += 1
         else:
             differ = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
-            tally.failures.append(f"{self.name}, {what}: differs in {differ[:5]}")
+            values = {name: (str(expected.get(name))[-300:], str(found.get(name))[-300:]) for name in differ[:3]}
+            tally.failures.append(f"{self.name}, {what}: differs in {values}")
 
 
 def contents(folder: Path) -> dict[str, object]:
