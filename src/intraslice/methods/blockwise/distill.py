@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from intraslice.errors import NumericalError, RecipeError
 from intraslice.layers.decoder import DecoderLayer
 from intraslice.layers.sites import ATTENTION, Site
-from intraslice.methods.blockwise.measure import aimed_between
+from intraslice.methods.blockwise.measure import OutputAim, aimed_between
 from intraslice.methods.blockwise.options import AttentionOptions, DistillOptions, FFNOptions
 from intraslice.streaming.hidden import Streams
 from intraslice.streaming.model import StreamedModel
@@ -128,7 +128,7 @@ class _Task:
         self._is_attention = site.kind == ATTENTION
         to_stream = of_site.repair_against == "dense_stream" and of_site.measured_on == "pruned_stream"
         self._against_stream = to_stream and streams.dense is not None
-        self._share = of_site.drift_share
+        self._share = OutputAim(teacher, site.kind).drift_share(of_site.drift_share)
 
     def _sum_before(self, states_BTD: Tensor) -> Tensor:
         """Return the residual stream that the site adds to."""
@@ -153,7 +153,7 @@ class _Task:
                 # The dense stream waits for the FFN, which reads the same input, at the input of the layer.
                 dense = self._teacher.add_attention(dense, self._added(self._teacher, dense))
             target = dense - residual
-            if self._share < 1.0:
+            if self._share is not None:
                 target = aimed_between(self._added(self._teacher, states), target, self._share)
         energy = (residual + target).float().square().sum(-1)
         return states, target, energy.clamp_min(torch.finfo(torch.float32).tiny)

@@ -354,7 +354,7 @@ class _Replay:
             if self._options.repair_against == "dense_stream" and dense is not None:
                 # `ffn_moments` has already advanced the dense stream past this layer.
                 missing = dense.read(part) - layer.ffn_residual(states)
-                if (share := share_in_target(self._options)) < 1.0:
+                if (share := self._aim.drift_share(share_in_target(self._options))) is not None:
                     missing = aimed_between(layer.added(FFN, layer.down_projection(act)), missing, share)
                 target, _ = self._aim.to_stream(missing, None)
             else:

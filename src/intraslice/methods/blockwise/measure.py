@@ -144,8 +144,8 @@ def context_moments(
             output = layer.added(ATTENTION, raw)
             if options.repair_against == "dense_stream":
                 missing = dense_states + output - states
-                if share < 1.0:
-                    missing = aimed_between(layer.attention_output(dense, states), missing, share)
+                if (part_of := aim.drift_share(share)) is not None:
+                    missing = aimed_between(layer.attention_output(dense, states), missing, part_of)
                 if splits:
                     own, _ = aim.own(layer.raw_output(dense, states))
                 target = aim.to_stream(missing, raw)
@@ -199,8 +199,8 @@ def ffn_moments(
             residual, output = layer.ffn_residual(dense_states, dense), layer.added(FFN, raw)
             if to_stream:
                 missing = residual + output - layer.ffn_residual(states)
-                if share < 1.0:
-                    missing = aimed_between(layer.added(FFN, layer.down_projection(act)), missing, share)
+                if (part_of := aim.drift_share(share)) is not None:
+                    missing = aimed_between(layer.added(FFN, layer.down_projection(act)), missing, part_of)
                 target = aim.to_stream(missing, raw)
             streams.dense.write(part, layer.add_ffn(residual, output))
         sums.update(act, *target)
@@ -223,7 +223,7 @@ def with_gain(weight_DP: Tensor, gain_D: Tensor | None) -> Tensor:
     return weight_DP if gain_D is None else (weight_DP.double() * gain_D[:, None]).to(weight_DP.dtype)
 
 
-def aimed_between(own_BTD: Tensor, missing_BTD: Tensor, drift_share: float) -> Tensor:
+def aimed_between(own_BTD: Tensor, missing_BTD: Tensor, drift_share: float | Tensor) -> Tensor:
     """Return what a site should add: its own output and a share of the drift, y + alpha (m - y), [B, T, D].
 
     The site's own output y is a function of its inputs. The drift m - y, what the sites before have left undone, mostly
@@ -232,7 +232,7 @@ def aimed_between(own_BTD: Tensor, missing_BTD: Tensor, drift_share: float) -> T
     Args:
         own_BTD: y, what the dense site adds on the pruned stream.
         missing_BTD: m, what leads from the pruned stream to the dense one.
-        drift_share: alpha.
+        drift_share: alpha, or one for each output channel, [D].
     """
     return own_BTD + drift_share * (missing_BTD - own_BTD)
 
@@ -244,6 +244,10 @@ class OutputAim:
     then the site adds g (W z) / s to the stream, so that g W z should be s times what is missing there, and each token
     counts 1 / s^2. Targets are taken without the bias of the projection.
 
+    What is missing in a channel that the norm turns down (g near 0) would need huge weights there, which would be most of
+    the norm of the output and turn all other channels down. So of the drift in channel i only the share
+    min(1, g_i^2 / mean(g^2)) is aimed at.
+
     Args:
         layer: the layer.
         site: name of the site.
@@ -254,9 +258,19 @@ class OutputAim:
         linear = layer.output_projection(site)
         gain = layer.output_gain(site)
         self._gain = None if gain is None else gain.to(linear.weight)
+        self._reach = None
+        if self._norm is not None and self._gain is not None:
+            energy = self._gain.square()
+            self._reach = (energy / energy.mean()).clamp(max=1.0)
         self._bias = None
         if linear.bias is not None:
             self._bias = linear.bias if self._gain is None else linear.bias * self._gain
+
+    def drift_share(self, share: float) -> float | Tensor | None:
+        """Return which share of the drift is aimed at, for all channels or for each [D]; None is all of it."""
+        if self._reach is not None:
+            return share * self._reach
+        return share if share < 1.0 else None
 
     def own(self, raw_BTD: Tensor) -> tuple[Tensor, None]:
         """Return the dense site's own output as the target; all tokens count the same."""
