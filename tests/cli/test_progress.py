@@ -80,6 +80,24 @@ def test_signals_are_given_back_and_a_second_one_kills() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize(("number", "status", "name"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "")])
+def test_a_signal_of_which_a_library_makes_an_error(
+    number, status: int, name: str, monkeypatch, capsys, tmp_path, request
+) -> None:
+    def wait(*_: object, **__: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt as stopped:
+            raise ValueError("building a validator failed") from stopped
+
+    monkeypatch.setattr("intraslice.pruning.prune_recipe", wait)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    assert main(["prune", "model", "-o", str(tmp_path / "out"), "--sparsity", "0.3"]) == status
+    how = f"stopped by {name}" if name else "interrupted"
+    assert capsys.readouterr().err == f"{how}; repeat the command; what is finished is kept.\n"
+
+
 def test_the_statuses_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())

@@ -59,11 +59,11 @@ def test_whole_comparison(finished_folder: tuple[Path, Jobs]):
     assert len(list((folder / "scans").iterdir())) == 1
 
 
-@pytest.mark.parametrize("stopped", ["measure", "prune", "delete"])
+@pytest.mark.parametrize("stopped", ["measure", "prune", "part", "delete"])
 def test_a_comparison_that_was_stopped_is_repeated(
     stopped: str, jobs: Jobs, small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Before there is a row in its tables; in the middle of a cell; while it deletes the checkpoint of a cell."""
+    """Before a row is in its tables; in a cell; behind a checkpoint; while it deletes the checkpoint of a cell."""
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text("Some words, and some more words. " * 100)
     calibration = {"source": str(text), "num_samples": 4, "seqlen": 32}
@@ -77,13 +77,20 @@ def test_a_comparison_that_was_stopped_is_repeated(
     with monkeypatch.context() as patch:
         if stopped == "delete":
             patch.setattr(store, "delete_published", stop)
+        elif stopped == "part":
+            keep = store.Store.keep_part
+            patch.setattr(
+                store.Store,
+                "keep_part",
+                lambda self, name, *rest: (stop if name == "prune" else keep)(self, name, *rest),
+            )
         else:
             patch.setattr(run, "run_job", lambda job, *rest: stop() if job["job"] == stopped else run_job(job, *rest))
         assert main(["compare", str(file), "-o", str(out)]) == 130
     assert main(["compare", str(file), "-o", str(out)]) == 0
     assert names(jobs).count("prune") == 1
     assert main_cells(document_of(out)) == [("dense", 0.0), ("naive", 0.3)]
-    assert list((out / "checkpoints").iterdir()) == []
+    assert list((out / "checkpoints").iterdir()) == [] and len(list((out / "parts").glob("prune-*"))) == 1
 
 
 def test_all_variants_share_their_calibration(finished_folder: tuple[Path, Jobs]):

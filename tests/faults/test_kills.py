@@ -21,8 +21,9 @@ RANDOM_KILLS = {"prune": 80, "prune-on-disk": 30, "overwrite": 40, "export": 20,
 
 def check(tally: Tally, capfd: pytest.CaptureFixture[str], name: str) -> None:
     with capfd.disabled():
+        points = f"{tally.points} points, " if tally.points else f"{tally.cases} runs, "
         print(
-            f"\n{name}: {tally.points} points, {tally.kills} kills, {tally.identical} identical, "
+            f"\n{name}: {points}{tally.kills} kills, {tally.identical} identical, {len(tally.failures)} not, "
             f"{tally.sentences} were finished already"
         )
     assert not tally.failures, "\n".join(tally.failures[:5])

@@ -54,6 +54,8 @@ def run_forked(work: Callable[[], int], folder: Path, *, kill: tuple[float, int]
         kill: after how many seconds which signal is sent.
     """
     log = folder.parent / f"{folder.name}.log"
+    # Here, because the child may be killed before it does anything.
+    log.write_text("")
     child = os.fork()
     if child == 0:
         _be_the_child(work, folder, log)
@@ -188,6 +190,7 @@ class Tally:
     """What a campaign has found, for the figures of the documentation."""
 
     points: int = 0
+    cases: int = 0
     kills: int = 0
     identical: int = 0
     sentences: int = 0
@@ -249,7 +252,8 @@ class Scenario:
             tally.identical += 1
         else:
             differ = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
-            tally.failures.append(f"{self.name}, {what}: differs in {differ[:5]}")
+            values = {name: (str(expected.get(name))[-300:], str(found.get(name))[-300:]) for name in differ[:3]}
+            tally.failures.append(f"{self.name}, {what}: differs in {values}")
 
 
 def contents(folder: Path) -> dict[str, object]:
@@ -325,6 +329,7 @@ def kill_at_random(scenario: Scenario, root: Path, *, kills: int, seed: int = 0)
                 tally.failures.append(f"{scenario.name}, {sent}: {done.messages[-600:]}")
             work = scenario.again
         if sent:
+            tally.cases += 1
             scenario.finish(folder, expected, tally, f"case {case - 1}, {', '.join(sent)}")
     return tally
 

@@ -88,7 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), as_json)
     except (typer.Abort, KeyboardInterrupt) as error:
         stopped = error if isinstance(error, KeyboardInterrupt) else KeyboardInterrupt()
-        return interrupted(stopped, "nothing was written: repeat the command.", as_json=as_json)
+        # With a cause it comes from somewhere in the work (`stop_signals`), and nobody has said how far that was.
+        advice = "nothing was written: repeat the command."
+        if stopped.__cause__ is not None:
+            advice = "repeat the command; what is finished is kept."
+        return interrupted(stopped, advice, as_json=as_json)
     except (OSError, MemoryError) as error:
         if "--debug" in given:
             raise

@@ -77,11 +77,21 @@ def interrupted(error: KeyboardInterrupt, advice: str, *, as_json: bool) -> int:
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """Turn the first SIGTERM or SIGHUP into an exception, so that the work ends in order; a second one kills."""
+    """Turn the first SIGTERM or SIGHUP into an exception, so that the work ends in order; a second one kills.
+
+    Libraries in Rust make an error of their own of an exception that a signal raises while they work. So whatever comes
+    out after a signal, Ctrl-C included, comes out of here as what the signal has raised.
+    """
+    received: list[KeyboardInterrupt] = []
 
     def stop(number: int, _: object) -> None:
         signal.signal(number, signal.SIG_DFL)
-        raise Stopped(number)
+        received.append(Stopped(number))
+        raise received[-1]
+
+    def interrupt(*_: object) -> None:
+        received.append(KeyboardInterrupt())
+        raise received[-1]
 
     before = {}
     # Signals can be received by the main thread only; nohup has chosen that SIGHUP is ignored.
@@ -89,8 +99,14 @@ def stop_signals() -> Iterator[None]:
         for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             if signal.getsignal(number) == signal.SIG_DFL:
                 before[number] = signal.signal(number, stop)
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
+    except Exception as error:
+        if received:
+            raise received[0] from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -168,6 +168,10 @@ class Comparison:
 
     def _run_cell(self, work: Work, command: str) -> dict[str, Any]:
         cell, store = work.cell, self.store
+        for name, result in store.parts(work).items():
+            if store.part(name, work.identities[name]) is None:
+                # Killed between the checkpoint and the file of the part, which outlives the checkpoint.
+                store.keep_part(name, work.identities[name], result)
         missing = self._planned(work).to_run
         folder = self.facts[cell.model].folder if cell.recipe is None else str(store.checkpoint(work))
         if PRUNE in missing and not Path(folder).is_dir():
