@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compares pruned checkpoints in llama.cpp with the same checkpoints in transformers: greedy tokens, logits,
-# quantised files, and decoding speed beside the dense model. Sets up an environment of its own; the first run compiles
+# quantised files, and decoding speed beside the dense model; and shows which families cannot be compared. Sets up an environment of its own; the first run compiles
 # llama.cpp, about 15 minutes on two cores. Needs Python 3.10 or later, a C++ compiler, CMake from the Python package
 # index, no GPU.
 #   VENV        the environment           (.venv-llamacpp in the repository)
@@ -80,5 +80,7 @@ if [ "$status" = 132 ]; then
     status=0
     compare "$@" --plain-kernels || status=$?
 fi
+step "families with norms of query and key, or of outputs: what llama.cpp says to layers of different shapes"
+python "$root/scripts/llamacpp_layers.py" || status=1
 echo "total: $((SECONDS / 60)) min $((SECONDS % 60)) s; files are in $out"
 exit "$status"

@@ -211,10 +211,11 @@ Serve = Callable[[Iterator[dict[str, Any]], Parent], None]
 
 
 def answer(serve: Serve, requests: Iterator[dict[str, Any]], parent: Parent) -> None:
-    """Serve requests until they end or one fails; errors of ours reach the parent as their sentence."""
+    """Serve requests until they end or one fails; errors of ours and of the system reach the parent as a sentence."""
     try:
         serve(requests, parent)
-    except IntraSliceError as error:
+    except (IntraSliceError, OSError) as error:
+        # The second: a file that cannot be read, or a name that no file can have.
         parent.fail(" ".join(str(error).split()))
 
 

@@ -184,6 +184,27 @@ def test_chat_templates(template: str, sentence: str, make_folder, refused: Refu
     assert not list(folder.parent.glob("out*"))
 
 
+@pytest.mark.parametrize("content", ["-0.0", '{"eos_token_id": 999999}', '{"eos_token_id": [["x"]]}'])
+def test_generation_configs(content: str, make_folder, capfd) -> None:
+    """They are read when a text is sampled; most of what they say is not used."""
+    folder = make_folder("llama")
+    (folder / "generation_config.json").write_text(content)
+    options = ["--calibration", "self", "--num-samples", "2", "--seqlen", "16", "--sparsity", "0.3"]
+    status = main(["prune", str(folder), *options, "-o", str(folder.parent / "out")])
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert status == 0 or (status == 2 and line.startswith("error: no text can be sampled from"))
+
+
+@pytest.mark.parametrize("command", ["inspect", "bench"])
+def test_a_weight_index_with_a_name_that_no_file_can_have(command: str, make_folder, refused: Refused) -> None:
+    folder = make_folder("llama")
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": "é" * 300}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    line = refused(command, folder)
+    assert "too long" in line and "died" not in line
+
+
 def test_a_tokenizer_of_another_model_writes_no_text_of_its_own(make_folder, refused: Refused) -> None:
     folder = make_folder("llama")
     data = json.loads((folder / "tokenizer.json").read_text())

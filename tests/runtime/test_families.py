@@ -14,7 +14,7 @@ from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from intraslice import api
-from intraslice.checkpoint.reader import open_folder
+from intraslice.checkpoint.reader import build_skeleton, open_folder
 from intraslice.errors import UnsupportedModelError
 from intraslice.inspection import inspect_model
 from intraslice.layers.head import LanguageHead
@@ -22,7 +22,7 @@ from intraslice.placement import Placement
 from intraslice.runtime import configuration_intraslice
 from intraslice.runtime.configuration_intraslice import dense_shape, family_of_class
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec
-from intraslice.runtime.modeling_intraslice import PrunedAttention, apply_layer_shape, model_classes
+from intraslice.runtime.modeling_intraslice import PrunedAttention, apply_layer_shape, causal_lm_class, model_classes
 from intraslice.streaming.model import StreamedModel
 from support.family_cases import KNOWN_CASES, KNOWN_FAMILIES, doubles, family_config, family_model, spec_of
 from support.tiny import tiny_tokenizer
@@ -235,6 +235,14 @@ def test_blocks_may_be_sequential_where_the_config_says_so(tmp_path):
     with torch.no_grad():
         # float32 rounding; logits are of size 1.
         torch.testing.assert_close(found(tokens()).logits, dense(tokens()).logits, atol=1e-5, rtol=0)
+
+
+def test_scores_with_a_cap_are_not_computed_with_sdpa(monkeypatch):
+    """Which leaves the cap out; releases of transformers before 5.24 do not say so of their class."""
+    monkeypatch.setattr(causal_lm_class("gemma2"), "_supports_sdpa", True)
+    skeleton = build_skeleton(family_config("gemma2"), "gemma2", torch.float32)
+    assert skeleton.config._attn_implementation == "eager"
+    assert not model_classes("gemma2")[2]._supports_sdpa and model_classes("qwen3")[2]._supports_sdpa
 
 
 def test_a_temperature_changes_only_queries_beyond_the_original_length():

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from intraslice.border import foreign
 from intraslice.data.encoding import as_conversation, encode
 from intraslice.data.text import SELF, SELF_KINDS, START
 from intraslice.errors import CalibrationError, NumericalError
@@ -87,7 +88,7 @@ def sample(
         NumericalError: the model gives NaN.
     """
     model = _load(model_folder, model_arguments, choose_device(device))
-    ends = _ends(model, tokenizer)
+    ends = _ends(model, tokenizer, model.config.vocab_size)
     seeds = _Seeds(tokenizer, model.config.vocab_size, ends)
     rows = [
         _Row(seeds.documents(source, seed, number), ends, seqlen, f"{seed} {number}")
@@ -223,8 +224,9 @@ class _Seeds:
 
 
 def _load(model_folder: Path, arguments: Mapping[str, Any], place: torch.device) -> Any:
-    # Its bar would run into ours.
-    with quiet(*(("transformers",) if arguments else ())):
+    # Its bar would run into ours. What else lies beside the model, such as generation_config.json, is read only here.
+    no_text = f"no text can be sampled from {str(model_folder)!r}"
+    with foreign(no_text, CalibrationError), quiet(*(("transformers",) if arguments else ())):
         # The stubs know nothing of output_loading_info, with which a pair is returned.
         auto: Any = AutoModelForCausalLM
         model, info = auto.from_pretrained(
@@ -233,19 +235,20 @@ def _load(model_folder: Path, arguments: Mapping[str, Any], place: torch.device)
     if info["missing_keys"]:
         # Names that only our reader knows; transformers fills in random numbers, whose text means nothing.
         raise CalibrationError(
-            f"no text can be sampled from {str(model_folder)!r}, because transformers does not know its names of "
-            f"tensors (it misses {min(info['missing_keys'])!r}); calibrate on a text instead"
+            f"{no_text}, because transformers does not know its names of tensors (it misses "
+            f"{min(info['missing_keys'])!r}); calibrate on a text instead"
         )
     return model.to(place).eval()
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Return the token ids that end a text, that of the tokenizer first."""
+def _ends(model: Any, tokenizer: Any, vocab_size: int) -> list[int]:
+    """Return the token ids below `vocab_size` that end a text, that of the tokenizer first."""
     found = [tokenizer.eos_token_id]
     for config in (model.generation_config, model.config):
         value = getattr(config, "eos_token_id", None)
         found.extend(value if isinstance(value, list) else [value])
-    return [token for token in dict.fromkeys(found) if token is not None]
+    # A file beside the model may say anything.
+    return list(dict.fromkeys(token for token in found if isinstance(token, int) and 0 <= token < vocab_size))
 
 
 def _draw(logits: torch.Tensor, uniform: torch.Tensor) -> list[int]:

@@ -539,6 +539,10 @@ def pruned_config(
         for layer_idx, shape in enumerate(shapes)
     }
     values = _carried_over(dense)
+    if "num_kv_heads" in values:
+        # Engines that find this name in a config prefer it.
+        for sizes in per_layer.values():
+            sizes["num_kv_heads"] = sizes["num_key_value_heads"]
     changes = dict(changes or {})
     restored = {name: values.get(name) for name in changes}
     own = _dense_overrides(dense)
