@@ -244,8 +244,8 @@ class OutputAim:
     then the site adds g (W z) / s to the stream, so that g W z should be s times what is missing there, and each token
     counts 1 / s^2. Targets are taken without the bias of the projection.
 
-    What is missing in a channel that the norm turns down (g near 0) would need huge weights there, which would be most of
-    the norm of the output and turn all other channels down. So of the drift in channel i only the share
+    What is missing in a channel that the norm turns down (g near 0) would need huge weights there, which would be most
+    of the norm of the output and turn all other channels down. So of the drift in channel i only the share
     min(1, g_i^2 / mean(g^2)) is aimed at.
 
     Args:
