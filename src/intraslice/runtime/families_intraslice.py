@@ -199,6 +199,7 @@ class FamilySpec:
         variants: what the config switches; where several hold, the later ones go over the earlier ones. See
             `of_config`.
         refuse: config attributes that must be unset, because the computation is another one with them.
+        vllm_fails: why vLLM cannot run a pruned model of the family, as the end of a sentence; "" when it can.
         renames: (beginning of a name on disk, what stands there in the state dict of the ForCausalLM class), for
             checkpoints whose names are others, for example ("model.language_model.", "model.") or ("embed_out.",
             "lm_head."). Plain text, no patterns; the first pair that fits is taken, once; names that the state dict
@@ -253,6 +254,7 @@ class FamilySpec:
     transposed: bool = False
     variants: tuple[Variant, ...] = ()
     refuse: tuple[str, ...] = ()
+    vllm_fails: str = ""
     renames: tuple[tuple[str, str], ...] = ()
     head_of: str | None = None
     text_of: tuple[str, ...] = ()
@@ -325,6 +327,8 @@ class FamilySpec:
             reasons["llama.cpp"] = (
                 f"its architecture with a shape per layer has no {', no '.join(self.llama_cpp_lacks)}"
             )
+        if self.vllm_fails:
+            reasons["vllm"] = self.vllm_fails
         if not self.head_dim_field:
             reasons["stock"] = "the stock class has no head width of its own, only hidden_size / heads"
         return reasons
@@ -778,6 +782,7 @@ FAMILIES: dict[str, FamilySpec] = {
             head_dim_field=False,
             transposed=True,
             refuse=("add_cross_attention",),
+            vllm_fails="all its log-probabilities are NaN there (vLLM 0.32; the cause is not found yet)",
         ),
     )
 }
