@@ -328,7 +328,7 @@ def test_opt_is_refused(tmp_path: Path) -> None:
     source = save_pruned(tmp_path / "pruned", "opt", shapes)
     with pytest.raises(UnsupportedModelError) as caught:
         export(source, tmp_path / "model.gguf")
-    one_sentence(caught, "opt", "rotary", "transformers")
+    one_sentence(caught, "opt", "RoPE", "transformers")
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
