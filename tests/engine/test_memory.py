@@ -55,7 +55,7 @@ def test_the_estimate_of_a_dry_run_is_within_a_factor_of_two(method, wide, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert 0.5 < found["estimated"] / found["measured"] < 2.0, found
-    # Without what the process had before it knew the model, which would make any estimate look good. A run uses again what
-    # imports have freed, some ten MB that the estimate cannot know of: it may be announced a little too high.
+    # Without what the process had before it knew the model, which would make any estimate look good. A run uses again
+    # what imports have freed, some ten MB that the estimate cannot know of: it may be announced a little too high.
     run, announced = (found[name] - found["before"] for name in ("measured", "estimated"))
     assert run > 150e6 and 0.5 < announced / run < 2.5, found
