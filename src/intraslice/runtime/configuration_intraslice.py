@@ -386,7 +386,8 @@ def config_class(family: str) -> type[Any]:
 
 def _computes(stock: type[Any], name: str) -> bool:
     """Return whether a stock config class computes an attribute, so that nobody can set it."""
-    return isinstance(getattr(stock, name, None), property)
+    found = getattr(stock, name, None)
+    return isinstance(found, property) and found.fset is None
 
 
 def known_composites() -> tuple[str, ...]:
