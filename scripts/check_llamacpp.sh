@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Compares pruned checkpoints in llama.cpp with the same checkpoints in transformers: greedy tokens, logits,
-# quantised files, and decoding speed beside the dense model; and shows which families cannot be compared. Sets up an environment of its own; the first run compiles
-# llama.cpp, about 15 minutes on two cores. Needs Python 3.10 or later, a C++ compiler, CMake from the Python package
-# index, no GPU.
+# quantised files, and decoding speed beside the dense model; and shows which families cannot be compared. Sets up an
+# environment of its own; the first run compiles llama.cpp, about 15 minutes on two cores. Needs Python 3.10 or later, a
+# C++ compiler, CMake from the Python package index, no GPU.
 #   VENV        the environment           (.venv-llamacpp in the repository)
 #   WHEELS      keeps the compiled wheel  (build/wheels in the repository)
 #   OUT         where files go            (out/llamacpp in the repository)

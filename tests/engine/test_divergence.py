@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from intraslice.checkpoint.source import open_checkpoint
+from intraslice.layers.decoder import read_ffn
 from intraslice.methods.blockwise import divergence_pass
 from intraslice.methods.blockwise.layer import solve_ffn, write_solved_ffn
 from intraslice.methods.blockwise.measure import ffn_moments
@@ -68,7 +69,8 @@ def test_it_is_that_of_the_stock_model_with_the_same_edit(tmp_path: Path) -> Non
     for lost, found in measured:
         keep = round((1 - lost) * dense.config.intermediate_size)
         trial = model.load_layer(1)
-        write_solved_ffn(model, trial, 1, solve_ffn(trial, moments, keep, OPTIONS.ffn)[0])
+        weights = read_ffn(trial, trial.shape)
+        write_solved_ffn(model, trial, 1, weights, solve_ffn(trial, weights, moments, keep, OPTIONS.ffn)[0])
         stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
         stock.model.layers[1].mlp = trial.ffn
         logits = stock(judge).logits.log_softmax(-1)

@@ -14,18 +14,16 @@ from typing import Any
 
 _NO_CORRECTION = {"pca_attention": False, "pca_ffn": False}
 
+_HALF_THE_DRIFT: dict[str, Any] = {
+    "attention": {"drift_share": 0.5},
+    "ffn": {"drift_share": 0.5, "damping_scale": "channel", "damping": 0.3},
+}
+
 INTRASLICE: dict[str, Any] = {}
 INTRASLICE_EFFORTS: dict[str, dict[str, Any]] = {
     "low": {},
-    "medium": {
-        "attention": {"drift_share": 0.5},
-        "ffn": {"drift_share": 0.5, "damping_scale": "channel", "damping": 0.3},
-    },
-    "high": {
-        "attention": {"drift_share": 0.5},
-        "ffn": {"drift_share": 0.5, "damping_scale": "channel", "damping": 0.3},
-        "distill": {"sites": "all"},
-    },
+    "medium": _HALF_THE_DRIFT,
+    "high": {**_HALF_THE_DRIFT, "distill": {"sites": "all"}},
 }
 """How much time the default method takes, least first; the other methods have one way to run. docs/research.md has what
 each part was measured to be worth."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from intraslice.checkpoint.tensorfile import read_sealed, write_tensors
 from intraslice.errors import CheckpointError, NumericalError
-from intraslice.layers.decoder import DecoderLayer
+from intraslice.layers.decoder import DecoderLayer, read_ffn
 from intraslice.layers.head import LanguageHead
 from intraslice.layers.sites import ATTENTION
 from intraslice.methods.blockwise.allocators.divergence import SiteDivergences
@@ -204,7 +204,7 @@ def _trials(
 ) -> list[_Branch]:
     """Prune each site of a dense layer at each loss; return what comes out of the layer."""
     branches = []
-    stats = moments = None
+    stats = ffn = None
     for site in model.sites.layers[index]:
         for loss in losses:
             trial = model.load_layer(index)
@@ -222,13 +222,14 @@ def _trials(
                 )
                 kept = attention_cost(model, outcome.shape)
             else:
-                if moments is None:
+                if ffn is None:
                     streams = Streams(pruned=fit.clone(), dense=None)
-                    moments = ffn_moments(model, layer, streams, layer.attention, options.ffn)
+                    ffn = ffn_moments(model, layer, streams, layer.attention, options.ffn), read_ffn(layer, layer.shape)
+                moments, weights = ffn
                 widths = ffn_widths(site, options.ffn.ffn_multiple)
                 keep = min(widths, key=lambda width: abs(width - (1.0 - loss) * site.units))
-                edit, _ = solve_ffn(trial, moments, keep, options.ffn)
-                write_solved_ffn(model, trial, index, edit)
+                edit, _ = solve_ffn(layer, weights, moments, keep, options.ffn)
+                write_solved_ffn(model, trial, index, weights, edit)
                 kept = keep * site.unit_weights
             if kept < site.num_weights:
                 states = judge.clone()

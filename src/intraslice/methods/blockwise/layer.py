@@ -18,7 +18,7 @@ from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer, read_attention, read_ffn
 from intraslice.layers.sites import ATTENTION, FFN, Site
 from intraslice.layers.surgery import drop_block, write_attention, write_ffn
-from intraslice.layers.weights import FFNEdit, ValueEdit, attention_shape, fuse_ffn, fuse_qk, fuse_value
+from intraslice.layers.weights import FFNEdit, FFNWeights, ValueEdit, attention_shape, fuse_ffn, fuse_qk, fuse_value
 from intraslice.methods.blockwise.budget import Budget
 from intraslice.methods.blockwise.channels import select_channels, solve_down
 from intraslice.methods.blockwise.distill import Distilled, distill_site
@@ -283,38 +283,42 @@ def _prune_ffn(
     """Return the kept channels and the error."""
     moments = ffn_moments(model, layer, streams, dense, options)
     keep = budget.channels(index, site, wanted)
-    edit, error = solve_ffn(layer, moments, keep, options, plan.measured(site.name))
+    weights = read_ffn(layer, layer.shape)
+    edit, error = solve_ffn(layer, weights, moments, keep, options, plan.measured(site.name))
     if plan.iter_pca and keep < layer.shape.intermediate_size:
-        down = with_gain(read_ffn(layer, layer.shape).down, layer.output_gain(FFN))
-        replay = _Replay(layer, streams, down, options)
+        replay = _Replay(layer, streams, with_gain(weights.down, layer.output_gain(FFN)), options)
         edit, error = iterate_pca(replay, moments, edit, error, options)
-    write_solved_ffn(model, layer, index, edit)
+    write_solved_ffn(model, layer, index, weights, edit)
     return keep, error
 
 
 def solve_ffn(
-    layer: DecoderLayer, moments: OutputMoments, keep: int, options: FFNOptions, scores_F: Tensor | None = None
+    layer: DecoderLayer,
+    weights: FFNWeights,
+    moments: OutputMoments,
+    keep: int,
+    options: FFNOptions,
+    scores_F: Tensor | None = None,
 ) -> tuple[FFNEdit, float]:
     """Choose channels of an FFN and solve its output projection; return the edit and its relative squared error.
 
     Args:
         layer: its FFN is dense.
+        weights: of its FFN.
         moments: sums over the site.
         keep: how many channels stay.
         options: of FFNs.
         scores_F: scores that were measured before the first layer changed, [F].
     """
-    weights = read_ffn(layer, layer.shape)
     down = with_gain(weights.down, layer.output_gain(FFN))
     reading = [matrix for matrix in (weights.up, weights.gate) if matrix is not None]
     channels = select_channels(moments, down, keep, options, reading, scores_F)
     return solve_down(moments, down, channels, options)
 
 
-def write_solved_ffn(model: StreamedModel, layer: DecoderLayer, index: int, edit: FFNEdit) -> None:
+def write_solved_ffn(model: StreamedModel, layer: DecoderLayer, index: int, weights: FFNWeights, edit: FFNEdit) -> None:
     """Write what was solved with the factors behind the output projection into a layer whose FFN is dense."""
     shape, gain = layer.shape, layer.output_gain(FFN)
-    weights = read_ffn(layer, shape)
     bias = shape.output_bias or edit.down_bias is not None
     shape = replace(shape, intermediate_size=edit.down_weight.shape[1], output_bias=bias)
     write_ffn(layer, model.config, index, shape, fuse_ffn(weights, _without_gain(edit, gain)))

@@ -102,32 +102,7 @@ def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
     grid = _shape_grid(model, options)
     if context.sparsity == 0:
         return units.to_weight_fractions(allocate_uniform(None, units.sites, units.sparsity, rules))
-    measured: Any = None
-    kept: dict[str, Any] = {}
-    if (path := measured_path(context, options)) is not None:
-        kept = {"save_path": path, "measured": _DIGESTS[options.rule.measures](context, options)}
-    if options.rule.measures == "profile":
-        measured = profile_layers(model, context.embedded(), context.progress)
-    elif options.rule.measures == "gradients":
-        measured = measure_gradients(
-            model,
-            context.tokens,
-            boundary_bytes=context.run.boundary_bytes,
-            num_channel_groups=rules.num_channel_groups,
-            rotated=rotates_exactly(options),
-            **kept,
-            progress=context.progress,
-        )
-    elif options.rule.measures == "divergences":
-        measured = measure_divergences(
-            model,
-            context.tokens,
-            context.sparsity,
-            options,
-            boundary_bytes=context.run.boundary_bytes,
-            **kept,
-            progress=context.progress,
-        )
+    measured = _measure(context, options)
     sites, sparsity = model.sites, context.sparsity
     if rules.drop_blocks and isinstance(measured, MaskGradients):
         dropped = choose_dropped(measured, sites, sparsity, rules)
@@ -145,6 +120,31 @@ def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
         f"importance; free shapes would keep {allocation.free_importance:.1%}"
     )
     return allocation
+
+
+def _measure(context: Context, options: BlockwiseOptions) -> Any:
+    """Return what the allocation rule reads of the dense model; None where that is nothing."""
+    model, measures = context.model, options.rule.measures
+    if measures == "profile":
+        return profile_layers(model, context.embedded(), context.progress)
+    path = measured_path(context, options)
+    if path is None:
+        return None
+    kept: dict[str, Any] = {
+        "boundary_bytes": context.run.boundary_bytes,
+        "save_path": path,
+        "measured": _DIGESTS[measures](context, options),
+        "progress": context.progress,
+    }
+    if measures == "divergences":
+        return measure_divergences(model, context.tokens, context.sparsity, options, **kept)
+    return measure_gradients(
+        model,
+        context.tokens,
+        num_channel_groups=options.allocation.num_channel_groups,
+        rotated=rotates_exactly(options),
+        **kept,
+    )
 
 
 def _say_dropped(context: Context, dropped: Sequence[tuple[int, str]], share: float) -> None:
