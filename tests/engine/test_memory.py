@@ -14,7 +14,7 @@ from support.tiny import make_tiny
 
 # Wide enough that the model, its statistics and its states outweigh what any process takes for torch.
 WIDE = {
-    "vocab_size": 8192,
+    "vocab_size": 4096,
     "hidden_size": 256,
     "intermediate_size": 1024,
     "num_attention_heads": 8,
@@ -29,7 +29,7 @@ from intraslice.placement import peak_resident_bytes
 from intraslice.pruning import dry_run, prune_recipe
 from intraslice.recipes.recipe import load_recipe
 flags = {"model": sys.argv[1], "output": sys.argv[2], "sparsity": 0.3, "method": sys.argv[3]}
-text = {"calibration.source": "builtin", "calibration.num_samples": 64, "calibration.seqlen": 256}
+text = {"calibration.source": "builtin", "calibration.num_samples": 96, "calibration.seqlen": 256}
 recipe = load_recipe(None, {**flags, "run.device": "cpu", **text})
 before = peak_resident_bytes()
 estimated = dry_run(recipe).estimated_peak_bytes
@@ -55,7 +55,6 @@ def test_the_estimate_of_a_dry_run_is_within_a_factor_of_two(method, wide, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert 0.5 < found["estimated"] / found["measured"] < 2.0, found
-    # Without what the process had before it knew the model, which would make any estimate look good. A run uses again
-    # what imports have freed, some ten MB that the estimate cannot know of: it may be announced a little too high.
+    # Without what the process had before it knew the model, which would make any estimate look good.
     run, announced = (found[name] - found["before"] for name in ("measured", "estimated"))
-    assert run > 150e6 and 0.5 < announced / run < 2.5, found
+    assert run > 150e6 and 0.5 < announced / run < 2.0, found
