@@ -18,19 +18,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2-135m", help="hub id, folder, .gguf file or built-in name")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the pruned model and the file")
     parser.add_argument("--sparsity", type=float, default=0.3, help="fraction of the layers' weights to remove")
-    parser.add_argument("--calibration", default="offline-mix", help="text that the model is shown, or several")
+    parser.add_argument("--calibration", help="text that the model is shown, or several")
     parser.add_argument("--num-samples", type=int, default=32, help="calibration sequences")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a sequence")
     args = parser.parse_args(arguments)
 
     checkpoint = args.output / "checkpoint"
-    options = {
-        "calibration.source": args.calibration,
-        "calibration.num_samples": args.num_samples,
-        "calibration.seqlen": args.seqlen,
-    }
+    size = {"calibration.num_samples": args.num_samples, "calibration.seqlen": args.seqlen}
+    given = {"sparsity": args.sparsity, "calibration": args.calibration, "options": size}
     # Without a target, layers may get shapes that llama.cpp takes only with padding.
-    intraslice.prune(args.model, output=checkpoint, sparsity=args.sparsity, target="llama.cpp", options=options)
+    intraslice.prune(args.model, output=checkpoint, target="llama.cpp", **given)
     report = intraslice.export(checkpoint, to="gguf", output=args.output / "model.gguf")
     print(f"{report.output} is written")
     for note in report.notes:

@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2-135m", help="hub id, folder, .gguf file or built-in name")
     parser.add_argument("-o", "--output", required=True, help="folder of the pruned model")
     parser.add_argument("--sparsity", type=float, default=0.3, help="fraction of the layers' weights to remove")
-    parser.add_argument("--calibration", default="offline-mix", help="text that the model is shown, or several")
+    parser.add_argument("--calibration", help="text that the model is shown, or several")
     parser.add_argument("--num-samples", type=int, default=32, help="calibration sequences")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a sequence")
     parser.add_argument("--text", default="builtin", help="a text file that perplexity is measured on")
@@ -24,11 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.model,
         output=args.output,
         sparsity=args.sparsity,
-        options={
-            "calibration.source": args.calibration,
-            "calibration.num_samples": args.num_samples,
-            "calibration.seqlen": args.seqlen,
-        },
+        calibration=args.calibration,
+        options={"calibration.num_samples": args.num_samples, "calibration.seqlen": args.seqlen},
     )
     print(f"{result.dense_parameters:,} parameters -> {result.pruned_parameters:,}")
     for model in (args.model, args.output):

@@ -18,19 +18,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2-135m", help="hub id, folder, .gguf file or built-in name")
     parser.add_argument("-o", "--output", required=True, help="folder of the pruned model")
     parser.add_argument("--sparsity", type=float, default=0.3, help="fraction of the layers' weights to remove")
-    parser.add_argument("--calibration", default="offline-mix", help="text that the model is shown, or several")
+    parser.add_argument("--calibration", help="text that the model is shown, or several")
     parser.add_argument("--num-samples", type=int, default=32, help="calibration sequences")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a sequence")
     args = parser.parse_args(arguments)
 
-    options = {
-        "calibration.source": args.calibration,
-        "calibration.num_samples": args.num_samples,
-        "calibration.seqlen": args.seqlen,
-    }
+    size = {"calibration.num_samples": args.num_samples, "calibration.seqlen": args.seqlen}
+    given = {"sparsity": args.sparsity, "calibration": args.calibration, "options": size}
     try:
         # With nothing to continue, `resume` begins at the first layer. Other options than before are refused.
-        result = intraslice.prune(args.model, output=args.output, sparsity=args.sparsity, options=options, resume=True)
+        result = intraslice.prune(args.model, output=args.output, resume=True, **given)
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from here") from None
     print(f"{result.output}: {len(result.layers)} layers, {result.pruned_parameters:,} parameters")
