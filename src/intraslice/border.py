@@ -35,6 +35,9 @@ MAX_YAML_ENTRIES = 100_000
 MAX_REASON = 200
 """Characters of a library's reason that go into a sentence."""
 
+MAX_SECONDS = 50
+"""What a tokenizer may take for a short text or a conversation; ordinary ones take less than a thousandth of one."""
+
 _MAX_INTEGER = (1 << 63) - 1
 _Checked = TypeVar("_Checked")
 _Result = TypeVar("_Result")

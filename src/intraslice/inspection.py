@@ -22,10 +22,8 @@ from intraslice.options import RunOptions
 from intraslice.placement import choose_device, dtype_from_name, peak_resident_bytes
 from intraslice.quiet import quiet
 from intraslice.results.result import RESULT_FILE, PruneResult
-from intraslice.runtime.configuration_intraslice import dense_config, dense_shapes
+from intraslice.runtime.configuration_intraslice import MODEL_TYPE_PREFIX, dense_config, dense_shapes
 from intraslice.runtime.families_intraslice import FAMILIES, FamilySpec, LayerShape
-
-_PRUNED_PREFIX = "intraslice_"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +110,7 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
     with foreign(f"config.json of {name!r} is not valid", CheckpointError):
         spec = family_of(whole_config)
         config = text_config(whole_config)
-    pruned = config.model_type.startswith(_PRUNED_PREFIX)
+    pruned = config.model_type.startswith(MODEL_TYPE_PREFIX)
     composite = is_composite(whole_config)
     auto: Any = AutoModelForImageTextToText if composite else AutoModelForCausalLM
     with foreign(f"config.json of {name!r} is not valid", CheckpointError):
@@ -141,7 +139,7 @@ def inspect_model(name: str, *, revision: str | None = None, trust_remote_code: 
     return ModelInfo(
         model=name,
         family=spec.name,
-        composite=whole_config.model_type.removeprefix(_PRUNED_PREFIX) if composite else None,
+        composite=whole_config.model_type.removeprefix(MODEL_TYPE_PREFIX) if composite else None,
         method=config.intraslice["method"] if pruned and config.intraslice is not None else None,
         sparsity=1 - sum(sizes) / sum(dense_sizes),
         hidden_size=hidden_size,
@@ -190,11 +188,11 @@ def family_of(config: Any) -> FamilySpec:
     Raises:
         UnsupportedModelError: the architecture is not one of ours.
     """
-    name = config.model_type.removeprefix(_PRUNED_PREFIX)
+    name = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
     tower = getattr(config, "text_config", None)
     own = config if tower is None else tower
     if tower is not None:
-        text_type = tower.model_type.removeprefix(_PRUNED_PREFIX)
+        text_type = tower.model_type.removeprefix(MODEL_TYPE_PREFIX)
         reason = composite_reason(name, text_type)
         if reason is not None:
             raise UnsupportedModelError(f"this model {reason}")

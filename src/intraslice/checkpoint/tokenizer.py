@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from intraslice.border import foreign, in_time, is_number
+from intraslice.border import MAX_SECONDS, foreign, in_time, is_number
 from intraslice.errors import CheckpointError
 from intraslice.quiet import no_words_of_compiled_code, quiet
 
 MAX_TOKENIZER_BYTES = 1 << 28
 """Each file of a tokenizer is at most this large; those of the largest vocabularies have some 30 MB."""
-MAX_SECONDS = 50
-"""For a short text; ordinary tokenizers take less than a thousandth of one."""
 _FILES = (
     "tokenizer*",
     "vocab*",

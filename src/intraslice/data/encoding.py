@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from intraslice.border import foreign, in_time
+from intraslice.border import MAX_SECONDS, foreign, in_time
 from intraslice.errors import CalibrationError
 from intraslice.quiet import no_words_of_compiled_code
 
-MAX_SECONDS = 50
-"""For a short text or a conversation; ordinary tokenizers take less than a thousandth of one."""
 _MIN_CHARS_PER_SECOND = 20_000
 """Of a long text; ordinary tokenizers take a hundred times as many."""
 
