@@ -13,7 +13,7 @@ from filelock import FileLock
 from intraslice.cli.app import main
 from intraslice.comparison.tables import TABLE_BEGINS, check_outputs, write_outputs
 from intraslice.errors import OutputError
-from intraslice.exporters.gguf import ARCHITECTURE
+from intraslice.exporters.gguf import MARK
 from intraslice.report import PAGE_BEGINS
 from support.progress import StopAt
 from support.prune import prune
@@ -99,7 +99,7 @@ def test_an_export_replaces_no_gguf_of_a_dense_model(tmp_path: Path, refused) ->
     dense = tmp_path / "dense.gguf"
     dense.write_bytes(b"GGUF" + bytes(20) + b"general.architecture" + bytes(12) + b"llama" + bytes(1000))
     before = dense.read_bytes()
-    assert ARCHITECTURE.encode() not in before
+    assert MARK.encode() not in before
     assert "is not a GGUF file of a pruned model" in refused(
         "export", folder, "--to", "gguf", "-o", dense, "--overwrite"
     )

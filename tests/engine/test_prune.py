@@ -149,6 +149,17 @@ def test_an_interrupted_run_resumes_with_the_same_result(step, units, dtype, tmp
         assert torch.equal(tensor, resumed[name]), name
 
 
+@pytest.mark.parametrize("family", ["gpt2", "falcon"])
+def test_matrices_stored_transposed_or_fused_by_head_resume_too(family, tiny_folder, tmp_path):
+    folder = tiny_folder(family)
+    prune(folder, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        prune(folder, tmp_path / "out", progress=StopAt("layers", 1))
+    prune(folder, tmp_path / "out", resume=True)
+    whole, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "out")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 @pytest.mark.parametrize(
     "changes,field",
     [

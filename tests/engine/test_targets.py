@@ -11,6 +11,7 @@ import intraslice
 from intraslice.checkpoint.pruned import open_pruned
 from intraslice.errors import RecipeError
 from support.progress import Notes, StopAt
+from support.pruned import prune_family
 
 FINE = {"attention.head_multiple": 2, "attention.context_multiple": 1, "ffn.ffn_multiple": 1}
 SMALL = {"calibration.source": "builtin", "calibration.num_samples": 4, "calibration.seqlen": 32, **FINE}
@@ -42,6 +43,18 @@ def test_every_layer_has_a_shape_that_the_target_runs(tiny_folder, tmp_path: Pat
 def test_a_family_that_the_target_lacks_is_refused(tiny_folder, tmp_path: Path, target: str):
     with pytest.raises(RecipeError, match=f"target {target} cannot run a pruned opt model"):
         _prune(tiny_folder("opt"), tmp_path / "out", target)
+
+
+def test_one_shape_of_whole_heads_where_llama_cpp_knows_no_other(tmp_path: Path):
+    more = {"attention.context_multiple": 2}
+    prune_family("qwen3", tmp_path, "llama.cpp", sparsity=0.25, more=more, attention_bias=False)
+    checkpoint = open_pruned(str(tmp_path / "pruned"))
+    (shape,) = set(checkpoint.shapes)
+    assert shape.qk_head_dim == shape.v_head_dim == checkpoint.dense_shape.qk_head_dim and not shape.headed_qk_norm
+    with pytest.raises(RecipeError, match="llama.cpp runs qwen3 models with one shape"):
+        prune_family("qwen3", tmp_path / "drop", "llama.cpp", more={"allocation.drop_blocks": True})
+    with pytest.raises(RecipeError, match="architecture olmo2 are hidden_size / heads wide"):
+        prune_family("olmo2", tmp_path / "olmo2", "llama.cpp")
 
 
 def test_narrow_heads_share_their_rotary_pairs(tiny_folder, tmp_path: Path):

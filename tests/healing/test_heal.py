@@ -18,6 +18,7 @@ from intraslice.exporters.options import ExportOptions
 from intraslice.healing.trainer import HealTrainer
 from intraslice.report import render_report
 from intraslice.results.result import PruneResult
+from intraslice.runtime.families_intraslice import FAMILIES
 from support.processes import AUTO, BLOCK_PACKAGE, LOAD_ALL, check_logits, run_python
 from support.progress import Notes
 from support.prune import load, logits, weights_of
@@ -43,7 +44,7 @@ def changed(before, after):
     return {name for name in old if not torch.equal(old[name], new[name])}
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "phi3", "opt"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "phi3", "opt", "gpt2", "falcon"])
 def test_every_family_gets_nearer_to_its_dense_model(family, pruned_folder, tiny_folder, heal):
     pruned, dense = pruned_folder(family), tiny_folder(family)
     result = heal(pruned)
@@ -113,13 +114,16 @@ def test_tied_embeddings_are_trained_as_one(pruned_folder, heal, tmp_path):
     assert forms(pruned) == forms(tmp_path / "healed")
 
 
-def test_lora_is_merged(pruned_folder, tiny_folder, heal, tmp_path):
-    pruned = pruned_folder()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+def test_lora_is_merged(family, pruned_folder, tiny_folder, heal, tmp_path):
+    pruned, dense = pruned_folder(family), tiny_folder(family)
     result = heal(pruned, weights="lora", rank=4, lr=5e-3)
     assert forms(pruned) == forms(tmp_path / "healed")
-    assert kl(tmp_path / "healed", tiny_folder("llama")) < kl(pruned, tiny_folder("llama"))
+    assert kl(tmp_path / "healed", dense) < kl(pruned, dense)
     names = changed(pruned, tmp_path / "healed")
-    assert names and all(name.endswith("_proj.weight") for name in names)
+    spec = FAMILIES[family]
+    paths = {path for reading, writing in (spec.attention_paths, spec.ffn_paths) for path in (*reading, writing)}
+    assert names and all(name.endswith(tuple(f"{path}.weight" for path in paths)) for name in names)
     # What was measured during the training is what was merged and saved.
     full = heal(pruned, output=tmp_path / "full")
     assert result.record.trained_parameters < full.record.trained_parameters

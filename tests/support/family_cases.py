@@ -147,8 +147,8 @@ KNOWN_FAMILIES = known_families()
 KNOWN_CASES = [case for case in CASES if case.split()[0] in KNOWN_FAMILIES]
 
 
-def family_config(case: str) -> Any:
-    return CONFIG_MAPPING[case.split()[0]](**{**_COMMON, **CASES[case]})
+def family_config(case: str, **overrides: Any) -> Any:
+    return CONFIG_MAPPING[case.split()[0]](**{**_COMMON, **CASES[case], **overrides})
 
 
 def spec_of(case: str) -> FamilySpec:
@@ -156,9 +156,9 @@ def spec_of(case: str) -> FamilySpec:
     return family_of(family_config(case))
 
 
-def family_model(case: str, dtype: torch.dtype = torch.float64) -> Any:
+def family_model(case: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
     """Stock model with weights large enough that attention is far from uniform; biases and norms are not trivial."""
-    model = AutoModelForCausalLM.from_config(family_config(case), dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(family_config(case, **overrides), dtype=dtype).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -40,10 +40,14 @@ def save_pruned(
     pairs: list[int] | None = None,
     dtype: torch.dtype = torch.float32,
     tokenizer: Any = None,
+    dense: Any = None,
     **overrides: Any,
 ) -> Path:
-    """Save a random pruned model of these layers; every head keeps `pairs`, or pairs of its own."""
-    dense = tiny_config(family, num_hidden_layers=len(shapes), **overrides)
+    """Save a random pruned model of these layers; every head keeps `pairs`, or pairs of its own.
+
+    The dense config is that of the tiny model of the family, with `overrides`, unless `dense` is given.
+    """
+    dense = dense or tiny_config(family, num_hidden_layers=len(shapes), **overrides)
     num_pairs = dense_shape(dense, FAMILIES[family]).qk_head_dim // 2
     config = pruned_config(dense, FAMILIES[family], shapes, method="random", recipe={})
     with torch.random.fork_rng():
@@ -86,15 +90,27 @@ def save_uniform(
     return save(model, folder)
 
 
-def prune_family(family: str, folder: Path, target: str = "transformers") -> Path:
-    """Prune the case of a family at 30 % by the default method; return the folder, with the dense one beside it."""
-    dense = save(family_model(family, torch.float32), folder / "dense")
+def prune_family(
+    family: str, folder: Path, target: str = "transformers", *, sparsity: float = 0.3, more: Any = None, **config: Any
+) -> Path:
+    """Prune the case of a family by the default method; return the folder, with the dense one beside it.
+
+    Args:
+        family: or one of its cases.
+        folder: where both go.
+        target: runtime that the shapes are chosen for.
+        sparsity: share of the weights that go.
+        more: options of the recipe.
+        config: fields of the dense config that are other ones than in the case.
+    """
+    dense = save(family_model(family, torch.float32, **config), folder / "dense")
     options = {
         "calibration.num_samples": 4,
         "calibration.seqlen": 24,
         "run.device": "cpu",
         "attention.head_multiple": 2,
         "ffn.ffn_multiple": 2,
+        **(more or {}),
     }
-    api.prune(str(dense), output=folder / "pruned", sparsity=0.3, target=target, options=options)
+    api.prune(str(dense), output=folder / "pruned", sparsity=sparsity, target=target, options=options)
     return folder / "pruned"

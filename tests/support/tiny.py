@@ -32,6 +32,9 @@ _FAMILY: dict[str, dict[str, Any]] = {
     "qwen2": _GATED,
     "phi3": {**_GATED, "original_max_position_embeddings": 128},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    # Stored transposed, and fused by kv head.
+    "gpt2": {"n_inner": 64, "tie_word_embeddings": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "falcon": {"ffn_hidden_size": 64, "tie_word_embeddings": True, "bias": True},
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,8 @@ class Checkpoint:
         self.tied = bool(config.tie_word_embeddings)
         self._tensors = tensors
         self._identity: dict[str, Any] | None = None
-        self._check_against_config()
         check_shapes(config, spec, name)
+        self._check_against_config()
         matrices = [
             tensor.dtype
             for key, tensor in self._tensors.items()
@@ -222,6 +222,7 @@ class Checkpoint:
     def _check_against_config(self) -> None:
         skeleton = self.skeleton()
         expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+        self._check_heads(expected)
         tensors = self._under_state_names(expected) if self.spec.renames else self._tensors
         if not any(name in expected for name in tensors):
             # Saved from the class without a head: the names lack the attribute of the body.
@@ -263,6 +264,23 @@ class Checkpoint:
                     f"tensor {name!r} of {self.name!r} is stored as {tensors[name].dtype}: quantised "
                     "checkpoints cannot be pruned; use the model in float32, bfloat16 or float16"
                 )
+
+    def _check_heads(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse numbers of heads with which the stock class can be built, but not run.
+
+        Args:
+            expected: shapes of the tensors of the stock class.
+        """
+        spec = self.spec
+        for index, shape in enumerate(dense_shapes(self.config, spec)):
+            for path, size in spec.linear_sizes(shape, self.config.hidden_size).items():
+                found = expected.get(f"{spec.layers}.{index}.{path}.weight", size)
+                if (found[::-1] if spec.transposed else found) != size:
+                    raise CheckpointError(
+                        f"config.json of {self.name!r} has {shape.num_attention_heads} heads of {shape.qk_head_dim} "
+                        f"channels and {shape.num_key_value_heads} kv heads, which the {spec.name} class of "
+                        f"transformers cannot run: its {path} has the shape {list(found)} with them; check the config"
+                    )
 
     def _under_state_names(self, expected: Collection[str]) -> dict[str, StoredTensor]:
         tensors: dict[str, StoredTensor] = {}

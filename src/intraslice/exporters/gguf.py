@@ -2,7 +2,8 @@
 
 llama.cpp runs layers of different head counts and FFN widths only in its architecture `deci`: arrays of sizes, one head
 width W for all, groups of one size within a layer, softmax scale 1 / sqrt(W), and the two channels of a rotary pair
-side by side. Whatever does not fit is zero-padded, which is exact. `gguf_plan` says what the file holds.
+side by side. Families of which `deci` lacks something have an architecture of their own there, with one shape for all
+layers. Whatever does not fit is zero-padded, which is exact. `gguf_plan` and `gguf_one_shape` say what the file holds.
 """
 
 from __future__ import annotations
@@ -23,21 +24,24 @@ from intraslice.checkpoint.pruned import PrunedCheckpoint
 from intraslice.checkpoint.workfolder import GGUF_FILE, staged_output
 from intraslice.checkpoint.writer import check_output
 from intraslice.errors import CheckpointError, MissingExtraError, OutputError
-from intraslice.exporters.gguf_plan import FilePlan, make_plan
+from intraslice.exporters.gguf_one_shape import plan_one_shape
+from intraslice.exporters.gguf_plan import SHAPE_PER_LAYER, FilePlan, plan_shapes
 from intraslice.exporters.gguf_vocabulary import add_vocabulary
 from intraslice.exporters.options import ExportOptions, ExportReport
 from intraslice.exporters.padding import pad_layer, scale_queries, with_output_biases
 from intraslice.exporters.verify import verify
 from intraslice.files import writing
+from intraslice.layers.state_dict import norm_weights
 from intraslice.names import expanded
 from intraslice.placement import dtype_name
 from intraslice.progress import Progress
-from intraslice.runtime.families_intraslice import LayerShape
+from intraslice.runtime.families_intraslice import FamilySpec, LayerShape
 
-ARCHITECTURE = "deci"
+MARK = "intraslice.pruned"
+"""Key by which the files of this package are known again, whatever their architecture."""
 _VERIFY_CONTEXT = 64
-# Magic, version, two counts, and the key and value of the architecture.
-_HEADER_BYTES = 96
+# Magic, version, two counts, the key and value of the architecture, and the mark.
+_HEADER_BYTES = 160
 
 
 def export_gguf(checkpoint: PrunedCheckpoint, output: Path, options: ExportOptions, progress: Progress) -> ExportReport:
@@ -63,11 +67,18 @@ def export_gguf(checkpoint: PrunedCheckpoint, output: Path, options: ExportOptio
             "the package that writes GGUF files is missing: pip install 'intraslice[gguf]'"
         ) from error
     _check_output(output, options)
-    plan = make_plan(checkpoint, options)
+    spec = checkpoint.spec
+    if spec.llama_cpp_lacks and spec.llama_cpp is not None:
+        plan = plan_one_shape(checkpoint, spec.llama_cpp, options)
+    else:
+        plan = plan_shapes(checkpoint, options)
     notes = list(plan.notes)
     rest = _rest(checkpoint, plan)
     rows = rest["token_embd.weight"].shape[0]
-    with staged_output(output, "export") as work, _closed(GGUFWriter(work.path / GGUF_FILE, ARCHITECTURE)) as writer:
+    with (
+        staged_output(output, "export") as work,
+        _closed(GGUFWriter(work.path / GGUF_FILE, plan.architecture)) as writer,
+    ):
         temporary = work.path / GGUF_FILE
         _add_sizes(writer, checkpoint, plan, rows)
         notes.append(add_vocabulary(writer, checkpoint, options.tokenizer_from, rows))
@@ -80,7 +91,7 @@ def export_gguf(checkpoint: PrunedCheckpoint, output: Path, options: ExportOptio
                 os.fsync(file.fileno())
         difference = None
         if options.verify:
-            difference = _verified(temporary, checkpoint, plan.dtype)
+            difference = _verified(temporary, checkpoint, plan)
             if difference is None:
                 notes.append("not verified: llama-cpp-python is not installed.")
         # Another process may have written it meanwhile.
@@ -111,8 +122,8 @@ def _check_output(output: Path, options: ExportOptions) -> None:
         begins = file.read(_HEADER_BYTES)
     if not begins.startswith(b"GGUF"):
         raise OutputError(f"output {name} is not a GGUF file, so --overwrite does not replace it")
-    # The first key of the file: it may be the dense model of a checkpoint.
-    if ARCHITECTURE.encode() not in begins:
+    # It may be the dense model of a checkpoint. Files of older releases have no mark, but no other architecture either.
+    if MARK.encode() not in begins and SHAPE_PER_LAYER.encode() not in begins:
         raise OutputError(f"output {name} is not a GGUF file of a pruned model, so --overwrite does not replace it")
 
 
@@ -125,6 +136,7 @@ def _add_sizes(writer: Any, checkpoint: PrunedCheckpoint, plan: FilePlan, rows: 
         torch.float16: LlamaFileType.MOSTLY_F16,
         torch.bfloat16: LlamaFileType.MOSTLY_BF16,
     }
+    writer.add_bool(MARK, True)
     writer.add_type("model")
     writer.add_name(checkpoint.folder.resolve().name)
     writer.add_file_type(file_types[plan.dtype])
@@ -134,13 +146,19 @@ def _add_sizes(writer: Any, checkpoint: PrunedCheckpoint, plan: FilePlan, rows: 
     writer.add_embedding_length(values["hidden_size"])
     writer.add_block_count(checkpoint.num_layers)
     writer.add_layer_norm_rms_eps(values["rms_norm_eps"])
-    writer.add_rope_freq_base(float(values["rope_parameters"]["rope_theta"]))
+    writer.add_rope_freq_base(plan.rope_base)
     writer.add_rope_dimension_count(plan.width)
     writer.add_key_length(plan.width)
     writer.add_value_length(plan.width)
-    writer.add_head_count([shape.num_attention_heads for shape in plan.shapes])
-    writer.add_head_count_kv([shape.num_key_value_heads for shape in plan.shapes])
-    writer.add_feed_forward_length([shape.intermediate_size for shape in plan.shapes])
+    for method, value in plan.keys:
+        getattr(writer, method)(value)
+    sizes = [(shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size) for shape in plan.shapes]
+    # One number says that all layers are alike.
+    columns = zip(*sizes, strict=True) if plan.architecture == SHAPE_PER_LAYER else sizes[0]
+    heads, kv_heads, ffn = (list(column) if isinstance(column, tuple) else column for column in columns)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_feed_forward_length(ffn)
 
 
 def _rest(checkpoint: PrunedCheckpoint, plan: FilePlan) -> dict[str, Tensor]:
@@ -156,6 +174,9 @@ def _rest(checkpoint: PrunedCheckpoint, plan: FilePlan) -> dict[str, Tensor]:
         different = sorted(tensors.keys() ^ names.keys())
         raise CheckpointError(f"{checkpoint.name!r} does not hold what GGUF has a place for: {', '.join(different)}")
     rest = {names[name]: tensor for name, tensor in tensors.items()}
+    rest["output_norm.weight"] = _norm(checkpoint, rest["output_norm.weight"])
+    if plan.own_head:
+        rest.setdefault("output.weight", rest["token_embd.weight"])
     if plan.rope_factors is not None:
         rest["rope_freqs.weight"] = plan.rope_factors
     return rest
@@ -171,7 +192,7 @@ def _written_layers(
     for index, shape in enumerate(plan.shapes):
         if shape.dropped not in names:
             names[shape.dropped] = tuple(_layer_tensors(checkpoint, plan, index))
-        sizes = _layer_sizes(shape, plan.width, checkpoint.dense.hidden_size)
+        sizes = _layer_sizes(checkpoint, shape, plan.width)
         slots |= {f"blk.{index}.{name}": sizes[name] for name in names[shape.dropped]}
     for name, size in slots.items():
         _announce(writer, name, size, plan.dtype)
@@ -191,12 +212,35 @@ def _written_layers(
         yield index
 
 
-def _layer_sizes(shape: LayerShape, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+def _norm(checkpoint: PrunedCheckpoint, weight: Tensor) -> Tensor:
+    """Return the factor of a norm: files hold it whole where Hugging Face stores what is added to one."""
+    offset = checkpoint.spec.norm_offset
+    return weight if offset == 0.0 else weight.float() + offset
+
+
+def _norm_names(spec: FamilySpec) -> dict[str, str]:
+    """Return how files call the norms of a layer, by their modules within the layer."""
+    names = {
+        spec.attention_norm: "attn_norm",
+        spec.attention_out_norm: "post_attention_norm",
+        spec.ffn_norm: "ffn_norm",
+        spec.ffn_out_norm: "post_ffw_norm",
+    }
+    return {f"{module}.weight": f"{name}.weight" for module, name in names.items() if module is not None}
+
+
+def _layer_sizes(checkpoint: PrunedCheckpoint, shape: LayerShape, width: int) -> dict[str, tuple[int, ...]]:
+    """Return the size of each tensor that a layer of this shape may have, by its name within the layer."""
+    spec, hidden = checkpoint.spec, checkpoint.dense.hidden_size
     query, kv, ffn = shape.num_attention_heads * width, shape.num_key_value_heads * width, shape.intermediate_size
+    sizes: dict[str, tuple[int, ...]] = {name: (hidden,) for name in _norm_names(spec).values()}
+    if spec.qk_norm is not None:
+        over_all = spec.qk_norm.over == "all"
+        sizes["attn_q_norm.weight"] = (query if over_all else width,)
+        sizes["attn_k_norm.weight"] = (kv if over_all else width,)
     rows = {"attn_q": query, "attn_k": kv, "attn_v": kv, "attn_output": hidden}
     rows |= {"ffn_gate": ffn, "ffn_up": ffn, "ffn_down": hidden}
     columns = {"attn_output": query, "ffn_down": ffn}
-    sizes: dict[str, tuple[int, ...]] = {"attn_norm.weight": (hidden,), "ffn_norm.weight": (hidden,)}
     for name, count in rows.items():
         sizes[f"{name}.weight"] = (count, columns.get(name, hidden))
         sizes[f"{name}.bias"] = (count,)
@@ -210,7 +254,7 @@ def _layer_tensors(checkpoint: PrunedCheckpoint, plan: FilePlan, index: int) -> 
     if layer.shape != plan.shapes[index]:
         layer = pad_layer(layer, plan.shapes[index], checkpoint.pair_channels(index), plan.pairs)
     layer = scale_queries(layer, plan.query_scale)
-    norms = {f"{spec.attention_norm}.weight": "attn_norm.weight", f"{spec.ffn_norm}.weight": "ffn_norm.weight"}
+    norms = _norm_names(spec)
     if layer.rest.keys() != norms.keys():
         different = ", ".join(sorted(layer.rest.keys() ^ norms.keys()))
         raise CheckpointError(
@@ -219,7 +263,7 @@ def _layer_tensors(checkpoint: PrunedCheckpoint, plan: FilePlan, index: int) -> 
     if checkpoint.has_output_biases:
         layer = with_output_biases(layer)
     attention, ffn = layer.attention, layer.ffn
-    found: dict[str, Tensor | None] = {norms[name]: tensor for name, tensor in layer.rest.items()}
+    found: dict[str, Tensor | None] = {norms[name]: _norm(checkpoint, tensor) for name, tensor in layer.rest.items()}
     if layer.shape.has_attention:
         found |= {
             "attn_q.weight": attention.q[:, plan.row_order].flatten(0, 1),
@@ -231,6 +275,9 @@ def _layer_tensors(checkpoint: PrunedCheckpoint, plan: FilePlan, index: int) -> 
             "attn_v.bias": None if attention.v_bias is None else attention.v_bias.flatten(),
             "attn_output.bias": attention.o_bias,
         }
+        for name, weight in norm_weights(attention, spec, headed=False).items():
+            side = "q" if spec.qk_norm is not None and name == f"{spec.qk_norm.q}.weight" else "k"
+            found[f"attn_{side}_norm.weight"] = _norm(checkpoint, weight)
     else:
         del found["attn_norm.weight"]
     if layer.shape.has_ffn:
@@ -282,7 +329,7 @@ def _closed(writer: Any) -> Iterator[Any]:
             pass
 
 
-def _verified(path: Path, checkpoint: PrunedCheckpoint, dtype: torch.dtype) -> float | None:
+def _verified(path: Path, checkpoint: PrunedCheckpoint, plan: FilePlan) -> float | None:
     """Return the largest difference between llama.cpp's logits and those of the checkpoint.
 
     Returns:
@@ -315,4 +362,6 @@ def _verified(path: Path, checkpoint: PrunedCheckpoint, dtype: torch.dtype) -> f
             raise CheckpointError(f"llama.cpp does not run the exported file ({error}); it was not kept") from error
         return logits[None]  # [1, T, vocabulary]
 
-    return verify(checkpoint, run, runtime="llama.cpp", dtype=dtype_name(dtype))
+    return verify(
+        checkpoint, run, runtime="llama.cpp", dtype=dtype_name(plan.dtype), context_length=plan.context_length
+    )

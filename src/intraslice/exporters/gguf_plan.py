@@ -1,5 +1,7 @@
 """What a GGUF file of a pruned model holds: shapes that llama.cpp runs, rotary factors, remarks for the user.
 
+Here for the architecture `deci`, which has a shape per layer; `gguf_one_shape` is for those with one shape for all.
+
 Shapes: W head width of the file, d head_dim of the dense model.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from intraslice.exporters.rope import dense_frequencies, rope_type
 from intraslice.runtime.configuration_intraslice import rotary_dim
 from intraslice.runtime.families_intraslice import LayerShape
 
+SHAPE_PER_LAYER = "deci"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # An angle divided by this is zero: pairs that are not rotated.
 _NO_ROTATION = 1e30
@@ -33,24 +37,32 @@ class FilePlan:
     """What the file will hold.
 
     Attributes:
+        architecture: of llama.cpp.
         shapes: of each layer in the file.
         pairs: dense rotary pairs of a head, when it is narrower than the dense one; None: all, in their dense places.
         row_order: where row i of a query or key head of the file comes from, int64 [W].
         rope_factors: what llama.cpp divides its angles by, float32 [W / 2]; None: they are right as they are.
+        rope_base: base of the angles.
         query_scale: factor on the queries that makes up for llama.cpp's softmax scale.
         context_length: up to which the model is exact.
         dtype: of the matrices.
         notes: for the user.
+        keys: more of what llama.cpp reads before the tensors: (method of gguf's GGUFWriter, its argument).
+        own_head: whether the output matrix stands in the file although it is the embedding.
     """
 
+    architecture: str
     shapes: tuple[LayerShape, ...]
     pairs: tuple[int, ...] | None
     row_order: Tensor
     rope_factors: Tensor | None
+    rope_base: float
     query_scale: float
     context_length: int
     dtype: torch.dtype
     notes: tuple[str, ...]
+    keys: tuple[tuple[str, Any], ...] = ()
+    own_head: bool = False
 
     @property
     def width(self) -> int:
@@ -58,8 +70,8 @@ class FilePlan:
         return self.row_order.numel()
 
 
-def make_plan(checkpoint: PrunedCheckpoint, options: ExportOptions) -> FilePlan:
-    """Decide what the file will hold.
+def plan_shapes(checkpoint: PrunedCheckpoint, options: ExportOptions) -> FilePlan:
+    """Decide what a file with a shape per layer will hold.
 
     Raises:
         UnsupportedModelError: llama.cpp has no place for what the model does.
@@ -71,11 +83,7 @@ def make_plan(checkpoint: PrunedCheckpoint, options: ExportOptions) -> FilePlan:
             f"a {spec.name} model cannot be exported to GGUF: llama.cpp's architecture with a shape per layer has no "
             f"{', no '.join(spec.llama_cpp_lacks)}; load the checkpoint with transformers or vLLM instead"
         )
-    if values[spec.activation] not in ("silu", "swish"):
-        raise UnsupportedModelError(
-            f"the activation {values[spec.activation]!r} cannot be exported to GGUF: llama.cpp's architecture with a "
-            "shape per layer has 'silu' only"
-        )
+    check_activation(checkpoint, ("silu", "swish"), "llama.cpp's architecture with a shape per layer")
     dense_width, shared = checkpoint.dense_shape.qk_head_dim, checkpoint.shared_pairs()
     widest_value = max(shape.v_head_dim for shape in checkpoint.shapes)
     narrow = shared is not None and widest_value <= 2 * len(shared) < dense_width
@@ -86,17 +94,19 @@ def make_plan(checkpoint: PrunedCheckpoint, options: ExportOptions) -> FilePlan:
         _fitting(shape, width, first=index == 0, last=index == last) for index, shape in enumerate(checkpoint.shapes)
     )
     factors, attention_factor = _rope_factors(checkpoint, pairs, width)
-    context, notes = _context_length(checkpoint)
-    notes += _padding_notes(checkpoint, shapes) + _quantisation_notes(shapes, width)
+    context, notes = context_length(checkpoint)
+    notes += _padding_notes(checkpoint, shapes) + quantisation_notes(shapes, width)
     return FilePlan(
+        architecture=SHAPE_PER_LAYER,
         shapes=shapes,
         pairs=pairs,
         # A narrow head has all first channels, then all second ones.
         row_order=(channels if pairs is None else torch.arange(width).view(2, -1).T).flatten(),
         rope_factors=factors,
+        rope_base=float(values["rope_parameters"]["rope_theta"]),
         query_scale=math.sqrt(width / dense_width) * attention_factor**2,
         context_length=context,
-        dtype=_matrix_dtype(checkpoint, options),
+        dtype=matrix_dtype(checkpoint, options),
         notes=tuple(notes),
     )
 
@@ -150,12 +160,36 @@ def _rope_factors(
     return None if plain else factors, attention_factor
 
 
-def _context_length(checkpoint: PrunedCheckpoint) -> tuple[int, list[str]]:
-    spec, values = checkpoint.spec, vars(checkpoint.dense)
-    longest = int(values["max_position_embeddings"])
-    window = values.get(spec.sliding_window) if spec.sliding_window else None
-    kinds = values.get("layer_types")
-    if not window or window >= longest or (kinds and "sliding_attention" not in kinds):
+def check_activation(checkpoint: PrunedCheckpoint, known: tuple[str, ...], where: str) -> None:
+    """Refuse activation functions that the architecture does not have.
+
+    Args:
+        checkpoint: the pruned checkpoint.
+        known: names of those that it has, as configs call them.
+        where: the architecture in words.
+
+    Raises:
+        UnsupportedModelError: the model has another one.
+    """
+    found = vars(checkpoint.dense)[checkpoint.spec.activation]
+    if found not in known:
+        raise UnsupportedModelError(
+            f"the activation {found!r} cannot be exported to GGUF: {where} has {known[0]!r} only"
+        )
+
+
+def windowed_layers(checkpoint: PrunedCheckpoint) -> tuple[bool, ...]:
+    """Return whether each layer of the dense model attends to a window of its text only."""
+    values = vars(checkpoint.dense)
+    kinds = values.get("layer_types") or ["sliding_attention"] * checkpoint.num_layers
+    return tuple(bool(values.get("sliding_window")) and kind == "sliding_attention" for kind in kinds)
+
+
+def context_length(checkpoint: PrunedCheckpoint) -> tuple[int, list[str]]:
+    """Return up to which length an architecture without windows is exact, and what is to be said of it."""
+    values = vars(checkpoint.dense)
+    longest, window = int(values["max_position_embeddings"]), values.get("sliding_window")
+    if not window or window >= longest or not any(windowed_layers(checkpoint)):
         return longest, []
     return int(window), [
         f"llama.cpp has no attention window for this architecture, so the context length is {window} instead of "
@@ -184,7 +218,8 @@ def _padding_notes(checkpoint: PrunedCheckpoint, shapes: tuple[LayerShape, ...])
     ]
 
 
-def _quantisation_notes(shapes: tuple[LayerShape, ...], width: int) -> list[str]:
+def quantisation_notes(shapes: tuple[LayerShape, ...], width: int) -> list[str]:
+    """Return what is to be said of rows that llama.cpp cannot quantise."""
     odd = sum(
         (shape.num_attention_heads * width) % _QUANT_BLOCK > 0 or shape.intermediate_size % _QUANT_BLOCK > 0
         for shape in shapes
@@ -197,7 +232,8 @@ def _quantisation_notes(shapes: tuple[LayerShape, ...], width: int) -> list[str]
     ]
 
 
-def _matrix_dtype(checkpoint: PrunedCheckpoint, options: ExportOptions) -> torch.dtype:
+def matrix_dtype(checkpoint: PrunedCheckpoint, options: ExportOptions) -> torch.dtype:
+    """Return the dtype of the matrices in the file."""
     if options.dtype != "auto":
         return DTYPES[options.dtype]
     stored = checkpoint.load_layer(0).attention.o.dtype

@@ -123,11 +123,11 @@ def _padded_attention(
     q_factor, k_factor = _norm_factors(layer, shape)
 
     def scaled(tensor: Tensor | None, factor: float) -> Tensor | None:
-        return tensor if tensor is None or factor == 1.0 else tensor.float() * factor
+        return tensor if tensor is None or factor == 1.0 else _wide(tensor) * factor
 
     def divided(norm: Tensor | None, factor: float) -> Tensor | None:
         offset = layer.spec.norm_offset
-        return norm if norm is None or factor == 1.0 else (norm.float() + offset) / factor - offset
+        return norm if norm is None or factor == 1.0 else (_wide(norm) + offset) / factor - offset
 
     return AttentionWeights(
         q=_some(scaled(rows(attention.q, heads, q_places, q_channels), q_factor)),
@@ -141,6 +141,11 @@ def _padded_attention(
         v_bias=rows(attention.v_bias, kv_heads, kv_places, v_rows),
         o_bias=attention.o_bias,
     )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 at least, so that what is rounded afterwards is a product."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _norm_factors(layer: NeutralLayer, shape: LayerShape) -> tuple[float, float]:
@@ -233,11 +238,10 @@ def scale_queries(layer: NeutralLayer, factor: float) -> NeutralLayer:
         return layer
     if attention.q_norm is not None:
         # Whatever comes before a norm has no effect on the size of what comes out.
-        norm = (attention.q_norm.float() + offset) * factor - offset
+        norm = (_wide(attention.q_norm) + offset) * factor - offset
         return replace(layer, attention=replace(attention, q_norm=norm))
-    # In float32: what is rounded afterwards is the product.
-    bias = None if attention.q_bias is None else attention.q_bias.float() * factor
-    return replace(layer, attention=replace(attention, q=attention.q.float() * factor, q_bias=bias))
+    bias = None if attention.q_bias is None else _wide(attention.q_bias) * factor
+    return replace(layer, attention=replace(attention, q=_wide(attention.q) * factor, q_bias=bias))
 
 
 def padding_cost(checkpoint: PrunedCheckpoint, shapes: Sequence[LayerShape]) -> float:

@@ -64,7 +64,14 @@ _SENTENCES = {
 
 
 @torch.no_grad()
-def verify(checkpoint: PrunedCheckpoint, run: Callable[[Tensor], Tensor], *, runtime: str, dtype: str) -> float:
+def verify(
+    checkpoint: PrunedCheckpoint,
+    run: Callable[[Tensor], Tensor],
+    *,
+    runtime: str,
+    dtype: str,
+    context_length: int = PROMPT_TOKENS,
+) -> float:
     """Compare the logits of an export with those of the checkpoint.
 
     Args:
@@ -73,6 +80,7 @@ def verify(checkpoint: PrunedCheckpoint, run: Callable[[Tensor], Tensor], *, run
             checkpoint is loaded, so one copy of the weights at a time is in memory.
         runtime: what `run` runs the export in; with `dtype` a row of `TOLERANCES`.
         dtype: of the export's weights.
+        context_length: tokens up to which the export is exact; a longer prompt is cut.
 
     Returns:
         The largest difference of a logit.
@@ -80,7 +88,7 @@ def verify(checkpoint: PrunedCheckpoint, run: Callable[[Tensor], Tensor], *, run
     Raises:
         CheckpointError: the difference is more than rounding.
     """
-    tokens_1T = prompt_tokens(checkpoint.config.vocab_size)
+    tokens_1T = prompt_tokens(checkpoint.config.vocab_size)[:, :context_length]
     found = run(tokens_1T)
     with quiet(everything=True):
         wanted = reference_logits(checkpoint, tokens_1T)

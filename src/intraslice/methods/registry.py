@@ -25,7 +25,7 @@ class MethodOptions(Protocol):
         """Return a sentence when two options do not go together; None when all do."""
         ...
 
-    def fitted(self, *, target: str, hidden_size: int, norms_first: bool) -> Any:
+    def fitted(self, *, target: str, hidden_size: int, norms_first: bool, one_shape: bool) -> Any:
         """Return the options as a model of this kind can have them."""
         ...
 

@@ -368,5 +368,13 @@ def fit_to_model(recipe: Recipe, spec: FamilySpec, *, hidden_size: int, norms_fi
         raise RecipeError(
             f"ffn.iter_pca fits plain sums, but the blocks of {spec.name} end in norms; use ffn.iter_pca = false."
         )
-    fitted = recipe.options.fitted(target=recipe.target, hidden_size=hidden_size, norms_first=norms_first)
+    one_shape = recipe.target == "llama.cpp" and bool(spec.llama_cpp_lacks)
+    if one_shape and option_values(recipe.options).get("allocation.drop_blocks"):
+        raise RecipeError(
+            f"allocation.drop_blocks takes whole blocks out of layers, but llama.cpp runs {spec.name} models with one "
+            "shape for all layers; use --target transformers, or leave every layer its blocks."
+        )
+    fitted = recipe.options.fitted(
+        target=recipe.target, hidden_size=hidden_size, norms_first=norms_first, one_shape=one_shape
+    )
     return recipe.model_copy(update={"options": fitted})

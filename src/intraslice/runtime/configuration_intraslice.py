@@ -124,10 +124,15 @@ def dense_shape(config: PretrainedConfig, spec: FamilySpec, layer_idx: int = 0) 
         config: stock or pruned config.
         spec: its family.
         layer_idx: number of the layer; any will do where the dense layers are alike.
+
+    Raises:
+        ValueError: the kv heads cannot serve equally many query heads.
     """
     values = _dense_values(config, layer_idx)
     heads = values["num_attention_heads"]
     kv_heads = spec.kv_heads if isinstance(spec.kv_heads, int) else values.get(spec.kv_heads) or heads
+    if heads % kv_heads:
+        raise ValueError(f"{heads} heads are no multiple of {kv_heads} kv heads")
     head_dim = dense_head_dim(config, layer_idx)
     return LayerShape(
         heads_per_kv=(heads // kv_heads,) * kv_heads,

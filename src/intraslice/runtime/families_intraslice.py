@@ -148,6 +148,33 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LlamaCpp:
+    """An architecture of llama.cpp that computes what a family computes, where all layers have one shape.
+
+    A file of it has heads of the dense width with all rotary pairs, and no biases: only the number of heads and the FFN
+    are smaller.
+
+    Attributes:
+        architecture: its name in GGUF files.
+        activations: activation functions that it has, as configs call them.
+        windows: whether it knows windows of attention, which all layers have but the last of every so many.
+        caps: config attributes of caps that it always computes; those that stand here in no row must be unset.
+        head: whether the output matrix is the embedding ("tied"), stands in the file in any case ("own"), or "either".
+        fills_hidden: whether heads are hidden_size / heads channels wide, so that no head can go.
+        scale_from_hidden: with this number of layers the softmax scale is (hidden_size / heads)^-1/2 instead of
+            (head width)^-1/2; None: with no number.
+    """
+
+    architecture: str
+    activations: tuple[str, ...] = ("silu", "swish")
+    windows: bool = False
+    caps: tuple[str, ...] = ()
+    head: str = "either"
+    fills_hidden: bool = False
+    scale_from_hidden: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class FamilySpec:
     """Where things are in one Hugging Face layout, and what is special about the family. Data only.
 
@@ -199,6 +226,8 @@ class FamilySpec:
         variants: what the config switches; where several hold, the later ones go over the earlier ones. See
             `of_config`.
         refuse: config attributes that must be unset, because the computation is another one with them.
+        llama_cpp: the architecture of llama.cpp for models whose layers have one shape; None where there is none, or
+            where `llama_cpp_lacks` is empty: then an architecture with a shape per layer is used.
         vllm_fails: why vLLM cannot run a pruned model of the family, as the end of a sentence; "" when it can.
         renames: (beginning of a name on disk, what stands there in the state dict of the ForCausalLM class), for
             checkpoints whose names are others, for example ("model.language_model.", "model.") or ("embed_out.",
@@ -254,6 +283,7 @@ class FamilySpec:
     transposed: bool = False
     variants: tuple[Variant, ...] = ()
     refuse: tuple[str, ...] = ()
+    llama_cpp: LlamaCpp | None = None
     vllm_fails: str = ""
     renames: tuple[tuple[str, str], ...] = ()
     head_of: str | None = None
@@ -323,9 +353,14 @@ class FamilySpec:
     def without_targets(self) -> dict[str, str]:
         """The runtimes that cannot run a pruned model of this family, by name, and why."""
         reasons = {}
-        if self.llama_cpp_lacks:
+        if self.llama_cpp_lacks and self.llama_cpp is None:
             reasons["llama.cpp"] = (
                 f"its architecture with a shape per layer has no {', no '.join(self.llama_cpp_lacks)}"
+            )
+        elif self.llama_cpp is not None and self.llama_cpp.fills_hidden:
+            reasons["llama.cpp"] = (
+                f"heads of its architecture {self.llama_cpp.architecture} are hidden_size / heads wide, so that none "
+                "can go; export --to gguf fills the heads of any checkpoint up with zeros"
             )
         if self.vllm_fails:
             reasons["vllm"] = self.vllm_fails
@@ -391,6 +426,7 @@ class FamilySpec:
 
 _QKV = ("q", "k", "v")
 _GATE_UP = ("gate", "up")
+_GELU_TANH = ("gelu_pytorch_tanh",)
 
 FAMILIES: dict[str, FamilySpec] = {
     spec.name: spec
@@ -483,6 +519,7 @@ FAMILIES: dict[str, FamilySpec] = {
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             refuse=("use_bidirectional_attention",),
+            llama_cpp=LlamaCpp(architecture="gemma", activations=_GELU_TANH, head="tied"),
         ),
         FamilySpec(
             name="internlm3",
@@ -550,6 +587,7 @@ FAMILIES: dict[str, FamilySpec] = {
             o_bias="attention_bias",
             qk_norm=QKNorm(),
             gguf="qwen3",
+            llama_cpp=LlamaCpp(architecture="qwen3"),
         ),
         FamilySpec(
             name="qwen3_vl_text",
@@ -558,6 +596,7 @@ FAMILIES: dict[str, FamilySpec] = {
             qk_norm=QKNorm(),
             head_of="qwen3",
             text_of=("qwen3_vl",),
+            llama_cpp=LlamaCpp(architecture="qwen3"),
         ),
         FamilySpec(
             name="granite",
@@ -579,6 +618,14 @@ FAMILIES: dict[str, FamilySpec] = {
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             gguf="gemma2",
+            llama_cpp=LlamaCpp(
+                architecture="gemma2",
+                activations=_GELU_TANH,
+                windows=True,
+                caps=("attn_logit_softcapping", "final_logit_softcapping"),
+                head="tied",
+                scale_from_hidden=46,
+            ),
         ),
         FamilySpec(
             name="gemma3_text",
@@ -595,6 +642,7 @@ FAMILIES: dict[str, FamilySpec] = {
             refuse=("use_bidirectional_attention",),
             text_of=("gemma3",),
             gguf="gemma3",
+            llama_cpp=LlamaCpp(architecture="gemma3", activations=_GELU_TANH, windows=True, scale_from_hidden=62),
         ),
         FamilySpec(
             name="olmo2",
@@ -606,6 +654,7 @@ FAMILIES: dict[str, FamilySpec] = {
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             head_dim_field=False,
+            llama_cpp=LlamaCpp(architecture="olmo2", head="own", fills_hidden=True),
         ),
         FamilySpec(
             name="olmo3",
@@ -617,6 +666,7 @@ FAMILIES: dict[str, FamilySpec] = {
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             head_dim_field=False,
+            llama_cpp=LlamaCpp(architecture="olmo2", windows=True, head="own", fills_hidden=True),
         ),
         FamilySpec(
             name="exaone4",

@@ -327,17 +327,22 @@ class BlockwiseOptions:
             )
         return None
 
-    def fitted(self, *, target: str, hidden_size: int, norms_first: bool) -> BlockwiseOptions:
+    def fitted(self, *, target: str, hidden_size: int, norms_first: bool, one_shape: bool) -> BlockwiseOptions:
         """Return the options as this model can have them.
 
         K-quants of llama.cpp need rows of a multiple of 256 weights. Where hidden_size is none, most matrices of the
         model cannot have them, and steps as coarse as that would cost quality for nothing. Where norms come after the
         sum with the residual stream, the dense stream is no target for a linear repair: sites use their own output.
+        Architectures of llama.cpp that have one shape for all layers have no place for a choice of rotary pairs either,
+        so heads stay whole.
         """
-        attention, ffn = self.attention, self.ffn
+        allocation, attention, ffn = self.allocation, self.attention, self.ffn
+        if one_shape:
+            allocation = replace(allocation, shape_freedom="model")
+            attention = replace(attention, min_head_fraction=1.0)
         if target == "llama.cpp" and hidden_size % ffn.ffn_multiple:
             ffn = replace(ffn, ffn_multiple=math.gcd(ffn.ffn_multiple, hidden_size))
         if not norms_first:
             attention = replace(attention, repair_against="own_output")
             ffn = replace(ffn, repair_against="own_output")
-        return replace(self, attention=attention, ffn=ffn)
+        return replace(self, allocation=allocation, attention=attention, ffn=ffn)

@@ -17,6 +17,6 @@ class SliceGptOptions:
         """Return None: there is nothing to contradict."""
         return None
 
-    def fitted(self, *, target: str, hidden_size: int, norms_first: bool) -> SliceGptOptions:
+    def fitted(self, *, target: str, hidden_size: int, norms_first: bool, one_shape: bool) -> SliceGptOptions:
         """Return the options as they are."""
         return self

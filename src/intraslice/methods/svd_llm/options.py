@@ -36,6 +36,6 @@ class SvdLlmOptions:
         """Return None: there is nothing to contradict."""
         return None
 
-    def fitted(self, *, target: str, hidden_size: int, norms_first: bool) -> SvdLlmOptions:
+    def fitted(self, *, target: str, hidden_size: int, norms_first: bool, one_shape: bool) -> SvdLlmOptions:
         """Return the options as they are."""
         return self
