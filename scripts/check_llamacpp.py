@@ -1,5 +1,7 @@
 """Compare GGUF files of a pruned and a dense model, in float32 and quantised, with transformers and each other.
 
+Without --dense only the first of these checks is made.
+
 1. Greedy decoding of the pruned file, token by token with a float32 cache, gives the tokens of transformers, and logits
    that differ by less than --bar.
 2. Quantised files of both models load and continue the same texts; Q8_0 mostly chooses the tokens of float32.
@@ -201,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="the pruned checkpoint folder")
     parser.add_argument("--pruned", type=Path, required=True, help="its GGUF file in float32")
-    parser.add_argument("--dense", type=Path, required=True, help="GGUF file of the dense model in float32")
+    parser.add_argument("--dense", type=Path, help="GGUF file of the dense model in float32")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each prompt (default %(default)s)")
     parser.add_argument("--bar", type=float, default=1e-2, help="allowed logit difference (default %(default)s)")
     parser.add_argument("--quantisations", default="Q8_0,Q4_0", help="such as Q8_0,Q4_K_M (default %(default)s)")
@@ -219,7 +221,7 @@ def main() -> None:
     continuations, passed = compare_greedy(args, prompts, tokenizer)
     if not passed:
         failed.append("greedy tokens or logits in float32")
-    for kind in args.quantisations.split(","):
+    for kind in args.quantisations.split(",") if args.dense else ():
         if not compare_quantised(args, kind, prompts, continuations, tokenizer):
             failed.append(f"{kind} (agreement or speed)")
     if failed:

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Compares pruned checkpoints in llama.cpp with the same checkpoints in transformers: greedy tokens, logits,
-# quantised files, and decoding speed beside the dense model; and shows which families cannot be compared. Sets up an
-# environment of its own; the first run compiles llama.cpp, about 15 minutes on two cores. Needs Python 3.10 or later, a
-# C++ compiler, CMake from the Python package index, no GPU.
+# quantised files, and decoding speed beside the dense model; and small random models of families with an architecture of
+# their own in llama.cpp. Sets up an environment of its own; the first run compiles llama.cpp, about 15 minutes on two
+# cores. Needs Python 3.10 or later, a C++ compiler, CMake from the Python package index, no GPU.
 #   VENV        the environment           (.venv-llamacpp in the repository)
 #   WHEELS      keeps the compiled wheel  (build/wheels in the repository)
 #   OUT         where files go            (out/llamacpp in the repository)
 #   MODEL       what is pruned            (smollm2-135m)
 #   CHECKPOINT  an existing checkpoint of `intraslice prune --target llama.cpp`  (pruned here at 30 %)
 #   DENSE       an existing checkpoint of `intraslice prune --sparsity 0`        (written here)
+#   FAMILIES    random models of these families are tried as well  (qwen3 gemma3_text gemma2)
 #   PYTHON      the interpreter           (python3)
 # Arguments go to check_llamacpp.py, see check_llamacpp.py --help.
 set -euo pipefail
@@ -80,7 +81,21 @@ if [ "$status" = 132 ]; then
     status=0
     compare "$@" --plain-kernels || status=$?
 fi
-step "families with norms of query and key, or of outputs: what llama.cpp says to layers of different shapes"
+# Small random models: norms of query and key, norms of outputs, windows and caps. One is pruned to the one shape that
+# llama.cpp has for them, and one with a shape per layer, which the export fills up with zeros.
+for family in ${FAMILIES-qwen3 gemma3_text gemma2}; do
+    rm -rf "$out/$family"
+    python "$root/scripts/small_model.py" "$family" "$out/$family"
+    for target in llama.cpp transformers; do
+        step "a random $family model, pruned for $target"
+        intraslice prune "$out/$family" -o "$out/$family-pruned" --sparsity 0.3 --target "$target" \
+            --set attention.qk_width=dense --align ffn=16,head=16 --num-samples 16 --seqlen 128 --overwrite
+        intraslice export "$out/$family-pruned" --to gguf -o "$out/$family.gguf" --dtype float32 --overwrite
+        python "$root/scripts/check_llamacpp.py" "$@" --checkpoint "$out/$family-pruned" --pruned "$out/$family.gguf" \
+            || status=1
+    done
+done
+step "what llama.cpp says to layers of different shapes in these architectures"
 python "$root/scripts/llamacpp_layers.py" || status=1
 echo "total: $((SECONDS / 60)) min $((SECONDS % 60)) s; files are in $out"
 exit "$status"

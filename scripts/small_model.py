@@ -1,4 +1,4 @@
-"""Save a small random model with a tokenizer of single bytes: small_model.py FAMILY FOLDER.
+"""Save a small random model with a tokenizer of bytes: small_model.py FAMILY FOLDER.
 
 For checks of runtimes: heads as wide as their kernels want them, and what is special about the family switched on.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from golden import build_tokenizer
+from tokenizers import models
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 COMMON: dict[str, Any] = {
@@ -32,6 +33,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"tie_word_embeddings": False},
     # Norms of outputs, and logits with a cap. Windows longer than the texts: they are another thing.
     "gemma2": {"query_pre_attn_scalar": 48, "sliding_window": 1024, "final_logit_softcapping": 30.0},
+    # Both, and windows shorter than the texts, in five of six layers.
+    "gemma3_text": {"num_hidden_layers": 6, "query_pre_attn_scalar": 48, "sliding_window": 32},
     # Transposed matrices and learned positions; heads are as wide as hidden_size says.
     "gpt2": {**_OWN_HEADS, "n_inner": 512},
     # One kv head, and parallel blocks.
@@ -54,7 +57,11 @@ def main() -> None:
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    tokenizer = build_tokenizer()
+    # llama.cpp loads no tokenizer that joins nothing.
+    vocab = {**tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False), "th": 259}
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocab, merges=[("t", "h")])
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":
