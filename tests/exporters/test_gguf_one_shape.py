@@ -48,12 +48,12 @@ def export(source: Path, output: Path) -> ExportReport:
     return export_gguf(open_pruned(str(source)), output, ExportOptions(verify=False), SilentProgress())
 
 
-def check_same_logits(source: Path, output: Path) -> None:
+def check_same_logits(source: Path, output: Path, tolerance: float = 1e-4) -> None:
     with torch.inference_mode():
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
         expected = model.eval()(TOKENS).logits[0]
     # float32 on both sides; the angles are rounded differently.
-    torch.testing.assert_close(read(output).logits(TOKENS[0].tolist()), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(read(output).logits(TOKENS[0].tolist()), expected, atol=tolerance, rtol=0)
 
 
 CASES: dict[str, tuple[str, list[LayerShape], dict[str, Any]]] = {
@@ -92,7 +92,8 @@ def test_the_largest_gemmas_have_another_softmax_scale(tmp_path: Path, family: s
     kinds = ["sliding_attention" if i % period < period - 1 else "full_attention" for i in range(layers)]
     source = saved(tmp_path / "pruned", family, [small] * layers, layer_types=kinds)
     export(source, tmp_path / "model.gguf")
-    check_same_logits(source, tmp_path / "model.gguf")
+    # So many layers add up more rounding; the scale of fewer heads would be another one by a third.
+    check_same_logits(source, tmp_path / "model.gguf", 5e-3)
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}

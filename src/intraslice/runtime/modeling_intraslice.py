@@ -694,7 +694,7 @@ def _resized_norm(norm: nn.Module, size: tuple[int, ...]) -> nn.Module:
         return norm
     new = copy.copy(norm)
     # A copy of a module shares its table of parameters.
-    new._parameters = {"weight": nn.Parameter(weight.new_empty(size), requires_grad=weight.requires_grad)}
+    new._parameters = {"weight": nn.Parameter(weight.new_ones(size), requires_grad=weight.requires_grad)}
     return new
 
 
