@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from intraslice.checkpoint.gguf import ARCHITECTURES
@@ -254,7 +255,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(FAMILIES), default=[], help="run the tests of these families")
     parser.add_argument("--columns", nargs="+", choices=titles, default=titles, help="run the tests of these columns")
     arguments = parser.parse_args()
-    data = {"outcomes": {}}
+    data: dict[str, Any] = {"outcomes": {}}
     if arguments.write or arguments.only or arguments.columns != titles:
         data = json.loads(OUTCOMES.read_text(encoding="utf-8"))
     if not arguments.write:

@@ -639,9 +639,26 @@ def test_sentencepiece_like_tokenizer(tmp_path: Path, metaspace: bool) -> None:
         assert spm(text, scores) == tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def spm(text: str, scores: dict[str, float]) -> list[str]:
+def test_tokenizer_of_gemma(tmp_path: Path) -> None:
+    """It replaces all spaces and then splits at spaces, of which there are none left; no space is put in front."""
+    tokenizer = sentencepiece_like(
+        MERGES,
+        normalizer=normalizers.Replace(" ", "\u2581"),
+        pre_tokenizer=pre_tokenizers.Split(" ", "merged_with_previous"),
+    )
+    source = save_pruned(tmp_path / "pruned", tokenizer=tokenizer, vocab_size=280)
+    export(source, tmp_path / "model.gguf", verify=False)
+    fields = Interpreter(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.add_space_prefix"] is False
+    scores = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True))
+    for text in ("the a the", "a  hat", " the"):
+        found = tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids)
+        assert spm(text, scores, first="") == found
+
+
+def spm(text: str, scores: dict[str, float], first: str = "\u2581") -> list[str]:
     """Join the two neighbours whose union has the highest score, as llama.cpp does."""
-    pieces = list("\u2581" + text.replace(" ", "\u2581"))
+    pieces = list(first + text.replace(" ", "\u2581"))
     while True:
         pairs = enumerate(zip(pieces, pieces[1:], strict=False))
         unions = [(scores[left + right], -i) for i, (left, right) in pairs if left + right in scores]

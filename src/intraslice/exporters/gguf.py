@@ -231,7 +231,7 @@ def _norm_names(spec: FamilySpec) -> dict[str, str]:
 
 def _layer_sizes(checkpoint: PrunedCheckpoint, shape: LayerShape, width: int) -> dict[str, tuple[int, ...]]:
     """Return the size of each tensor that a layer of this shape may have, by its name within the layer."""
-    spec, hidden = checkpoint.spec, checkpoint.dense.hidden_size
+    spec, hidden = checkpoint.spec, int(vars(checkpoint.dense)["hidden_size"])
     query, kv, ffn = shape.num_attention_heads * width, shape.num_key_value_heads * width, shape.intermediate_size
     sizes: dict[str, tuple[int, ...]] = {name: (hidden,) for name in _norm_names(spec).values()}
     if spec.qk_norm is not None:

@@ -218,6 +218,9 @@ def _space_prefix(data: dict[str, Any]) -> bool:
             marks = True
             scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
             prefix = scheme != "never"
+        elif step["type"] == "Split" and step["pattern"] == {"String": " "} and marks:
+            # As in Gemma's tokenizer: all spaces have been replaced by then.
+            continue
         else:
             others.add(step["type"])
     if others or not marks:
