@@ -86,6 +86,7 @@ TRIALS: dict[str, Trial] = {
     "allocation.channel_balance": Trial((0.01,)),
     "allocation.kept_first": Trial((0.4,), (_in(allocation__rule="inner"),)),
     "allocation.kept_last": Trial((0.4,), (_in(allocation__rule="inner"),)),
+    "allocation.shots": Trial((3,), (_in(allocation__rule="curvature"),)),
     "allocation.kept_layers": Trial((0.5,), (_in(allocation__rule="similarity"),)),
     "allocation.similarity_scale": Trial((100.0,), (_in(allocation__rule="similarity"),)),
     # A cap has an effect only where a site would lose more.
@@ -191,7 +192,10 @@ def pruned(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         out = tmp_path_factory.mktemp("out") / "pruned"
         # The defaults of the multiples, unless they are given: the steps that suit tiny models are not the subject.
         multiples = {"attention.head_multiple": None, "ffn.ffn_multiple": None}
-        given = {**multiples, "run.gradient_folder": str(gradients), **options}
+        # Two shots are several, and take less time than five.
+        in_shots = method == "llm-surgeon" or options.get("allocation.rule") == "curvature"
+        shots = {"allocation.shots": 2} if in_shots else {}
+        given = {**multiples, **shots, "run.gradient_folder": str(gradients), **options}
         try:
             prune(tiny_folder(model, **MODELS[model]), out, method, sparsity, on=text, **given)
         except BudgetError:

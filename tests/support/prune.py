@@ -23,7 +23,7 @@ from intraslice.results.result import PruneResult
 from support.tiny import VOCAB_SIZE
 
 NARROWER_HEADS = ("intraslice", "iter-pca", "ada-h", "paper", "transact", "modegpt")
-WHOLE_HEADS = ("naive", "wanda-sp", "flap", "slimllm", "sobp", "llm-pruner")
+WHOLE_HEADS = ("naive", "wanda-sp", "flap", "slimllm", "sobp", "llm-pruner", "llm-surgeon")
 BLOCKWISE = (*NARROWER_HEADS, *WHOLE_HEADS)
 
 

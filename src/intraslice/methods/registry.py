@@ -152,6 +152,12 @@ METHODS: dict[str, MethodEntry] = {
         summary="LLM-Pruner without its training",
         paper="arXiv 2305.11627",
     ),
+    "llm-surgeon": MethodEntry(
+        form=BLOCKWISE,
+        preset=presets.LLM_SURGEON,
+        summary="LLM-Surgeon: whole heads and channels, with five shots instead of 40",
+        paper="arXiv 2312.17244",
+    ),
     "modegpt": MethodEntry(
         form=BLOCKWISE, preset=presets.MODEGPT, summary="MoDeGPT: modular decomposition", paper="arXiv 2408.09632"
     ),
