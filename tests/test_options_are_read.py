@@ -87,6 +87,9 @@ TRIALS: dict[str, Trial] = {
     "allocation.kept_first": Trial((0.4,), (_in(allocation__rule="inner"),)),
     "allocation.kept_last": Trial((0.4,), (_in(allocation__rule="inner"),)),
     "allocation.shots": Trial((3,), (_in(allocation__rule="curvature"),)),
+    "allocation.gate_steps": Trial((2,), (_in(allocation__rule="gates"),)),
+    "allocation.gate_rate": Trial((0.3,), (_in(allocation__rule="gates"),)),
+    "allocation.gate_penalty": Trial((0.1,), (_in(allocation__rule="gates"),)),
     "allocation.kept_layers": Trial((0.5,), (_in(allocation__rule="similarity"),)),
     "allocation.similarity_scale": Trial((100.0,), (_in(allocation__rule="similarity"),)),
     # A cap has an effect only where a site would lose more.
@@ -192,10 +195,10 @@ def pruned(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         out = tmp_path_factory.mktemp("out") / "pruned"
         # The defaults of the multiples, unless they are given: the steps that suit tiny models are not the subject.
         multiples = {"attention.head_multiple": None, "ffn.ffn_multiple": None}
-        # Two shots are several, and take less time than five.
-        in_shots = method == "llm-surgeon" or options.get("allocation.rule") == "curvature"
-        shots = {"allocation.shots": 2} if in_shots else {}
-        given = {**multiples, **shots, "run.gradient_folder": str(gradients), **options}
+        # Two shots are several, and gates that differ need no training to the end.
+        rule = options.get("allocation.rule", {"llm-surgeon": "curvature", "disp-llm": "gates"}.get(method))
+        less = {"curvature": {"allocation.shots": 2}, "gates": {"allocation.gate_steps": 5}}.get(rule or "", {})
+        given = {**multiples, **less, "run.gradient_folder": str(gradients), **options}
         try:
             prune(tiny_folder(model, **MODELS[model]), out, method, sparsity, on=text, **given)
         except BudgetError:

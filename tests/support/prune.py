@@ -22,7 +22,7 @@ from intraslice.recipes.recipe import load_recipe
 from intraslice.results.result import PruneResult
 from support.tiny import VOCAB_SIZE
 
-NARROWER_HEADS = ("intraslice", "iter-pca", "ada-h", "paper", "transact", "modegpt")
+NARROWER_HEADS = ("intraslice", "iter-pca", "ada-h", "paper", "transact", "modegpt", "disp-llm")
 WHOLE_HEADS = ("naive", "wanda-sp", "flap", "slimllm", "sobp", "llm-pruner", "llm-surgeon")
 BLOCKWISE = (*NARROWER_HEADS, *WHOLE_HEADS)
 

@@ -51,7 +51,7 @@ _ATTEMPTS = 20
 
 # What runs of any kind put into their work folder, and into the ones inside of it.
 _FOLDERS = (STAGING, "pruned", "healed")
-_MEASURED = ("gradients", "divergences", "outputs")
+_MEASURED = ("gradients", "divergences", "gates", "outputs")
 _ONE_RUN = (
     *(MANIFEST, LOCK, _UNFINISHED, "hidden*.bin"),
     *(f"{name}.safetensors" for name in _MEASURED),

@@ -128,6 +128,7 @@ LLM_SURGEON = {
         "repair_against": "own_output",
     },
 }
+DISP_LLM = {"allocation": {"rule": "gates"}}
 PAPER = {
     "allocation": {"ffn_share": 1.0},
     "attention": {

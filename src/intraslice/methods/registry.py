@@ -158,6 +158,12 @@ METHODS: dict[str, MethodEntry] = {
         summary="LLM-Surgeon: whole heads and channels, with five shots instead of 40",
         paper="arXiv 2312.17244",
     ),
+    "disp-llm": MethodEntry(
+        form=BLOCKWISE,
+        preset=presets.DISP_LLM,
+        summary="DISP-LLM as an allocation only: gates learn how much of each site stays, pruned as by intraslice",
+        paper="arXiv 2410.11988",
+    ),
     "modegpt": MethodEntry(
         form=BLOCKWISE, preset=presets.MODEGPT, summary="MoDeGPT: modular decomposition", paper="arXiv 2408.09632"
     ),

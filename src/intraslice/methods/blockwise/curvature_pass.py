@@ -34,7 +34,7 @@ from intraslice.methods.blockwise.allocators.curvature import allocate_by_curvat
 from intraslice.methods.blockwise.options import AttentionOptions, BlockwiseOptions, FFNOptions
 from intraslice.methods.blockwise.scores import removal_costs, without_channels
 from intraslice.methods.blockwise.weight_gradients import UnitScores
-from intraslice.streaming.backward import backward_pass
+from intraslice.streaming.backward import backward_pass, passes
 from intraslice.streaming.model import StreamedModel
 
 SHOTS_VERSION = 1
@@ -142,14 +142,9 @@ def _gradient_moments(context: Context, name: str) -> list[Statistics]:
     def step(index: int, layer: DecoderLayer, hidden: Tensor, gradient: Tensor) -> Tensor:
         return _backward(layer, hidden, gradient, sums[index])
 
-    backward_pass(
-        model,
-        context.tokens,
-        step,
-        boundary_bytes=context.run.boundary_bytes,
-        name=_titled("curvature", name),
-        progress=context.progress,
-    )
+    tokens, boundary_bytes = context.tokens, context.run.boundary_bytes
+    with context.progress.step(_titled("curvature", name), total=passes(model, tokens)) as advance:
+        backward_pass(model, tokens, step, boundary_bytes=boundary_bytes, advance=advance)
     for index, statistics in enumerate(sums):
         if not all(bool(torch.isfinite(moment).all()) for moment in statistics.finish().values()):
             raise NumericalError(f"the gradients at the outputs of layer {index} are NaN or infinite.")

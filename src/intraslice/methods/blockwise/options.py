@@ -40,6 +40,10 @@ class AllocationOptions:
         similarity_scale: alpha of "similarity": layers lose in proportion to exp(alpha * cosine similarity).
         channel_balance: what a channel counts beside a head in "head_search": this times the ratio of their weights.
         shots: of "curvature": what goes, goes in this many steps, and costs are measured anew before each one.
+        gate_steps: of "gates": steps of training, each of them on one batch (run.batch_tokens).
+        gate_rate: learning rate of the network that sets the gates.
+        gate_penalty: the loss of a token weighs against this times |log(T / p)|: T is the share of the weights whose
+            gates are open, p the one that shall be.
         kept_layers: share of the layers that lose nothing with "similarity", those of the lowest similarity.
         kept_first: share of the layers that lose nothing with "inner", those at the beginning.
         kept_last: the same at the end.
@@ -64,6 +68,9 @@ class AllocationOptions:
     similarity_scale: Annotated[float, Ge(0)] = 10.0
     channel_balance: Annotated[float, Gt(0)] = 250.0
     shots: Annotated[int, Ge(1)] = 5
+    gate_steps: Annotated[int, Ge(1)] = 200
+    gate_rate: Annotated[float, Gt(0)] = 1e-2
+    gate_penalty: Annotated[float, Gt(0)] = 6.0
     kept_layers: Annotated[float, Ge(0), Lt(1)] = 0.1875
     kept_first: Annotated[float, Ge(0), Lt(0.5)] = 0.125
     kept_last: Annotated[float, Ge(0), Lt(0.5)] = 0.0625

@@ -20,6 +20,7 @@ from intraslice.methods.blockwise.allocators.shapes import ShapeGrid, allocate_s
 from intraslice.methods.blockwise.allocators.uniform import allocate_uniform
 from intraslice.methods.blockwise.curvature_pass import SHOTS_VERSION, costs_in_shots, unit_costs
 from intraslice.methods.blockwise.divergence_pass import DIVERGENCE_VERSION, measure_divergences
+from intraslice.methods.blockwise.gate_pass import GATES_VERSION, learn_gates
 from intraslice.methods.blockwise.gradient_pass import PASS_VERSION, measure_gradients
 from intraslice.methods.blockwise.options import BlockwiseOptions
 from intraslice.methods.blockwise.profile_pass import profile_layers
@@ -32,7 +33,7 @@ from intraslice.streaming.model import StreamedModel
 def reads_gradients(options: BlockwiseOptions, sparsity: float) -> bool:
     """Return whether gradients go down through the model."""
     of_scores = measured_for_scores(options, sparsity)
-    return bool(of_scores) or (options.rule.measures in ("gradients", "curvature") and sparsity > 0)
+    return bool(of_scores) or (options.rule.measures in ("gradients", "curvature", "gates") and sparsity > 0)
 
 
 def measured_for_scores(options: BlockwiseOptions, sparsity: float) -> dict[str, str]:
@@ -81,6 +82,13 @@ def divergence_digest(context: Context, options: BlockwiseOptions) -> str:
     return _digest(context, {**_decided(context, options), "version": DIVERGENCE_VERSION})
 
 
+def gates_digest(context: Context, options: BlockwiseOptions) -> str:
+    """Return a sha256 of everything that decides what gates learn."""
+    names = ("gate_steps", "gate_rate", "gate_penalty")
+    learning = {name: getattr(options.allocation, name) for name in names}
+    return _digest(context, {"sparsity": context.sparsity, **learning, "version": GATES_VERSION})
+
+
 def shots_digest(context: Context, options: BlockwiseOptions) -> str:
     """Return a sha256 of everything that decides what the shots leave."""
     return _digest(context, {**_decided(context, options), "version": SHOTS_VERSION})
@@ -99,7 +107,7 @@ def _digest(context: Context, decides: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**of_run, **decides}, sort_keys=True).encode()).hexdigest()
 
 
-_DIGESTS = {"gradients": gradient_digest, "divergences": divergence_digest}
+_DIGESTS = {"gradients": gradient_digest, "divergences": divergence_digest, "gates": gates_digest}
 
 
 def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
@@ -187,6 +195,8 @@ def _measure(context: Context, options: BlockwiseOptions) -> Any:
         "measured": _DIGESTS[measures](context, options),
         "progress": context.progress,
     }
+    if measures == "gates":
+        return learn_gates(model, context.tokens, context.sparsity, options.allocation, **kept)
     if measures == "divergences":
         return measure_divergences(model, context.tokens, context.sparsity, options, **kept)
     return measure_gradients(

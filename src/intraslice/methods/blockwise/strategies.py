@@ -287,7 +287,8 @@ class AllocationRule(Row):
     Attributes:
         measures: what the rule reads of the dense model: "nothing", "profile" (one forward pass, profile_pass.py), or
             "gradients" (a backward pass per sequence, gradient_pass.py), "divergences" (each site pruned alone,
-            divergence_pass.py), or "curvature" (shots of a Kronecker-factored curvature, curvature_pass.py).
+            divergence_pass.py), "curvature" (shots of a Kronecker-factored curvature, curvature_pass.py), or "gates"
+            (gates trained on the dense model, gate_pass.py).
     """
 
     measures: str = "nothing"
@@ -320,6 +321,13 @@ ALLOCATION_RULES: dict[str, AllocationRule] = {
         measures="curvature",
         reads=("allocation.shots", "attention.obs_damping", "ffn.obs_damping"),
         paper="LLM-Surgeon",
+    ),
+    "gates": AllocationRule(
+        summary="what gates keep that a small network learns to set, with the weights of the model frozen",
+        function=f"{_ALLOCATORS}.gates:allocate_by_gates",
+        measures="gates",
+        reads=("allocation.gate_steps", "allocation.gate_rate", "allocation.gate_penalty"),
+        paper="DISP-LLM",
     ),
     "uniform": AllocationRule(
         summary="the same share of every layer",

@@ -21,7 +21,7 @@ from intraslice.layers.state_dict import split_attention, split_ffn
 from intraslice.layers.weights import AttentionWeights, FFNWeights
 from intraslice.progress import Progress
 from intraslice.runtime.families_intraslice import FamilySpec
-from intraslice.streaming.backward import backward_pass
+from intraslice.streaming.backward import backward_pass, passes
 from intraslice.streaming.model import StreamedModel
 
 UnitScores = dict[str, tuple[float, ...]]
@@ -49,7 +49,8 @@ def measure_taylor(
     def step(index: int, layer: DecoderLayer, hidden: Tensor, gradient: Tensor) -> Tensor:
         return _backward(layer, hidden, gradient, sums[index])
 
-    backward_pass(model, tokens_ST, step, boundary_bytes=boundary_bytes, name="weight gradients", progress=progress)
+    with progress.step("weight gradients", total=passes(model, tokens_ST)) as advance:
+        backward_pass(model, tokens_ST, step, boundary_bytes=boundary_bytes, advance=advance)
     return tuple(_unit_scores(model, index, sums[index].finish()) for index in range(model.num_layers))
 
 
