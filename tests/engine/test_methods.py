@@ -55,7 +55,9 @@ def projections(model: Any, spec: Any, index: int) -> dict[str, Any]:
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("method", OTHERS)
 def test_the_budget_is_met_and_what_is_saved_loads(method, family, tiny_folder, tmp_path):
-    result = prune(tiny_folder(family, **MODELS[family]), tmp_path / "out", method)
+    # Its errors are those of the last shot, which may find that a site has lost enough.
+    more = {"allocation__shots": 1} if method == "llm-surgeon" else {}
+    result = prune(tiny_folder(family, **MODELS[family]), tmp_path / "out", method, **more)
     assert abs(result.sparsity - 0.3) <= 0.005
     model = load(tmp_path / "out")
     stored = sum(parameter.numel() for parameter in model.parameters())

@@ -63,6 +63,8 @@ def test_sites_keep_what_is_above_one_threshold():
     ]
     found = allocate_by_gates(measured, of, 0.3, AllocationOptions())
     assert kept_share(of, found.keep) == pytest.approx(0.7)
-    # 192 of 640 weights: 15 channels of 12 weights have the lowest logits, but for the head at -40, which is 20.
-    assert found.keep[1]["attention"] == pytest.approx(0.75) and found.keep[0]["attention"] == pytest.approx(1.0)
-    assert found.keep[0]["ffn"] < 0.35 and found.keep[1]["ffn"] == pytest.approx(1.0)
+    # Of 192 weights that go, the head at -40 has 20, and 15 channels of 12 have the next logits; what is 8 too many is
+    # spread over the sites that lose.
+    assert found.keep[1]["attention"] == pytest.approx(0.75 + 8 / 320)
+    assert found.keep[0]["ffn"] == pytest.approx(5 / 20 + 8 / 320)
+    assert found.keep[0]["attention"] == pytest.approx(1.0) and found.keep[1]["ffn"] == pytest.approx(1.0)
