@@ -140,7 +140,8 @@ def _gradient_moments(context: Context, name: str) -> list[Statistics]:
             statistics.sum(site.name, outputs, outputs)
 
     def step(index: int, layer: DecoderLayer, hidden: Tensor, gradient: Tensor) -> Tensor:
-        return _backward(layer, hidden, gradient, sums[index])
+        names = [site.name for site in model.sites.layers[index]]
+        return _backward(layer, hidden, gradient, names, sums[index])
 
     tokens, boundary_bytes = context.tokens, context.run.boundary_bytes
     with context.progress.step(_titled("curvature", name), total=passes(model, tokens)) as advance:
@@ -151,14 +152,15 @@ def _gradient_moments(context: Context, name: str) -> list[Statistics]:
     return sums
 
 
-def _backward(layer: DecoderLayer, hidden_BTD: Tensor, gradient_BTD: Tensor, sums: Statistics) -> Tensor:
+def _backward(
+    layer: DecoderLayer, hidden_BTD: Tensor, gradient_BTD: Tensor, names: Sequence[str], sums: Statistics
+) -> Tensor:
     """Add the gradients at the outputs of the output projections to the sums; return that of the input, [B, T, D]."""
     outputs: dict[str, Tensor] = {}
 
     def keep(site: str, module: torch.nn.Module, given: object, output: Tensor) -> None:
         outputs[site] = output
 
-    names = list(sums.finish())
     hooks = [layer.output_projection(name).register_forward_hook(partial(keep, name)) for name in names]
     try:
         with torch.enable_grad():

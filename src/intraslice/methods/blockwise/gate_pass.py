@@ -167,7 +167,9 @@ class GatedModel:
                 f"{free / 1e9:.1f} GB are free; take another rule, for example mask_gradient, or a larger machine."
             )
         self.model = model
-        bases = [found[ATTENTION] for found in leading_bases(model, tokens_ST, num_groups=1)]
+        # FFNs have no directions here: groups of one channel cost nothing.
+        groups = max(shape.intermediate_size for shape in model.dense_shapes)
+        bases = [found[ATTENTION] for found in leading_bases(model, tokens_ST, groups)]
         self._layers = [model.load_layer(index) for index in range(model.num_layers)]
         self.gates: list[list[Gate]] = []
         for layer, basis, sites in zip(self._layers, bases, model.sites.layers, strict=True):
