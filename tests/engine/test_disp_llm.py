@@ -21,7 +21,6 @@ from support import prune as support
 from support.progress import Notes, StopAt
 
 SIZES: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
-QUICK = {"allocation__gate_steps": 4, "allocation__gate_rate": 0.1}
 
 
 @pytest.fixture
@@ -70,16 +69,15 @@ def test_training_shuts_the_share_of_gates_that_is_asked_for(streamed: StreamedM
 
 
 def test_the_budget_is_met_and_an_interrupted_training_goes_on(tiny_folder: Callable[..., Path], tmp_path: Path):
-    folder = tiny_folder("llama", **SIZES)
-    result = support.prune(folder, tmp_path / "whole", "disp-llm", **{**QUICK, "allocation__gate_steps": 24})
+    folder, steps = tiny_folder("llama", **SIZES), {"allocation__gate_steps": 24}
+    result = support.prune(folder, tmp_path / "whole", "disp-llm", **steps)
     assert abs(result.sparsity - 0.3) < 0.005
     assert not list(tmp_path.glob("*.partial"))
-    more = {**QUICK, "allocation__gate_steps": 24}
     with pytest.raises(KeyboardInterrupt):
         # Twenty steps are saved.
-        support.prune(folder, tmp_path / "out", "disp-llm", progress=StopAt("gates", 22), **more)
+        support.prune(folder, tmp_path / "out", "disp-llm", progress=StopAt("gates", 22), **steps)
     notes = Notes()
-    support.prune(folder, tmp_path / "out", "disp-llm", resume=True, progress=notes, **more)
+    support.prune(folder, tmp_path / "out", "disp-llm", resume=True, progress=notes, **steps)
     assert not any("again" in note for note in notes.notes)
     whole, resumed = (support.weights_of(tmp_path / name) for name in ("whole", "out"))
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
@@ -90,5 +88,5 @@ def test_a_model_that_does_not_fit_is_refused(
 ):
     monkeypatch.setattr(Placement, "free_bytes", lambda self: 50_000)
     with pytest.raises(RecipeError, match="keeps all layers in memory, which take 0.0 GB.*take another rule"):
-        support.prune(tiny_folder("llama", **SIZES), tmp_path / "out", "disp-llm", **QUICK)
+        support.prune(tiny_folder("llama", **SIZES), tmp_path / "out", "disp-llm")
     assert not list(tmp_path.glob("out*"))
