@@ -112,7 +112,9 @@ TRIALS: dict[str, Trial] = {
     "attention.basis": Trial(("channels", "pca"), (_in("opt"),)),
     "attention.pair_score": Trial(("energy", "mean_product")),
     "attention.head_budget": Trial(("queries", "weights")),
-    "attention.removal_order": Trial(("score", "kept_score"), (_in("opt"), _in(allocation__rule="mask_gradient"))),
+    "attention.removal_order": Trial(
+        ("score", "kept_score"), (_in("opt"), _in("opt", allocation__rule="mask_gradient"))
+    ),
     "attention.measured_on": Trial(("dense_stream", "pruned_stream")),
     "attention.qk_width": Trial(("dense", "narrow")),
     "attention.min_head_fraction": Trial((1.0, 0.25)),
