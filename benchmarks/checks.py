@@ -13,7 +13,7 @@ import importlib
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Meter:
     """Seconds of the processor by kind; a call within another one counts once, for the outer one."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._inside = False
 
     def measured(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.data.calibration import load_calibration
-from intraslice.data.windows import first_token
-from intraslice.evaluation.perplexity import select_windows, tokenize
+from intraslice.data.windows import first_token, token_stream
+from intraslice.evaluation.perplexity import select_windows
 from intraslice.layers.decoder import DecoderLayer, norm_eps, read_attention
 from intraslice.layers.surgery import write_attention
 from intraslice.layers.weights import QKEdit, attention_shape, fuse_qk, kept_channels
@@ -159,7 +159,7 @@ def main() -> None:
         model_folder=checkpoint.folder,
         starts_with=first_token(checkpoint.config),
     ).tokens
-    text = tokenize(args.held_out.read_text(encoding="utf-8"), tokenizer)
+    text = token_stream(args.held_out.read_text(encoding="utf-8"), tokenizer)
     held_out = select_windows(checkpoint.config, text, args.seqlen, args.num_samples)
     placement = Placement(choose_device(), torch.float32, torch.float32, torch.float64)
     model = StreamedModel(checkpoint, placement, (2, args.seqlen))

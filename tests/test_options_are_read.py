@@ -14,7 +14,7 @@ from intraslice.errors import BudgetError, RecipeError
 from intraslice.methods.registry import METHODS
 from intraslice.recipes.merge import flatten
 from intraslice.recipes.recipe import Recipe, load_recipe
-from support.prune import calibration, prune, weights_of
+from support.prune import QUICK, calibration, prune, weights_of
 
 MODELS: dict[str, dict[str, Any]] = {
     # Grouped queries; four layers, so that two are neither the first nor the last.
@@ -86,6 +86,10 @@ TRIALS: dict[str, Trial] = {
     "allocation.channel_balance": Trial((0.01,)),
     "allocation.kept_first": Trial((0.4,), (_in(allocation__rule="inner"),)),
     "allocation.kept_last": Trial((0.4,), (_in(allocation__rule="inner"),)),
+    "allocation.shots": Trial((3,), (_in(allocation__rule="curvature"),)),
+    "allocation.gate_steps": Trial((2,), (_in(allocation__rule="gates"),)),
+    "allocation.gate_rate": Trial((0.3,), (_in(allocation__rule="gates"),)),
+    "allocation.gate_penalty": Trial((0.1,), (_in(allocation__rule="gates"),)),
     "allocation.kept_layers": Trial((0.5,), (_in(allocation__rule="similarity"),)),
     "allocation.similarity_scale": Trial((100.0,), (_in(allocation__rule="similarity"),)),
     # A cap has an effect only where a site would lose more.
@@ -108,7 +112,9 @@ TRIALS: dict[str, Trial] = {
     "attention.basis": Trial(("channels", "pca"), (_in("opt"),)),
     "attention.pair_score": Trial(("energy", "mean_product")),
     "attention.head_budget": Trial(("queries", "weights")),
-    "attention.removal_order": Trial(("score", "kept_score"), (_in("opt"),)),
+    "attention.removal_order": Trial(
+        ("score", "kept_score"), (_in("opt"), _in("opt", allocation__rule="mask_gradient"))
+    ),
     "attention.measured_on": Trial(("dense_stream", "pruned_stream")),
     "attention.qk_width": Trial(("dense", "narrow")),
     "attention.min_head_fraction": Trial((1.0, 0.25)),
@@ -191,7 +197,9 @@ def pruned(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         out = tmp_path_factory.mktemp("out") / "pruned"
         # The defaults of the multiples, unless they are given: the steps that suit tiny models are not the subject.
         multiples = {"attention.head_multiple": None, "ffn.ffn_multiple": None}
-        given = {**multiples, "run.gradient_folder": str(gradients), **options}
+        rules = {"curvature": QUICK["llm-surgeon"], "gates": QUICK["disp-llm"]}
+        less = rules.get(str(options.get("allocation.rule")), {})
+        given = {**multiples, **less, "run.gradient_folder": str(gradients), **options}
         try:
             prune(tiny_folder(model, **MODELS[model]), out, method, sparsity, on=text, **given)
         except BudgetError:

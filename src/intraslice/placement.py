@@ -105,6 +105,16 @@ class Placement:
             return int(torch.accelerator.max_memory_allocated(self.device))
         return peak_resident_bytes()
 
+    def free_bytes(self) -> int | None:
+        """Return the memory that is free for tensors; None where the system does not say."""
+        if self.device.type != "cpu":
+            # Not in the oldest torch that is supported.
+            ask = getattr(torch.accelerator, "get_memory_info", None)
+            return None if ask is None else int(ask(self.device)[0])
+        meminfo = Path("/proc/meminfo")
+        lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
     def synchronize(self) -> None:
         """Wait for the accelerator, so that wall-clock times mean something."""
         if self.device.type != "cpu":

@@ -69,6 +69,11 @@ def test_help_explains_every_option(command: str, run, monkeypatch: pytest.Monke
         assert option.help and " ".join(option.help.split()[:3]) in words, f"{option.opts[0]} is not explained"
 
 
+def test_no_arguments_print_the_help(run):
+    status, out, err = run()
+    assert status == 0 and "Usage: intraslice" in out and not err
+
+
 def test_help_of_prune_names_the_defaults(run):
     status, out, _ = run("prune", "--help")
     assert status == 0 and "128" in out and "2048" in out

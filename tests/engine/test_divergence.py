@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from intraslice.placement import Placement
 from intraslice.streaming.hidden import Streams, embedded_states
 from intraslice.streaming.model import StreamedModel
 from intraslice.streaming.propagate import propagate_layer
+from support import prune as support
 from support.progress import Notes, StopAt
 from support.tiny import tiny_model
 
@@ -103,3 +105,8 @@ def test_more_is_lost_where_more_goes_and_all_sites_are_there(tmp_path: Path) ->
             losses, costs = zip(*points, strict=True)
             assert list(losses) == sorted(set(losses)) and 0 < losses[0] and losses[-1] < 1
             assert costs[-1] >= costs[0] > 0
+
+
+def test_nothing_of_it_is_left_when_a_run_is_finished(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    support.prune(tiny_folder("llama", num_hidden_layers=2), tmp_path / "out", allocation__rule="divergence")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -17,7 +17,7 @@ from support import prune as support
 from support.progress import StopAt
 from support.tolerances import READ_BACK
 
-OTHERS = ("naive", "wanda-sp", "flap", "slimllm", "transact", "modegpt", "sobp")
+OTHERS = ("naive", "wanda-sp", "flap", "slimllm", "transact", "modegpt", "sobp", "llm-surgeon")
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4},
     "opt": {"num_attention_heads": 8, "num_hidden_layers": 4},
@@ -55,7 +55,9 @@ def projections(model: Any, spec: Any, index: int) -> dict[str, Any]:
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("method", OTHERS)
 def test_the_budget_is_met_and_what_is_saved_loads(method, family, tiny_folder, tmp_path):
-    result = prune(tiny_folder(family, **MODELS[family]), tmp_path / "out", method)
+    # Its errors are those of the last shot, which may find that a site has lost enough.
+    more = {"allocation__shots": 1} if method == "llm-surgeon" else {}
+    result = prune(tiny_folder(family, **MODELS[family]), tmp_path / "out", method, **more)
     assert abs(result.sparsity - 0.3) <= 0.005
     model = load(tmp_path / "out")
     stored = sum(parameter.numel() for parameter in model.parameters())

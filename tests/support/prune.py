@@ -22,9 +22,11 @@ from intraslice.recipes.recipe import load_recipe
 from intraslice.results.result import PruneResult
 from support.tiny import VOCAB_SIZE
 
-NARROWER_HEADS = ("intraslice", "iter-pca", "ada-h", "paper", "transact", "modegpt")
-WHOLE_HEADS = ("naive", "wanda-sp", "flap", "slimllm", "sobp", "llm-pruner")
+NARROWER_HEADS = ("intraslice", "iter-pca", "ada-h", "paper", "transact", "modegpt", "disp-llm")
+WHOLE_HEADS = ("naive", "wanda-sp", "flap", "slimllm", "sobp", "llm-pruner", "llm-surgeon")
 BLOCKWISE = (*NARROWER_HEADS, *WHOLE_HEADS)
+QUICK = {"llm-surgeon": {"allocation.shots": 2}, "disp-llm": {"allocation.gate_steps": 5}}
+"""Less of what only takes time: two shots are several, and gates differ long before they are trained."""
 
 
 def fine_steps(method: str = "intraslice") -> dict[str, int]:
@@ -73,7 +75,8 @@ def prune(
     named = {name.replace("__", "."): value for name, value in options.items()}
     flags = {"model": str(folder), "method": method, "sparsity": sparsity}
     # Two sequences of 32 or 48 tokens a batch.
-    recipe = load_recipe(None, {**flags, "run.batch_tokens": 96, **fine_steps(method), **named})
+    quick = {} if "allocation.rule" in named else QUICK.get(method, {})
+    recipe = load_recipe(None, {**flags, "run.batch_tokens": 96, **fine_steps(method), **quick, **named})
     checkpoint = open_checkpoint(str(folder))
     job = make_job(
         fitted_recipe(recipe, checkpoint.config, checkpoint.spec),

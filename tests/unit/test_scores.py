@@ -154,3 +154,42 @@ def test_elimination_is_the_greedy_choice_of_the_least_error(x, w, units):
 def test_elimination_of_a_dead_block_is_by_weights():
     w = torch.diag(torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64))
     assert scores.elimination_ranks(torch.zeros(3, 3, dtype=torch.float64), w, 3, 2, 0.1).tolist() == [2.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("units", [C, HEADS])
+def test_costs_and_updates_are_the_minimum_of_the_kronecker_factored_quadratic(x, w, units):
+    """For each unit, of all changes d of the D C weights that take it out the least 1/2 d^T (G x H) d."""
+    damping, width = 0.1, C // units
+    moment, gradients = x.T @ x, _random(N, D, seed=4)
+    g = gradients.T @ gradients
+    hessian = torch.kron(g, moment + damping * moment.diagonal().mean() * torch.eye(C, dtype=torch.float64))
+    costs = scores.removal_costs(moment, g, w, units, damping)
+    for unit in range(units):
+        gone = torch.zeros(C, dtype=torch.bool)
+        gone[unit * width : (unit + 1) * width] = True
+        fixed = gone.repeat(D)  # rows of W one after the other
+        change = torch.zeros(D * C, dtype=torch.float64)
+        change[fixed] = -w.flatten()[fixed]
+        change[~fixed] = -torch.linalg.solve(hessian[~fixed][:, ~fixed], hessian[~fixed][:, fixed] @ change[fixed])
+        assert costs[unit] == pytest.approx(float(0.5 * change @ hessian @ change))
+        found = scores.without_channels(moment, w, gone, damping)
+        torch.testing.assert_close(found, w + change.view(D, C))
+        assert not found[:, gone].any()
+
+
+def test_removing_several_units_is_one_elimination_of_all_their_channels(x, w):
+    moment, gone = x.T @ x, torch.arange(C) % 3 == 0
+    strength = 0.1 * moment.diagonal().mean() * torch.eye(C, dtype=torch.float64)
+    inverse = torch.linalg.inv(moment + strength)
+    expected = w - w[:, gone] @ torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+    torch.testing.assert_close(scores.without_channels(moment, w, gone, 0.1), expected)
+
+
+def test_what_is_gone_costs_nothing_and_dead_inputs_cost_their_weights(x, w):
+    """Columns of zeros cost nothing to remove; where nothing is known of the inputs, larger weights cost more."""
+    gone = torch.arange(C) < 2
+    costs = scores.removal_costs(x.T @ x, torch.eye(D, dtype=torch.float64), w.masked_fill(gone, 0.0), C, 0.1)
+    assert (costs[gone] == 0).all() and (costs[~gone] > 0).all()
+    nothing = torch.zeros(C, C, dtype=torch.float64)
+    costs = scores.removal_costs(nothing, torch.eye(D, dtype=torch.float64), w, C, 0.1)
+    assert costs.argsort().tolist() == w.square().sum(0).argsort().tolist()

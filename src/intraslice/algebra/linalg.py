@@ -91,6 +91,23 @@ def ridge_solve(
     )
 
 
+def damped_inverse(moment_CC: Tensor, damping: float) -> Tensor:
+    """Return (A + lambda I)^-1, [C, C], with lambda relative to the mean diagonal of A.
+
+    Raises:
+        NumericalError: the matrix cannot be inverted.
+    """
+    identity = torch.eye(moment_CC.shape[0], dtype=moment_CC.dtype)
+    # The floor is for blocks that are dead on the calibration text: there the weights alone decide.
+    return ridge_solve(moment_CC + 1e-30 * identity, identity, damping)
+
+
+def unit_blocks(matrix_CC: Tensor, units: int) -> Tensor:
+    """Return the diagonal blocks of units of equally many neighbouring channels, [units, C / units, C / units]."""
+    width = matrix_CC.shape[0] // units
+    return matrix_CC.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
 def residual_energy(target_energy: float, gram_PP: Tensor, cross_PM: Tensor, solution_PM: Tensor) -> float:
     """Return ||Y - Z W||^2 from second moments: ||Y||^2 - 2 <Z^T Y, W> + <W, Z^T Z W>."""
     fitted = (solution_PM * (gram_PP @ solution_PM)).sum()

@@ -214,8 +214,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
 
 
-def read_sealed(path: Path, sealed_for: str) -> dict[str, torch.Tensor]:
-    """Read all tensors of a file that was written with a seal.
+def check_sealed(path: Path, sealed_for: str) -> None:
+    """Check a file that was written with a seal.
 
     Args:
         path: the file.
@@ -235,7 +235,34 @@ def read_sealed(path: Path, sealed_for: str) -> dict[str, torch.Tensor]:
     with safe_open(path, framework="pt") as file:
         if file.metadata().get(_FOR) != sealed_for:
             raise CheckpointError(f"{str(path)!r} was made for something else")
+
+
+def read_sealed(path: Path, sealed_for: str) -> dict[str, torch.Tensor]:
+    """Read all tensors of a file that was written with a seal.
+
+    Args:
+        path: the file.
+        sealed_for: what it has to be for.
+
+    Raises:
+        CheckpointError: as `check_sealed`.
+    """
+    check_sealed(path, sealed_for)
     return read_tensors(path)
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """Read one tensor of a safetensors file into memory of its own.
+
+    Raises:
+        CheckpointError: the file cannot be read, or has no such tensor.
+    """
+    # One opening a tensor: pages of the mapped file count as resident until it is closed.
+    with (
+        foreign(f"cannot read {name!r} from {str(path)!r}", CheckpointError),
+        safe_open(path, framework="pt") as file,
+    ):
+        return file.get_tensor(name).clone()
 
 
 def read_stored(stored: StoredTensor) -> torch.Tensor:
@@ -244,12 +271,7 @@ def read_stored(stored: StoredTensor) -> torch.Tensor:
     Raises:
         CheckpointError: the file cannot be read, or the tensor is not the one whose digest is known.
     """
-    # One opening a tensor: pages of the mapped file count as resident until it is closed.
-    with (
-        foreign(f"cannot read {stored.name!r} from {str(stored.path)!r}", CheckpointError),
-        safe_open(stored.path, framework="pt") as file,
-    ):
-        tensor = file.get_tensor(stored.name).clone()
+    tensor = read_tensor(stored.path, stored.name)
     if stored.digest is not None and bytes_digest(_raw(tensor)) != stored.digest:
         raise CheckpointError(
             f"{stored.name!r} in {str(stored.path)!r} has changed while it was in use; put the file back, and repeat "

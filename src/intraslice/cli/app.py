@@ -36,7 +36,6 @@ app = typer.Typer(
     "explains; 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP: what is finished is kept, and the last line says "
     "how to go on.",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -72,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 when cells of a comparison failed; 2 after a wrong input (one line on standard error); 130 after Ctrl-C,
         143 after SIGTERM, 129 after SIGHUP.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Nothing given is a question, not a mistake.
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     as_json = "--log-json" in given
     try:
         _check_readable(given)

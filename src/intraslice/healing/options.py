@@ -144,6 +144,10 @@ class HealOptions:
         """Learning rate after the warm-up."""
         return DEFAULT_LR[self.weights] if self.lr is None else self.lr
 
+    def rounds(self, on_cpu: bool) -> bool:
+        """Return whether products are taken in bfloat16."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and not on_cpu)
+
     def evaluation_steps(self, steps: int) -> int:
         """Return how many steps lie between two measurements on the held-out text."""
         return self.evaluate_every or max(25, -(-steps // 20))

@@ -230,8 +230,11 @@ def _load_models(job: _Job) -> tuple[Any, Any]:
     device = job.options.device
     # What is trained is float32 everywhere: small steps get lost in half precision.
     student, _ = load_model(job.student.name, dtype="float32", device=device)
-    exact = job.placement.device.type == "cpu"
-    teacher, _ = load_model(str(job.dense.folder), dtype="float32" if exact else "auto", device=device)
+    # The teacher's products are rounded in any case then: half the memory, and no weight to round in each step. An
+    # accelerator takes it as it is stored.
+    on_cpu = job.placement.device.type == "cpu"
+    cpu_dtype = "bfloat16" if job.options.rounds(on_cpu) else "float32"
+    teacher, _ = load_model(str(job.dense.folder), dtype=cpu_dtype if on_cpu else "auto", device=device)
     for parameter in teacher.parameters():
         parameter.requires_grad_(False)
     return student, teacher

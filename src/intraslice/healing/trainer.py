@@ -202,7 +202,6 @@ def train(
 def training_arguments(options: HealOptions, steps: int, folder: Path, placement: Placement) -> TrainingArguments:
     """Return the settings of the Trainer."""
     on_cpu = placement.device.type == "cpu"
-    half = options.precision == "bfloat16" or (options.precision == "auto" and not on_cpu)
     if placement.device.index is not None:
         torch.accelerator.set_device_index(placement.device.index)
     arguments = TrainingArguments(
@@ -217,7 +216,7 @@ def training_arguments(options: HealOptions, steps: int, folder: Path, placement
         optim="adamw_torch",
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=half,
+        bf16=options.rounds(on_cpu),
         use_cpu=on_cpu,
         seed=options.seed,
         data_seed=options.seed,

@@ -110,6 +110,25 @@ LLM_PRUNER = {
     },
     "ffn": {"score": "taylor", "repair": "none", "repair_against": "own_output"},
 }
+LLM_SURGEON = {
+    "allocation": {"rule": "curvature", "budget_unit": "units", "max_site_sparsity": 0.99},
+    "attention": {
+        "score": "curvature",
+        "obs_damping": 0.01,
+        "heads": "whole",
+        "measured_on": "dense_stream",
+        "damping": 0.01,
+        "repair_against": "own_output",
+    },
+    "ffn": {
+        "score": "curvature",
+        "obs_damping": 0.01,
+        "measured_on": "dense_stream",
+        "damping": 0.01,
+        "repair_against": "own_output",
+    },
+}
+DISP_LLM = {"allocation": {"rule": "gates"}}
 PAPER = {
     "allocation": {"ffn_share": 1.0},
     "attention": {

@@ -152,6 +152,18 @@ METHODS: dict[str, MethodEntry] = {
         summary="LLM-Pruner without its training",
         paper="arXiv 2305.11627",
     ),
+    "llm-surgeon": MethodEntry(
+        form=BLOCKWISE,
+        preset=presets.LLM_SURGEON,
+        summary="LLM-Surgeon: whole heads and channels, with five shots instead of 40",
+        paper="arXiv 2312.17244",
+    ),
+    "disp-llm": MethodEntry(
+        form=BLOCKWISE,
+        preset=presets.DISP_LLM,
+        summary="DISP-LLM as an allocation only: gates learn how much of each site stays, pruned as by intraslice",
+        paper="arXiv 2410.11988",
+    ),
     "modegpt": MethodEntry(
         form=BLOCKWISE, preset=presets.MODEGPT, summary="MoDeGPT: modular decomposition", paper="arXiv 2408.09632"
     ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -102,6 +103,7 @@ class StreamedModel:
         self.batch_shape = batch_shape
         self.embed(torch.zeros(batch_shape, dtype=torch.int64))
         self._arguments = [recorder.arguments for recorder in self._recorders]
+        self._changed: Callable[[int], Mapping[str, Tensor]] | None = None
 
     def _materialise(self) -> None:
         device, dtype = self.placement.device, self.placement.compute_dtype
@@ -177,11 +179,22 @@ class StreamedModel:
             recorder.hidden = None
         return hidden
 
+    def change_weights(self, changed: Callable[[int], Mapping[str, Tensor]]) -> None:
+        """Let layers be loaded with other weights from now on, in the place of some of those of the checkpoint.
+
+        Args:
+            changed: for the number of a layer, tensors by name within the layer.
+        """
+        self._changed = changed
+
     def load_layer(self, index: int) -> DecoderLayer:
         """Return layer `index` at its dense shape, on the compute device."""
         layer = copy.deepcopy(self._skeletons[index])  # on the meta device: no weights are copied
         apply_layer_shape(layer, self.config, self.spec, index, self.dense_shapes[index])
-        return self._filled(index, layer, self.checkpoint.load_layer(index))
+        tensors = self.checkpoint.load_layer(index)
+        if self._changed is not None:
+            tensors.update(self._changed(index))
+        return self._filled(index, layer, tensors)
 
     def load_pruned_layer(self, index: int, shape: LayerShape, tensors: dict[str, Tensor]) -> DecoderLayer:
         """Return a finished layer from its stored tensors."""

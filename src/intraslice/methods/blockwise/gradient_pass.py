@@ -189,7 +189,7 @@ def measure_gradients(
         advance(sums.done * layers * 2)
         if rotated and sums.bases is None:
             started = time.monotonic()
-            sums.bases = _leading_bases(model, tokens_ST, num_channel_groups)
+            sums.bases = leading_bases(model, tokens_ST, num_channel_groups)
             sums.seconds += time.monotonic() - started
         while sums.done < num_sequences:
             started = time.monotonic()
@@ -207,7 +207,7 @@ def measure_gradients(
     return gradients
 
 
-def _leading_bases(model: StreamedModel, tokens_ST: Tensor, num_groups: int) -> list[dict[str, Tensor]]:
+def leading_bases(model: StreamedModel, tokens_ST: Tensor, num_groups: int) -> list[dict[str, Tensor]]:
     """Return the eigenvectors of the blocks of each site, [C / w, w, w] of each layer, from the first sequences.
 
     A direction has to be the same for all sequences and known before the first backward pass; it need not be the

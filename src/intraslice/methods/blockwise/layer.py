@@ -65,7 +65,8 @@ class LayerPlan:
 
     def measured(self, site: str) -> Tensor | None:
         """Return the measured scores of a site, [units], float64; None where there are none."""
-        return None if self.unit_scores is None else torch.tensor(self.unit_scores[site], dtype=torch.float64)
+        scores = (self.unit_scores or {}).get(site)
+        return None if scores is None else torch.tensor(scores, dtype=torch.float64)
 
 
 @dataclass(frozen=True)

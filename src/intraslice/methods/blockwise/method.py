@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -14,12 +14,19 @@ from intraslice.layers.sites import FFN
 from intraslice.methods.base import Context, LayerOutcome, Outside, Preview
 from intraslice.methods.blockwise.allocators.base import Allocation
 from intraslice.methods.blockwise.budget import Budget
+from intraslice.methods.blockwise.curvature_pass import go_on_after_shots
 from intraslice.methods.blockwise.distill import num_held_out
 from intraslice.methods.blockwise.gradient_pass import pass_seconds
 from intraslice.methods.blockwise.layer import LayerPlan, prune_layer
 from intraslice.methods.blockwise.options import BlockwiseOptions
-from intraslice.methods.blockwise.plan import allocate, measured_path, reads_gradients, reads_weight_gradients
-from intraslice.methods.blockwise.weight_gradients import measure_taylor
+from intraslice.methods.blockwise.plan import (
+    allocate,
+    fires_shots,
+    measured_path,
+    reads_gradients,
+    shots_digest,
+    with_unit_scores,
+)
 from intraslice.streaming.hidden import Streams
 from intraslice.streaming.propagate import propagate_layer
 
@@ -49,8 +56,7 @@ class Blockwise:
 
     def preview(self, dense: Any, sparsity: float) -> Preview:
         """Say whether there is a gradient pass."""
-        of_weights = reads_weight_gradients(self._options, sparsity)
-        return Preview(reads_gradients=of_weights or reads_gradients(self._options, sparsity))
+        return Preview(reads_gradients=reads_gradients(self._options, sparsity))
 
     def plan(self, context: Context) -> dict[str, Any]:
         """Return the allocation.
@@ -64,15 +70,7 @@ class Blockwise:
             num_held_out(-(-len(context.tokens) // context.model.batch_shape[0]), self._options.distill)
         allocation = allocate(context, self._options)
         Budget(context.model.sites, allocation, self._options).check(context.sparsity)
-        if reads_weight_gradients(self._options, context.sparsity):
-            scores = measure_taylor(
-                context.model,
-                context.tokens,
-                boundary_bytes=context.run.boundary_bytes,
-                progress=context.progress,
-            )
-            allocation = replace(allocation, unit_scores=scores)
-        return allocation.to_dict()
+        return with_unit_scores(context, self._options, allocation).to_dict()
 
     def plan_seconds(self, context: Context) -> float:
         """Return what a kept gradient pass, or kept divergences, have cost."""
@@ -80,7 +78,13 @@ class Blockwise:
         return 0.0 if path is None else pass_seconds(path)
 
     def open(self, context: Context, plan: dict[str, Any], carry: Any) -> _State:
-        """Return the streams at the input of the first layer, and the budget."""
+        """Return the streams at the input of the first layer, and the budget.
+
+        Raises:
+            CheckpointError: what the plan has left in the work folder is damaged.
+        """
+        if fires_shots(self._options, context.sparsity):
+            go_on_after_shots(context, shots_digest(context, self._options))
         allocation = Allocation.from_dict(plan)
         sites = (self._options.attention, self._options.ffn)
         # Where norms come after the sum there is no plain sum to repair: those layouts use the site's own output.

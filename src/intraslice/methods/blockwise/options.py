@@ -39,6 +39,11 @@ class AllocationOptions:
             heads with all their query heads, and FFN channels.
         similarity_scale: alpha of "similarity": layers lose in proportion to exp(alpha * cosine similarity).
         channel_balance: what a channel counts beside a head in "head_search": this times the ratio of their weights.
+        shots: of "curvature": what goes, goes in this many steps, and costs are measured anew before each one.
+        gate_steps: of "gates": steps of training, each of them on one batch (run.batch_tokens).
+        gate_rate: learning rate of the network that sets the gates.
+        gate_penalty: the loss of a token weighs against this times |log(T / p)|: T is the share of the weights whose
+            gates are open, p the one that shall be.
         kept_layers: share of the layers that lose nothing with "similarity", those of the lowest similarity.
         kept_first: share of the layers that lose nothing with "inner", those at the beginning.
         kept_last: the same at the end.
@@ -62,6 +67,10 @@ class AllocationOptions:
     budget_unit: Literal["weights", "units", "groups"] = "weights"
     similarity_scale: Annotated[float, Ge(0)] = 10.0
     channel_balance: Annotated[float, Gt(0)] = 250.0
+    shots: Annotated[int, Ge(1)] = 5
+    gate_steps: Annotated[int, Ge(1)] = 200
+    gate_rate: Annotated[float, Gt(0)] = 1e-2
+    gate_penalty: Annotated[float, Gt(0)] = 6.0
     kept_layers: Annotated[float, Ge(0), Lt(1)] = 0.1875
     kept_first: Annotated[float, Ge(0), Lt(0.5)] = 0.125
     kept_last: Annotated[float, Ge(0), Lt(0.5)] = 0.0625
@@ -80,7 +89,8 @@ class AttentionOptions:
     Attributes:
         heads: a row of HEAD_RULES: whether heads go, become narrower, or both.
         score: what a head is worth, a row of SCORES.
-        obs_damping: lambda of the scores "obs" and "leverage", relative to the mean diagonal of the second moment.
+        obs_damping: lambda of the scores "obs", "leverage" and "curvature", relative to the mean diagonal of the second
+            moment.
         basis: what narrower heads keep, a row of BASES.
         pair_score: which pairs of channels narrower queries and keys keep, a row of PAIR_SCORES.
         qk_width: "narrow" (query and key become as narrow as the value), or "dense" (they keep their width; only value
@@ -273,8 +283,8 @@ class BlockwiseOptions:
                 "transformers does, or use --set allocation.rule=mask_gradient."
             )
         for name, site in (("attention", self.attention), ("ffn", self.ffn)):
-            needs_gradients = strategies.SCORES[site.score].needs_gradients and f"{name}.score" in self.read()
-            if self.rule.measures == "divergences" and needs_gradients:
+            measured = strategies.SCORES[site.score].measures and f"{name}.score" in self.read()
+            if self.rule.measures == "divergences" and measured:
                 return (
                     f"allocation.rule = {rule} prunes each site before any gradient is measured, but {name}.score = "
                     f"{site.score} (method {method}) reads them; take another score, or another allocation.rule."

@@ -5,36 +5,49 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from intraslice.errors import RecipeError
 from intraslice.layers.decoder import blocks_are_parallel
+from intraslice.layers.sites import ATTENTION, FFN
 from intraslice.methods.base import Context
 from intraslice.methods.blockwise.allocators.base import Allocation, count_units
 from intraslice.methods.blockwise.allocators.drop import choose_dropped
 from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients
 from intraslice.methods.blockwise.allocators.shapes import ShapeGrid, allocate_shapes
 from intraslice.methods.blockwise.allocators.uniform import allocate_uniform
+from intraslice.methods.blockwise.curvature_pass import SHOTS_VERSION, costs_in_shots, unit_costs
 from intraslice.methods.blockwise.divergence_pass import DIVERGENCE_VERSION, measure_divergences
+from intraslice.methods.blockwise.gate_pass import GATES_VERSION, learn_gates
 from intraslice.methods.blockwise.gradient_pass import PASS_VERSION, measure_gradients
 from intraslice.methods.blockwise.options import BlockwiseOptions
 from intraslice.methods.blockwise.profile_pass import profile_layers
 from intraslice.methods.blockwise.strategies import SCORES
+from intraslice.methods.blockwise.weight_gradients import measure_taylor
 from intraslice.methods.choices import option_values
 from intraslice.streaming.model import StreamedModel
 
 
 def reads_gradients(options: BlockwiseOptions, sparsity: float) -> bool:
-    """Return whether there is a gradient pass."""
-    return options.rule.measures == "gradients" and sparsity > 0
+    """Return whether gradients go down through the model."""
+    of_scores = measured_for_scores(options, sparsity)
+    return bool(of_scores) or (options.rule.measures in ("gradients", "curvature", "gates") and sparsity > 0)
 
 
-def reads_weight_gradients(options: BlockwiseOptions, sparsity: float) -> bool:
-    """Return whether the gradients of the weights are measured, which a score may ask for."""
-    chosen = {"attention.score": options.attention.score, "ffn.score": options.ffn.score}
-    read = options.read()
-    return sparsity > 0 and any(SCORES[score].needs_gradients for name, score in chosen.items() if name in read)
+def measured_for_scores(options: BlockwiseOptions, sparsity: float) -> dict[str, str]:
+    """Return what scores ask to have measured before the first layer changes, by the kind of the site."""
+    if sparsity == 0:
+        return {}
+    read, chosen = options.read(), {ATTENTION: options.attention.score, FFN: options.ffn.score}
+    measured = {kind: SCORES[score].measures for kind, score in chosen.items() if f"{kind}.score" in read}
+    return {kind: what for kind, what in measured.items() if what}
+
+
+def fires_shots(options: BlockwiseOptions, sparsity: float) -> bool:
+    """Return whether units go before the layers are pruned, so that they are no longer those of the checkpoint."""
+    return options.rule.measures == "curvature" and options.allocation.shots > 1 and sparsity > 0
 
 
 def rotates_exactly(options: BlockwiseOptions) -> bool:
@@ -66,8 +79,25 @@ def gradient_digest(context: Context, options: BlockwiseOptions) -> str:
 
 def divergence_digest(context: Context, options: BlockwiseOptions) -> str:
     """Return a sha256 of everything that decides what the losses of the sites cost."""
-    read = {name: value for name, value in option_values(options).items() if name in options.read()}
-    return _digest(context, {"sparsity": context.sparsity, "options": read, "version": DIVERGENCE_VERSION})
+    return _digest(context, {**_decided(context, options), "version": DIVERGENCE_VERSION})
+
+
+def gates_digest(context: Context, options: BlockwiseOptions) -> str:
+    """Return a sha256 of everything that decides what gates learn."""
+    names = ("gate_steps", "gate_rate", "gate_penalty")
+    learning = {name: getattr(options.allocation, name) for name in names}
+    return _digest(context, {"sparsity": context.sparsity, **learning, "version": GATES_VERSION})
+
+
+def shots_digest(context: Context, options: BlockwiseOptions) -> str:
+    """Return a sha256 of everything that decides what the shots leave."""
+    return _digest(context, {**_decided(context, options), "version": SHOTS_VERSION})
+
+
+def _decided(context: Context, options: BlockwiseOptions) -> dict[str, Any]:
+    names = options.read()
+    read = {name: value for name, value in option_values(options).items() if name in names}
+    return {"sparsity": context.sparsity, "options": read}
 
 
 def _digest(context: Context, decides: Mapping[str, Any]) -> str:
@@ -77,7 +107,7 @@ def _digest(context: Context, decides: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**of_run, **decides}, sort_keys=True).encode()).hexdigest()
 
 
-_DIGESTS = {"gradients": gradient_digest, "divergences": divergence_digest}
+_DIGESTS = {"gradients": gradient_digest, "divergences": divergence_digest, "gates": gates_digest}
 
 
 def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
@@ -122,11 +152,40 @@ def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
     return allocation
 
 
+def with_unit_scores(context: Context, options: BlockwiseOptions, allocation: Allocation) -> Allocation:
+    """Return an allocation with what the scores of units read, and nothing else of that kind.
+
+    Raises:
+        NumericalError: activations or gradients are NaN or infinite.
+    """
+    wanted = measured_for_scores(options, context.sparsity)
+    if not wanted:
+        return replace(allocation, unit_scores=None)
+    found: dict[str, Sequence[Mapping[str, Sequence[float]]]] = {}
+    if "weights" in wanted.values():
+        found["weights"] = measure_taylor(
+            context.model,
+            context.tokens,
+            boundary_bytes=context.run.boundary_bytes,
+            progress=context.progress,
+        )
+    if "curvature" in wanted.values():
+        # A rule that has measured the same leaves it in the allocation.
+        found["curvature"] = allocation.unit_scores or unit_costs(context, options)
+    scores = tuple(
+        {site.name: found[wanted[site.kind]][layer][site.name] for site in sites if site.kind in wanted}
+        for layer, sites in enumerate(context.model.sites.layers)
+    )
+    return replace(allocation, unit_scores=scores)
+
+
 def _measure(context: Context, options: BlockwiseOptions) -> Any:
     """Return what the allocation rule reads of the dense model; None where that is nothing."""
     model, measures = context.model, options.rule.measures
     if measures == "profile":
         return profile_layers(model, context.embedded(), context.progress)
+    if measures == "curvature":
+        return costs_in_shots(context, options, shots_digest(context, options))
     path = measured_path(context, options)
     if path is None:
         return None
@@ -136,6 +195,8 @@ def _measure(context: Context, options: BlockwiseOptions) -> Any:
         "measured": _DIGESTS[measures](context, options),
         "progress": context.progress,
     }
+    if measures == "gates":
+        return learn_gates(model, context.tokens, context.sparsity, options.allocation, **kept)
     if measures == "divergences":
         return measure_divergences(model, context.tokens, context.sparsity, options, **kept)
     return measure_gradients(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intraslice.algebra.linalg import decomposing, eigh_descending, ridge_solve
+from intraslice.algebra.linalg import damped_inverse, decomposing, eigh_descending, ridge_solve, unit_blocks
 from intraslice.algebra.selection import heads_per_kv, kept_kv_heads
 
 
@@ -112,9 +112,57 @@ def elimination(site: ScoreInput) -> Tensor:
     return elimination_ranks(site.full_moment, site.weight, site.units, site.removed, site.damping)
 
 
-def taylor(site: ScoreInput) -> Tensor:
-    """Return what weight_gradients.py measured of the units; at sparsity 0 nothing is measured, and nothing goes."""
+def measured_before(site: ScoreInput) -> Tensor:
+    """Return what weight_gradients.py or curvature_pass.py has measured of the units before the first layer changed.
+
+    At sparsity 0 nothing is measured, and nothing goes.
+    """
     return torch.zeros(site.units) if site.measured is None else site.measured
+
+
+def removal_costs(
+    moment_CC: Tensor, gradient_moment_DD: Tensor, weight_DC: Tensor, units: int, damping: float
+) -> Tensor:
+    """Return what removing each unit costs the loss when all other channels make up for it, [units]: LLM-Surgeon.
+
+    The curvature of the loss in the weights W is approximated by the Kronecker product of A, the second moment of the
+    inputs, and G, that of the gradients at the outputs. With H = A + lambda I, removing the channels Q of a unit costs
+    1/2 tr(G W_Q ([H^-1]_QQ)^-1 W_Q^T). Each unit is removed alone, from the same weights.
+
+    Args:
+        moment_CC: A, up to a factor.
+        gradient_moment_DD: G, up to a factor.
+        weight_DC: W, of the output projection.
+        units: number of units of equally many neighbouring channels: heads, or single channels.
+        damping: lambda relative to the mean diagonal of A.
+    """
+    blocks = unit_blocks(damped_inverse(moment_CC, damping), units)
+    parts_UwD = weight_DC.double().T.reshape(units, -1, weight_DC.shape[0])
+    with decomposing():
+        inverses = torch.linalg.inv(blocks)
+    costs = 0.5 * (inverses * ((parts_UwD @ gradient_moment_DD) @ parts_UwD.transpose(1, 2))).sum((1, 2))
+    return costs.clamp_min(0.0)
+
+
+def without_channels(moment_CC: Tensor, weight_DC: Tensor, gone: Tensor, damping: float) -> Tensor:
+    """Return W without some channels, with the others made up for it, [D, C] float64; zeros in what is gone.
+
+    Of all W' whose columns Q are zero, the one that minimises tr(G (W - W') H (W - W')^T), H = A + lambda I, for any G:
+    W - W_Q ([H^-1]_QQ)^-1 [H^-1]_Q,: , which is W_K + W_Q H_QK (H_KK)^-1 in the columns K that stay.
+
+    Args:
+        moment_CC: A, up to a factor.
+        weight_DC: W, of the output projection.
+        gone: which channels go, bool [C].
+        damping: lambda relative to the mean diagonal of A.
+    """
+    weight_CD = weight_DC.double().T
+    kept = ~gone
+    gram, found = moment_CC[kept][:, kept], torch.zeros_like(weight_CD)
+    # ridge_solve damps relative to the channels that stay; lambda is relative to all.
+    relative = damping * float(moment_CC.diagonal().mean() / gram.diagonal().mean().clamp_min(1e-300))
+    found[kept] = ridge_solve(gram, moment_CC[kept] @ weight_CD, relative, weight_CD[kept])
+    return found.T
 
 
 def leverage(site: ScoreInput) -> Tensor:
@@ -290,16 +338,13 @@ def elimination_ranks(moment_CC: Tensor, weight_DC: Tensor, units: int, count: i
         damping: lambda relative to the mean diagonal.
     """
     width = moment_CC.shape[0] // units
-    identity = torch.eye(moment_CC.shape[0], dtype=torch.float64)
-    # The floor is for blocks that are dead on the calibration text: there the weights alone decide.
-    inverse = ridge_solve(moment_CC + 1e-30 * identity, identity, damping)
+    inverse = damped_inverse(moment_CC, damping)
     weight_CD = weight_DC.double().T.contiguous()
     ranks = torch.full((units,), float(count), dtype=torch.float64)
     for rank in range(count):
         gone = ranks < count
-        blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         # What is gone has zero rows in H^-1; any invertible block does, because its cost is masked.
-        blocks = blocks + torch.eye(width, dtype=torch.float64) * gone[:, None, None]
+        blocks = unit_blocks(inverse, units) + torch.eye(width, dtype=torch.float64) * gone[:, None, None]
         parts = weight_CD.view(units, width, -1)
         with decomposing():
             costs = (torch.linalg.inv(blocks) * (parts @ parts.transpose(1, 2))).sum((1, 2))

@@ -26,7 +26,8 @@ class Score(Row):
         needs_full_moment: whether the second moment of all channels with all others is read. For FFNs it is always
             measured; for attention, where it costs (H d)^2 numbers, only when a score asks for it.
         needs_reading: whether the weights that read the input of an FFN are looked at, and the energy of that input.
-        needs_gradients: whether the gradients of the weights of the dense model are measured first.
+        measures: what is measured before the first layer changes: "weights" (the gradients of all weights,
+            weight_gradients.py), "curvature" (curvature_pass.py), or "" for nothing.
         head_rules: values of attention.heads that the score makes sense with; () means all.
         refine: function that improves the kept heads after they were chosen, or "".
     """
@@ -35,7 +36,7 @@ class Score(Row):
     channels: str = ""
     needs_full_moment: bool = False
     needs_reading: bool = False
-    needs_gradients: bool = False
+    measures: str = ""
     head_rules: tuple[str, ...] = ()
     refine: str = ""
 
@@ -86,10 +87,18 @@ SCORES: dict[str, Score] = {
     ),
     "taylor": Score(
         summary="what the loss of the dense model says of all weights of a head or channel, to first order",
-        heads=f"{_HERE}.scores:taylor",
-        channels=f"{_HERE}.scores:taylor",
-        needs_gradients=True,
+        heads=f"{_HERE}.scores:measured_before",
+        channels=f"{_HERE}.scores:measured_before",
+        measures="weights",
         paper="LLM-Pruner",
+    ),
+    "curvature": Score(
+        summary="what the loss loses without a head or channel when the others make up for it, to second order",
+        heads=f"{_HERE}.scores:measured_before",
+        channels=f"{_HERE}.scores:measured_before",
+        measures="curvature",
+        reads=("obs_damping",),
+        paper="LLM-Surgeon",
     ),
     "leverage": Score(
         summary="ridge leverage: how little the other channels can say of the channel",
@@ -277,8 +286,9 @@ class AllocationRule(Row):
 
     Attributes:
         measures: what the rule reads of the dense model: "nothing", "profile" (one forward pass, profile_pass.py), or
-            "gradients" (a backward pass per sequence, gradient_pass.py), or "divergences" (each site pruned alone,
-            divergence_pass.py).
+            "gradients" (a backward pass per sequence, gradient_pass.py), "divergences" (each site pruned alone,
+            divergence_pass.py), "curvature" (shots of a Kronecker-factored curvature, curvature_pass.py), or "gates"
+            (gates trained on the dense model, gate_pass.py).
     """
 
     measures: str = "nothing"
@@ -304,6 +314,20 @@ ALLOCATION_RULES: dict[str, AllocationRule] = {
         summary="where the next weight costs the same: each site is pruned alone, and predictions are compared",
         function=f"{_ALLOCATORS}.divergence:allocate_by_divergence",
         measures="divergences",
+    ),
+    "curvature": AllocationRule(
+        summary="one threshold for the costs per weight of heads and channels, lowered in several shots",
+        function=f"{_ALLOCATORS}.curvature:allocate_by_curvature",
+        measures="curvature",
+        reads=("allocation.shots", "attention.obs_damping", "ffn.obs_damping"),
+        paper="LLM-Surgeon",
+    ),
+    "gates": AllocationRule(
+        summary="what gates keep that a small network learns to set, with the weights of the model frozen",
+        function=f"{_ALLOCATORS}.gates:allocate_by_gates",
+        measures="gates",
+        reads=("allocation.gate_steps", "allocation.gate_rate", "allocation.gate_penalty"),
+        paper="DISP-LLM",
     ),
     "uniform": AllocationRule(
         summary="the same share of every layer",

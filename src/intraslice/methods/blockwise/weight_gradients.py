@@ -1,8 +1,7 @@
 """What the loss says of every weight: the element-wise Taylor importance of heads and channels, of the dense model.
 
-The pass is that of gradient_pass.py with gradients of weights instead of masks. They are summed over all sequences
-before their size is taken, so the sums take four bytes for each weight of the layers; that is why only the score that
-reads them asks for them.
+The gradients are summed over all sequences before their size is taken, so the sums take four bytes for each weight of
+the layers; that is why only the score that reads them asks for them.
 
 Shapes: S sequences, T tokens, D hidden_size, H query heads, K kv heads, d head_dim, F intermediate_size.
 """
@@ -22,7 +21,7 @@ from intraslice.layers.state_dict import split_attention, split_ffn
 from intraslice.layers.weights import AttentionWeights, FFNWeights
 from intraslice.progress import Progress
 from intraslice.runtime.families_intraslice import FamilySpec
-from intraslice.streaming.boundaries import boundary_states_bytes, chunk_size
+from intraslice.streaming.backward import backward_pass, passes
 from intraslice.streaming.model import StreamedModel
 
 UnitScores = dict[str, tuple[float, ...]]
@@ -45,32 +44,14 @@ def measure_taylor(
     Raises:
         NumericalError: a gradient is NaN or infinite.
     """
-    num_sequences, seqlen = tokens_ST.shape
-    layers, batch = model.num_layers, model.batch_shape[0]
-    states_bytes = boundary_states_bytes(
-        layers, seqlen, model.config.hidden_size, model.placement.compute_dtype.itemsize
-    )
-    chunk = chunk_size(boundary_bytes, states_bytes, batch)
-    sums = [_statistics(model, index) for index in range(layers)]
-    with progress.step("weight gradients", total=num_sequences * layers * 2) as advance:
-        for start in range(0, num_sequences, chunk):
-            stop = min(start + chunk, num_sequences)
-            parts = [tokens_ST[first : min(first + batch, stop)] for first in range(start, stop, batch)]
-            boundaries = [[model.embed(part)] for part in parts]
-            for index in range(layers):
-                layer = model.load_layer(index)
-                for part, states in zip(parts, boundaries, strict=True):
-                    with torch.no_grad():
-                        states.append(layer.run(states[-1])[0])
-                    advance(len(part))
-            pairs = zip(parts, boundaries, strict=True)
-            gradients = [model.loss_gradient(part, states.pop())[1] for part, states in pairs]
-            for index in reversed(range(layers)):
-                layer = model.load_layer(index)
-                for number, part in enumerate(parts):
-                    gradients[number] = _backward(layer, boundaries[number].pop(), gradients[number], sums[index])
-                    advance(len(part))
-    return tuple(_unit_scores(model, index, sums[index].finish()) for index in range(layers))
+    sums = [_statistics(model, index) for index in range(model.num_layers)]
+
+    def step(index: int, layer: DecoderLayer, hidden: Tensor, gradient: Tensor) -> Tensor:
+        return _backward(layer, hidden, gradient, sums[index])
+
+    with progress.step("weight gradients", total=passes(model, tokens_ST)) as advance:
+        backward_pass(model, tokens_ST, step, boundary_bytes=boundary_bytes, advance=advance)
+    return tuple(_unit_scores(model, index, sums[index].finish()) for index in range(model.num_layers))
 
 
 def _statistics(model: StreamedModel, index: int) -> Statistics:

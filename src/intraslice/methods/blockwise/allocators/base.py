@@ -12,8 +12,8 @@ from intraslice.errors import BudgetError
 from intraslice.layers.sites import ATTENTION, FFN, ModelSites
 from intraslice.methods.blockwise.options import AllocationOptions
 
-_SPREAD = 0.05
-"""Part of a head: `keep_fractions` adds a tiny correction to every site, which must not cost one more head."""
+SPREAD = 0.05
+"""Part of a unit: `keep_fractions` adds a tiny correction to every site, which must not cost one more unit."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Units:
                 if site.kind != ATTENTION:
                     continue
                 heads = site.units if self.unit == "units" else site.num_groups
-                rounded = 1.0 - math.floor(heads * (1.0 - keep[site.name]) + _SPREAD) / heads
+                rounded = 1.0 - math.floor(heads * (1.0 - keep[site.name]) + SPREAD) / heads
                 owed = (rounded - keep[site.name]) * site.num_weights
                 share = full.unit_share if self.unit == "units" else 1.0
                 keep[site.name] = 1.0 - share * (1.0 - rounded)
