@@ -8,7 +8,7 @@ import torch
 
 from intraslice.layers.sites import ATTENTION, FFN, ModelSites
 from intraslice.methods.blockwise.allocators.base import Allocation
-from intraslice.methods.blockwise.allocators.mask_gradient import keep_fractions
+from intraslice.methods.blockwise.allocators.mask_gradient import keep_ranked_together
 from intraslice.methods.blockwise.options import AllocationOptions
 
 
@@ -23,12 +23,12 @@ def allocate_by_curvature(
         sparsity: fraction of these to remove.
         options: settings.
     """
-    places = [*sites.of(ATTENTION), *sites.of(FFN)]
-    per_weight = [
-        torch.tensor(measured[layer][site.name], dtype=torch.float64) * site.units / site.num_weights
-        for layer, site in places
-    ]
-    sizes = [site.num_weights for _, site in places]
-    kept = keep_fractions(per_weight, sizes, sparsity, options.max_site_sparsity)
-    heads = len(sites.of(ATTENTION))
-    return Allocation.of_kinds(sites, {ATTENTION: kept[:heads], FFN: kept[heads:]}, unit_scores=tuple(measured))
+    per_weight = {
+        kind: [
+            torch.tensor(measured[layer][site.name], dtype=torch.float64) * site.units / site.num_weights
+            for layer, site in sites.of(kind)
+        ]
+        for kind in (ATTENTION, FFN)
+    }
+    keep = keep_ranked_together(per_weight, sites, sparsity, options.max_site_sparsity)
+    return Allocation.of_kinds(sites, keep, unit_scores=tuple(measured))

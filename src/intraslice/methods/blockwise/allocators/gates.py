@@ -8,7 +8,7 @@ from torch import Tensor
 
 from intraslice.layers.sites import ATTENTION, FFN, ModelSites
 from intraslice.methods.blockwise.allocators.base import Allocation
-from intraslice.methods.blockwise.allocators.mask_gradient import keep_fractions
+from intraslice.methods.blockwise.allocators.mask_gradient import keep_ranked_together
 from intraslice.methods.blockwise.options import AllocationOptions
 
 
@@ -23,8 +23,5 @@ def allocate_by_gates(
         sparsity: fraction of these to remove.
         options: settings.
     """
-    places = [*sites.of(ATTENTION), *sites.of(FFN)]
-    logits = [measured[layer][site.name] for layer, site in places]
-    kept = keep_fractions(logits, [site.num_weights for _, site in places], sparsity, options.max_site_sparsity)
-    heads = len(sites.of(ATTENTION))
-    return Allocation.of_kinds(sites, {ATTENTION: kept[:heads], FFN: kept[heads:]})
+    logits = {kind: [measured[layer][site.name] for layer, site in sites.of(kind)] for kind in (ATTENTION, FFN)}
+    return Allocation.of_kinds(sites, keep_ranked_together(logits, sites, sparsity, options.max_site_sparsity))

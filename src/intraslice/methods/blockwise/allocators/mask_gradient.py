@@ -144,6 +144,23 @@ def keep_fractions(importance: Sequence[Tensor], sizes: Sequence[int], sparsity:
     return result
 
 
+def keep_ranked_together(
+    importance: Mapping[str, Sequence[Tensor]], sites: ModelSites, sparsity: float, cap: float
+) -> dict[str, list[float]]:
+    """Return what the sites of each kind keep when the units of all kinds and layers meet one threshold.
+
+    Args:
+        importance: by kind, one tensor of unit importances a site, in the order of `ModelSites.of`.
+        sites: with what counts of their weights.
+        sparsity: fraction of these to remove.
+        cap: largest fraction that one site may lose.
+    """
+    units = [unit for of_kind in importance.values() for unit in of_kind]
+    sizes = [size for kind in importance for size in sites.sizes(kind)]
+    kept = iter(keep_fractions(units, sizes, sparsity, cap))
+    return {kind: [next(kept) for _ in of_kind] for kind, of_kind in importance.items()}
+
+
 def allocate_by_head_search(
     measured: MaskGradients, sites: ModelSites, sparsity: float, options: AllocationOptions
 ) -> Allocation:

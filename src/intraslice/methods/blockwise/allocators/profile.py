@@ -13,7 +13,7 @@ from torch import Tensor
 
 from intraslice.layers.sites import ATTENTION, FFN, ModelSites
 from intraslice.methods.blockwise.allocators.base import Allocation, split_sparsity
-from intraslice.methods.blockwise.allocators.mask_gradient import keep_fractions
+from intraslice.methods.blockwise.allocators.mask_gradient import keep_ranked_together
 from intraslice.methods.blockwise.options import AllocationOptions
 
 
@@ -52,9 +52,8 @@ def allocate_by_fluctuation(
     """
     heads = [standardized(scores.square()).mean(1) for scores in measured.of(sites, ATTENTION)]
     channels = [standardized(scores).flatten() for scores in measured.of(sites, FFN)]
-    sizes = sites.sizes(ATTENTION) + sites.sizes(FFN)
-    kept = keep_fractions(heads + channels, sizes, sparsity, options.max_site_sparsity)
-    return Allocation.of_kinds(sites, {ATTENTION: kept[: len(heads)], FFN: kept[len(heads) :]})
+    keep = keep_ranked_together({ATTENTION: heads, FFN: channels}, sites, sparsity, options.max_site_sparsity)
+    return Allocation.of_kinds(sites, keep)
 
 
 def allocate_by_similarity(
