@@ -230,17 +230,24 @@ def without_auto_map(source: Path, target: Path) -> Path:
     return target
 
 
-def with_ragged_groups(source: Path, target: Path) -> Path:
-    """Copy a checkpoint whose config says that the first kv head of layer 0 has a query head more."""
-    shutil.copytree(source, target)
-    config = json.loads((target / "config.json").read_text())
-    layer = config["intraslice"]["layers"][0]
-    layer["heads_per_kv"] = [layer["heads_per_kv"][0] + 1, *layer["heads_per_kv"]]
-    values = config["per_layer_config"].setdefault("0", {})
-    values["num_attention_heads"] = sum(layer["heads_per_kv"])
-    values["num_key_value_heads"] = len(layer["heads_per_kv"])
-    (target / "config.json").write_text(json.dumps(config))
-    return target
+def with_ragged_groups(source: Path, target: Path) -> Path | None:
+    """Copy a checkpoint whose config says that the first kv head of a layer has a query head less than the others.
+
+    Returns:
+        The copy; None where no layer has two kv heads with two query heads each.
+    """
+    config = json.loads((source / "config.json").read_text())
+    for index, layer in enumerate(config["intraslice"]["layers"]):
+        first, *others = layer["heads_per_kv"]
+        if first > 1 and others:
+            layer["heads_per_kv"] = [first - 1, *others]
+            values = config["per_layer_config"].setdefault(str(index), {})
+            values["num_attention_heads"] = sum(layer["heads_per_kv"])
+            values["num_key_value_heads"] = len(layer["heads_per_kv"])
+            shutil.copytree(source, target)
+            (target / "config.json").write_text(json.dumps(config))
+            return target
+    return None
 
 
 def parts_of_heads(folder: Path) -> int:

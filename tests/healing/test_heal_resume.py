@@ -16,15 +16,20 @@ from intraslice.results.result import PruneResult
 from support.progress import StopAt
 
 
-@pytest.mark.parametrize("weights", ["full", "lora"])
-def test_interrupted_at_several_steps(weights, pruned_folder, heal, tmp_path):
-    whole = heal(pruned_folder(), output=tmp_path / "whole", weights=weights)
+@pytest.mark.parametrize(
+    ("family", "weights"),
+    # Transposed matrices, and one fused matrix: others than the rest where LoRA is put and states are kept.
+    [("llama", "full"), ("llama", "lora"), ("gpt2", "full"), ("gpt2", "lora"), ("falcon", "full"), ("falcon", "lora")],
+)
+def test_interrupted_at_several_steps(family, weights, pruned_folder, heal, tmp_path):
+    folder = pruned_folder(family)
+    whole = heal(folder, output=tmp_path / "whole", weights=weights)
     # Before the first saved state; between two; in the step of a measurement; in the last one.
     for tokens in (128, 700, 128, 500):
         with pytest.raises(KeyboardInterrupt):
-            heal(pruned_folder(), weights=weights, resume=True, progress=StopAt("healing (tokens)", tokens))
+            heal(folder, weights=weights, resume=True, progress=StopAt("healing (tokens)", tokens))
         assert not (tmp_path / "healed").exists()
-    resumed = heal(pruned_folder(), weights=weights, resume=True)
+    resumed = heal(folder, weights=weights, resume=True)
     assert read(tmp_path / "healed") == read(tmp_path / "whole")
     assert not (tmp_path / "healed.partial").exists()
     curves = [[(point.step, point.loss, point.kl) for point in run.record.curve] for run in (whole, resumed)]

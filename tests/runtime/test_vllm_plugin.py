@@ -207,3 +207,19 @@ def test_index_buffers_are_real_when_only_parameters_are_built_on_the_meta_devic
         model = AutoModel.from_config(config)
     assert model.layers[0].self_attn.q_proj.weight.device.type == "meta"
     assert model.layers[0].self_attn.rope_index.device.type == "cpu"
+
+
+def test_a_norm_with_a_weight_per_head_is_not_taken_for_a_plain_one(vllm):
+    """vLLM replaces what computes like an RMSNorm, but only modules without children; its own has one weight."""
+    dense, spec = family_config("qwen3", use_sliding_window=False, layer_types=None), spec_of("qwen3")
+    full = dense_shape(dense, spec)
+    narrow = replace(full, qk_head_dim=full.qk_head_dim // 2, v_head_dim=full.qk_head_dim // 2, headed_qk_norm=True)
+    shapes = [narrow, *[full] * (dense.num_hidden_layers - 1)]
+    config = pruned_config(dense, spec, shapes, method="random", recipe={})
+    layers = AutoModelForCausalLM.from_config(deepcopy(config)).model.layers
+    norms = [layers[0].self_attn.q_norm, layers[0].self_attn.k_norm]
+    assert [norm.weight.dim() for norm in norms] == [2, 2]
+    assert all(list(norm.children()) for norm in norms)
+    # Neither the norms of other layers nor those of their own class.
+    assert not list(layers[1].self_attn.q_norm.children()) and not list(layers[0].input_layernorm.children())
+    check_logits(vllm, config)

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from intraslice.checkpoint.config_file import CONFIG_FILE
 from intraslice.checkpoint.tensorfile import read_tensors, write_tensors
 from intraslice.checkpoint.workfolder import WorkFolder
 from intraslice.digests import file_digest
@@ -147,6 +148,9 @@ class HealDir:
         """Note that the state of a step is saved, and drop older ones."""
         self.step = step
         with writing(self.path):
+            # The Trainer would read it back, for nothing but a version, as a config of no family; such a config does
+            # not know the layers of GPT-2, which calls their number n_layer.
+            (self.state_path / CONFIG_FILE).unlink(missing_ok=True)
             states = [path for path in sorted(self.state_path.rglob("*")) if path.is_file()]
             self._digests = {path.relative_to(self.path).as_posix(): file_digest(path) for path in states}
         self._digests |= self._best

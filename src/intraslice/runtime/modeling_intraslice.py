@@ -252,7 +252,12 @@ class PrunedAttention(nn.Module):
             size = (heads * width,) if norms.over == "all" else (width,)
             if self.shape.headed_qk_norm:
                 size = (heads, width)
-            self.add_module(name, _resized_norm(stock.get_submodule(name), size))
+            norm = _resized_norm(stock.get_submodule(name), size)
+            if self.shape.headed_qk_norm:
+                # vLLM puts a norm of its own, with one weight for all heads, in the place of a module without children
+                # that computes what a norm does.
+                norm._modules = {"own_weight_per_head": nn.Identity()}
+            self.add_module(name, norm)
 
     def norm_query_key(self, query_BTHr: torch.Tensor, key_BTKr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return query and key after their norms; the same where the family has none."""
