@@ -108,8 +108,9 @@ def measure_layer(
                 edit = getattr(corrected, f"{side}_norm") if name == "corrected" else None
                 found = divisor(kept, norm_eps(norm))
                 if edit is not None:
-                    # The rows hold the factor already; the gain multiplies what was divided.
-                    found = found / (edit.gain * edit.row_scale).float()
+                    # The rows hold the factors already; the gains multiply what was divided. Their product is the same
+                    # for all channels of a head.
+                    found = found / (edit.gain * edit.row_scale)[:, 0].float()
                 errors[f"{name} norm"].add(found / divisor(whole, norm_eps(norm)), torch.ones_like(found))
     found = {name: error.value for name, error in errors.items()}
     for name in ("plain", "corrected"):

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from intraslice.algebra.norms import energy_rows, fit_dropped_energy, norm_correction
+from intraslice.algebra import norms
+from intraslice.algebra.norms import energy_rows, fit_dropped_energy, fit_energy_weights, norm_correction
 from intraslice.layers.decoder import DecoderLayer, read_attention
 from intraslice.layers.surgery import write_attention
 from intraslice.layers.weights import NormEdit, QKEdit, attention_shape, fuse_qk, kept_channels
@@ -17,6 +18,7 @@ from intraslice.runtime.modeling_intraslice import apply_layer_shape, pair_chann
 from support.family_cases import doubles, family_model
 
 EPS = 1e-6
+HEADS = (("q", 3), ("k", 2))
 
 
 def _vectors(num_tokens: int = 4000, heads: int = 2, width: int = 16) -> torch.Tensor:
@@ -61,22 +63,66 @@ def test_neither_part_of_the_fit_is_negative():
     assert a > 0 and b == 0
 
 
-def test_the_corrected_norm_is_at_least_twice_as_near_on_other_tokens():
+def _problem(pairs: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return vectors, which channels stay, and the channels that share a weight."""
+    x = _vectors()
+    groups = torch.arange(16)[:, None] if pairs is None else pairs
+    kept = torch.zeros(2, 16, dtype=torch.bool)
+    kept[0, groups[2:].flatten()] = True
+    kept[1, groups[:-3].flatten()] = True
+    return x, kept, groups
+
+
+@pytest.mark.parametrize("pairs", [None, pair_channels(16, 16)], ids=["channels", "pairs"])
+def test_weights_of_energies_are_non_negative_least_squares(pairs, monkeypatch):
+    monkeypatch.setattr(norms, "UPDATES", 30_000)
+    monkeypatch.setattr(norms, "SPREAD", 1e9)
+    x, kept, groups = _problem(pairs)
+    w, b = fit_energy_weights(_moment(x), kept, groups, shrinkage=0.0)
+    for head in range(2):
+        stays = [group for group in groups if kept[head, group[0]]]
+        energy = x[:, head].float().square().double()
+        weight = 1.0 / (energy.sum(1) + 16 * EPS)
+        columns = [energy[:, group].sum(1) for group in stays] + [torch.ones_like(weight)]
+        system = torch.stack(columns, 1) * weight[:, None]
+        wanted = energy.sum(1) * weight
+        found = torch.stack([w[head, group[0]] for group in stays] + [b[head]])
+        assert all(w[head, group].unique().numel() == 1 for group in stays)
+        # The conditions of Karush, Kuhn and Tucker: no gradient where a weight is positive, none downhill elsewhere.
+        gradient = system.T @ (system @ found - wanted) / (system.T @ wanted)
+        assert (found >= 0).all() and (gradient > -1e-4).all()
+        assert (gradient.abs() * found / found.max() < 1e-4).all()
+
+
+def test_weights_of_energies_are_pulled_to_what_they_have_in_common():
+    x, kept, groups = _problem(None)
+    a, _ = fit_dropped_energy(_moment(x), kept)
+    free, pulled = (fit_energy_weights(_moment(x), kept, groups, shrinkage=value)[0] for value in (0.0, 1e6))
+    torch.testing.assert_close(pulled, (1 + a)[:, None].expand(-1, 16), rtol=1e-4, atol=0)
+    assert (free - pulled).abs().max() > 0.1
+    # Channels that go keep the common value, so that the product of gain and factor is one number for each head.
+    assert (free[~kept] == (1 + a)[:, None].expand(-1, 16)[~kept]).all()
+    assert (pulled.max() / pulled.min() < norms.SPREAD**2) and (free > 0).all()
+
+
+def test_the_corrected_norm_is_much_nearer_on_other_tokens():
     """Pairs are kept for their size, so a plain norm over them takes the vector for larger than it is."""
     fitted, held_out = _vectors().split(2000)
     kept = torch.zeros(2, 16, dtype=torch.bool)
     kept[:, 8:] = True
     a, b = fit_dropped_energy(_moment(fitted), kept)
-    gain, scale = norm_correction(a, b, 16, 8, EPS)
-    dense = (held_out.square().mean(-1) + EPS).sqrt()
+    common = norm_correction((1 + a)[:, None].expand(-1, 16), b, 8, EPS)
+    own = norm_correction(*fit_energy_weights(_moment(fitted), kept, torch.arange(16)[:, None]), 8, EPS)
+    dense = (held_out.square().mean(-1, keepdim=True) + EPS).sqrt()
     narrow = held_out[..., 8:]
-    plain = (narrow.square().mean(-1) + EPS).sqrt()
-    corrected = ((narrow * scale[:, None]).square().mean(-1) + EPS).sqrt() / gain / scale
 
-    def error(found: torch.Tensor) -> float:
-        return float((found / dense - 1).square().mean().sqrt())
+    def error(gain: torch.Tensor, scale: torch.Tensor) -> float:
+        divisor = ((narrow * scale[:, 8:]).square().mean(-1, keepdim=True) + EPS).sqrt()
+        return float((divisor / (gain * scale)[:, 8:] / dense - 1).square().mean().sqrt())
 
-    assert error(corrected) < 0.5 * error(plain)
+    plain = error(torch.ones(2, 16).double(), torch.ones(2, 16).double())
+    assert error(*common) < 0.5 * plain
+    assert error(*own) < error(*common)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "hunyuan_v1_dense"])
@@ -90,12 +136,13 @@ def test_a_narrower_head_divides_by_the_fitted_energy(family):
     block = DecoderLayer(layer, spec, config)
     weights, d = read_attention(block, shape), shape.qk_head_dim
     pairs = pair_channels(d, d)
-    a = {"q": torch.tensor([0.5, 0.8, 1.3]).double(), "k": torch.tensor([0.4, 0.9]).double()}
+    # Channels of a pair share a weight: some norms come after RoPE.
+    w = {side: torch.linspace(0.5, 2.5, heads * d // 2).double().view(heads, -1).repeat(1, 2) for side, heads in HEADS}
     b = {"q": torch.tensor([0.1, 0.0, 2.0]).double(), "k": torch.tensor([0.3, 0.0]).double()}
     eps = config.rms_norm_eps
     edits = {}
     for side in "qk":
-        gain, row_scale = norm_correction(a[side], b[side], d, d - 4, eps)
+        gain, row_scale = norm_correction(w[side], b[side], d - 4, eps)
         edits[side] = NormEdit(gain=gain, row_scale=row_scale)
     edit = QKEdit(
         heads=(0, 1, 3),
@@ -121,6 +168,7 @@ def test_a_narrower_head_divides_by_the_fitted_energy(family):
         norm = stock.get_submodule(getattr(spec.qk_norm, side)).weight + spec.norm_offset
         for place, head in enumerate(heads):
             kept = rows[:, :, head][..., channels[kv[place]]]
-            energy = (1 + a[side][place]) * kept.square().sum(-1, keepdim=True) + b[side][place]
+            weight = w[side][place][channels[kv[place]]]
+            energy = (weight * kept.square()).sum(-1, keepdim=True) + b[side][place]
             wanted = kept / (energy / d + eps).sqrt() * norm[channels[kv[place]]]
             torch.testing.assert_close(got[:, :, place], wanted, atol=1e-10, rtol=0)

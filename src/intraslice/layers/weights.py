@@ -67,8 +67,8 @@ class NormEdit:
     """How the norm of narrower queries (or keys) comes near to the norm of the dense ones.
 
     Attributes:
-        gain: factor on the norm's weight, of each kept head, [H'].
-        row_scale: factor on the rows of the Linear, [H']: the norm's epsilon counts that much less.
+        gain: factors on the norm's weight, of each kept head and dense channel, [H', d].
+        row_scale: factors on the rows of the Linear, [H', d].
     """
 
     gain: Tensor
@@ -167,16 +167,17 @@ def kept_channels(edit: QKEdit, pairs_to_channels: Tensor | None, interleaved: b
     return rows_of_pairs(pairs_to_channels[edit.rope_pairs], interleaved)
 
 
-def _edited_norm(norm_Hr: Tensor | None, edit: NormEdit | None, offset: float) -> Tensor | None:
-    if norm_Hr is None or edit is None:
-        return norm_Hr
-    return (edit.gain[:, None] * (norm_Hr.double() + offset) - offset).to(norm_Hr.dtype)
+def _edited_norm(norm_Hd: Tensor, edit: NormEdit | None, offset: float) -> Tensor:
+    if edit is None:
+        return norm_Hd
+    return (edit.gain * (norm_Hd.double() + offset) - offset).to(norm_Hd.dtype)
 
 
-def _scaled(rows: Tensor | None, edit: NormEdit | None) -> Tensor | None:
-    if rows is None or edit is None:
+def _scaled(rows: Tensor, edit: NormEdit | None) -> Tensor:
+    """Return rows of heads, [H', d, ...], with the factors of an edit."""
+    if edit is None:
         return rows
-    return (rows.double() * edit.row_scale.view(-1, *[1] * (rows.dim() - 1))).to(rows.dtype)
+    return (rows.double() * edit.row_scale.view(*edit.row_scale.shape, *[1] * (rows.dim() - 2))).to(rows.dtype)
 
 
 def fuse_qk(
@@ -199,11 +200,11 @@ def fuse_qk(
     kv_position = [kv_heads.index(head // group) for head in heads]
     per_kv = heads_per_kv(heads, group)
     head_dim = weights.q.shape[1]
-    q, k = weights.q[heads], weights.k[kv_heads]
-    q_bias = None if weights.q_bias is None else weights.q_bias[heads]
-    k_bias = None if weights.k_bias is None else weights.k_bias[kv_heads]
-    q_norm = None if weights.q_norm is None else weights.q_norm[heads]
-    k_norm = None if weights.k_norm is None else weights.k_norm[kv_heads]
+    q, k = _scaled(weights.q[heads], edit.query_norm), _scaled(weights.k[kv_heads], edit.key_norm)
+    q_bias = None if weights.q_bias is None else _scaled(weights.q_bias[heads], edit.query_norm)
+    k_bias = None if weights.k_bias is None else _scaled(weights.k_bias[kv_heads], edit.key_norm)
+    q_norm = None if weights.q_norm is None else _edited_norm(weights.q_norm[heads], edit.query_norm, edit.norm_offset)
+    k_norm = None if weights.k_norm is None else _edited_norm(weights.k_norm[kv_heads], edit.key_norm, edit.norm_offset)
     channels_Kr = kept_channels(edit, pairs_to_channels, interleaved)
     if channels_Kr is not None:
 
@@ -228,19 +229,17 @@ def fuse_qk(
         q_bias = None if q_bias is None else torch.einsum("hdr,hd->hr", query_basis, q_bias)
         k_bias = None if k_bias is None else torch.einsum("kdr,kd->kr", key_basis, k_bias)
     columns = torch.cat([torch.arange(head * head_dim, (head + 1) * head_dim) for head in heads])
-    scaled_q, scaled_k = _scaled(q, edit.query_norm), _scaled(k, edit.key_norm)
-    assert scaled_q is not None and scaled_k is not None
     fused = AttentionWeights(
-        q=scaled_q,
-        k=scaled_k,
+        q=q,
+        k=k,
         v=weights.v[kv_heads],
         o=weights.o[:, columns],
-        q_bias=_scaled(q_bias, edit.query_norm),
-        k_bias=_scaled(k_bias, edit.key_norm),
+        q_bias=q_bias,
+        k_bias=k_bias,
         v_bias=None if weights.v_bias is None else weights.v_bias[kv_heads],
         o_bias=weights.o_bias,
-        q_norm=_edited_norm(q_norm, edit.query_norm, edit.norm_offset),
-        k_norm=_edited_norm(k_norm, edit.key_norm, edit.norm_offset),
+        q_norm=q_norm,
+        k_norm=k_norm,
     )
     return fused, per_kv
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from intraslice.algebra.linalg import eigh_descending, low_rank_product, low_rank_scores
-from intraslice.algebra.norms import fit_dropped_energy, norm_correction
+from intraslice.algebra.norms import fit_dropped_energy, fit_energy_weights, norm_correction
 from intraslice.algebra.selection import (
     HeadChoice,
     HeadPlan,
@@ -289,22 +289,21 @@ def _with_norms(
     for head in edit.heads:
         of_queries[head] = kept_of_kv[head // weights.group]
 
+    groups = torch.arange(head_dim)[:, None] if pairs_to_channels is None else pairs_to_channels
+
     def correction(moment: Tensor, kept: Tensor, heads: Sequence[int]) -> NormEdit:
         if norms.over == "all":
-            a, b = fit_dropped_energy(moment, kept.flatten()[None], with_offset=True)
-            gain, scale = norm_correction(a, b, kept.numel(), int(kept.sum()), norms.eps)
-            return NormEdit(gain=gain.repeat(len(heads)), row_scale=scale.repeat(len(heads)))
+            # As many weights as channels would be more than a few thousand tokens can tell.
+            a, b = fit_dropped_energy(moment, kept.flatten()[None])
+            w = (1.0 + a)[:, None].expand(-1, kept.numel())
+            gain, scale = norm_correction(w, b, int(kept.sum()), norms.eps)
+            return NormEdit(gain=gain.view(kept.shape)[list(heads)], row_scale=scale.view(kept.shape)[list(heads)])
         moment, kept = moment[list(heads)], kept[list(heads)]
-        width = int(kept[0].sum())
-        if headed:
-            a, b = fit_dropped_energy(moment, kept)
-        else:
+        if not headed:
             # All heads keep the same channels, so their sums add up.
-            a, b = fit_dropped_energy(moment.sum(0, keepdim=True), kept[:1], with_offset=False)
-            a = a.repeat(len(heads))
-            return NormEdit(gain=(head_dim / ((1.0 + a) * width)).sqrt(), row_scale=torch.ones_like(a))
-        gain, scale = norm_correction(a, b, head_dim, width, norms.eps)
-        return NormEdit(gain=gain, row_scale=scale)
+            moment, kept = moment.sum(0, keepdim=True), kept[:1]
+        gain, scale = norm_correction(*fit_energy_weights(moment, kept, groups), int(kept[0].sum()), norms.eps)
+        return NormEdit(gain=gain.expand(len(heads), -1), row_scale=scale.expand(len(heads), -1))
 
     return replace(
         edit,
