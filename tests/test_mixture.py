@@ -214,7 +214,7 @@ def test_sampled_rows_are_kept_and_spoilt_ones_are_not_used(
     first = calibrate("self:1,builtin:1", tokenizer, **options)
     (file,) = kept.iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr("intraslice.data.calibration.sample", lambda *_: pytest.fail("was sampled again"))
+        patch.setattr(sampling, "_load", lambda *_: pytest.fail("was sampled again"))
         assert calibrate("self:1,builtin:1", tokenizer, **options).fingerprint == first.fingerprint
     content = json.loads(file.read_text())
     content["tokens"][0][0] += 1
@@ -223,6 +223,43 @@ def test_sampled_rows_are_kept_and_spoilt_ones_are_not_used(
     file.write_text("{")
     assert calibrate("self:1,builtin:1", tokenizer, **options).fingerprint == first.fingerprint
     assert calibrate("self:1,builtin:1", tokenizer, **options, seed=1).fingerprint != first.fingerprint
+
+
+def test_sampling_goes_on_after_the_last_whole_batch(
+    tokenizer: Any, tiny_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_batch_size", lambda *_: 3)
+    asked: list[int] = []
+    real = sampling._sample_batch
+
+    def sample_batch(model: Any, rows: Any, *rest: Any) -> torch.Tensor:
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        asked.append(len(rows))
+        return real(model, rows, *rest)
+
+    monkeypatch.setattr(sampling, "_sample_batch", sample_batch)
+    options: dict[str, Any] = {"model_folder": tiny_folder("llama"), "seqlen": 24}
+    stop = 99
+    whole = calibrate("self", tokenizer, **options).tokens
+    assert asked == [3, 3, 2]
+    kept, stop = tmp_path / "sampled", 5
+    with pytest.raises(KeyboardInterrupt):
+        calibrate("self", tokenizer, sampled_folder=kept, **options)
+    asked, stop = [], 99
+    assert torch.equal(calibrate("self", tokenizer, sampled_folder=kept, **options).tokens, whole)
+    assert asked == [2]
+    # More rows begin with the same whole batches; the last one, of two rows, would round in another way.
+    asked = []
+    more = calibrate("self", tokenizer, sampled_folder=kept, **{**options, "num_samples": 10}).tokens
+    assert asked == [3, 1] and torch.equal(more[:6], whole[:6])
+    # A batch of another size, as another release may have left, is not used.
+    asked = []
+    monkeypatch.setattr(sampling, "_batch_size", lambda *_: 4)
+    for file in kept.iterdir():
+        if json.loads(file.read_text())["tokens"][0] == whole[0].tolist():
+            file.unlink()
+    assert len(calibrate("self", tokenizer, sampled_folder=kept, **options).tokens) == 8 and asked == [4, 4]
 
 
 @pytest.mark.parametrize("source", SAMPLED)

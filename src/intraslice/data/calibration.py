@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +10,11 @@ from typing import Any
 import torch
 
 from intraslice.data.mixture import check_source, parse_source, share_out, short_source
-from intraslice.data.sampling import SAMPLING_VERSION, sample
+from intraslice.data.sampled_rows import fingerprint
+from intraslice.data.sampling import sample
 from intraslice.data.text import SAMPLED, load_text
 from intraslice.data.windows import begin_windows, token_stream
-from intraslice.errors import CalibrationError, OutputError
-from intraslice.files import write_text
-from intraslice.placement import choose_device
+from intraslice.errors import CalibrationError
 from intraslice.progress import Progress, SilentProgress
 
 # Characters of shipped text to gather for a token; the tokenizers in use make one of 3.5 to 4.5.
@@ -76,7 +73,7 @@ def load_calibration(
         progress: shows the sampling.
         text_field: column of a .jsonl or .parquet file.
         device: where "self" samples: "auto", "cpu" or a torch device.
-        sampled_folder: keeps what was sampled from this very model; None keeps nothing.
+        sampled_folder: keeps what is sampled, and has what was; of this very model. None keeps nothing.
         starts_with: token in the place of the first one of each sequence, for models that need it.
 
     Raises:
@@ -105,14 +102,9 @@ def load_calibration(
     if sampled:
         # Last, because it takes longest and all else may still be refused; together, because the model is loaded once.
         sources = [parts[index].source for index in sampled for _ in range(counts[index])]
-        kept = (
-            None if sampled_folder is None else _sampled_file(sampled_folder, tokenizer, sources, seqlen, seed, device)
+        rows = sample(
+            model_folder, model_arguments or {}, tokenizer, sources, seqlen, seed, device, progress, sampled_folder
         )
-        rows = None if kept is None else _read_rows(kept)
-        if rows is None:
-            rows = sample(model_folder, model_arguments or {}, tokenizer, sources, seqlen, seed, device, progress)
-            if kept is not None:
-                _write_rows(kept, rows)
         for index, own in zip(sampled, rows.split([counts[index] for index in sampled]), strict=True):
             blocks[index] = own
     tokens = torch.cat([own for own in blocks if own is not None])  # [N, T]
@@ -129,39 +121,6 @@ def load_calibration(
         return Calibration(tokens, parts[0].source, seed, fingerprint(tokens))
     given = {part.source: count for part, count in zip(parts, counts, strict=True)}
     return Calibration(tokens, short_source(source), seed, fingerprint(tokens), given)
-
-
-def _sampled_file(folder: Path, tokenizer: Any, sources: list[str], seqlen: int, seed: int, device: str) -> Path:
-    """Return the file in which sampled rows are kept; its name is a hash of all that decides them but the model."""
-    place = choose_device(device).type
-    decides = json.dumps([SAMPLING_VERSION, sources, seqlen, seed, place, tokenizer.chat_template, len(tokenizer)])
-    return folder / f"{hashlib.sha256(decides.encode()).hexdigest()[:32]}.json"
-
-
-def _read_rows(file: Path) -> torch.Tensor | None:
-    """Return the rows [N, T] that were sampled before, or None."""
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        rows = torch.tensor(kept["tokens"], dtype=torch.int64)
-        return rows if kept["fingerprint"] == fingerprint(rows) else None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
-        # Not there, or spoilt by another program: sampling again is always possible.
-        return None
-
-
-def _write_rows(file: Path, rows: torch.Tensor) -> None:
-    try:
-        write_text(file, json.dumps({"tokens": rows.tolist(), "fingerprint": fingerprint(rows)}))
-    except OutputError:
-        # A cache that cannot be written costs the next run some minutes, and this one nothing.
-        return
-
-
-def fingerprint(tokens: torch.Tensor) -> str:
-    """Return a sha256 of token ids [N, T]."""
-    digest = hashlib.sha256(str(tuple(tokens.shape)).encode())
-    digest.update(tokens.to(torch.int64).contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _choose_blocks(stream: torch.Tensor, source: str, num_samples: int, seqlen: int, seed: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from intraslice.border import foreign
 from intraslice.data.encoding import as_conversation, encode
+from intraslice.data.sampled_rows import SampledRows
 from intraslice.data.text import SELF, SELF_KINDS, START
 from intraslice.errors import CalibrationError, NumericalError
 from intraslice.placement import choose_device
@@ -64,8 +65,9 @@ def sample(
     seed: int,
     device: str,
     progress: Progress,
+    folder: Path | None = None,
 ) -> torch.Tensor:
-    """Return one row of tokens for each source, sampled from the dense model.
+    """Return one row of tokens for each source, sampled from the dense model where they are not kept on disk.
 
     The loop is written out, because `generate` draws from the global random state, stops at the end of a text and
     cannot be handed the next seed.
@@ -79,6 +81,7 @@ def sample(
         seed: decides everything that is drawn.
         device: "auto", "cpu" or a torch device.
         progress: shows the sampling.
+        folder: keeps each batch of rows as soon as it is sampled; None keeps nothing.
 
     Returns:
         int64 [N, T].
@@ -87,30 +90,50 @@ def sample(
         CalibrationError: the model cannot be sampled from, or has no chat template that "self-chat" asks for.
         NumericalError: the model gives NaN.
     """
-    model = _load(model_folder, model_arguments, choose_device(device))
+    place = choose_device(device)
+    decides = (SAMPLING_VERSION, seqlen, seed, place.type, tokenizer.chat_template, len(tokenizer))
+    kept = SampledRows(folder, decides, sources)
+    found: list[torch.Tensor] = []
+    while (done := sum(map(len, found))) < len(sources) and (batch := kept.read(done)) is not None:
+        found.append(batch)
+    if done == len(sources):
+        return torch.cat(found)
+    model = _load(model_folder, model_arguments, place)
     ends = _ends(model, tokenizer, model.config.vocab_size)
     seeds = _Seeds(tokenizer, model.config.vocab_size, ends)
+    # All of them before the first is sampled: what cannot be asked for is refused at once.
     rows = [
-        _Row(seeds.documents(source, seed, number), ends, seqlen, f"{seed} {number}")
-        for number, source in enumerate(sources)
+        _Row(seeds.documents(sources[number], seed, number), ends, seqlen, f"{seed} {number}")
+        for number in range(done, len(sources))
     ]
-    draws = torch.tensor([row.draws for row in rows], dtype=torch.float64)  # [N, T]
-    batch = _batch_size(model.config, model.dtype.itemsize, seqlen)
-    with torch.inference_mode(), progress.step("Sampling calibration text", len(rows) * seqlen) as advance:
-        for start in range(0, len(rows), batch):
-            part = rows[start : start + batch]
-            cache = _cache(model.config, seqlen)
-            tokens = torch.tensor([row.first() for row in part])  # [B]
-            advance(len(part))
-            for column in range(1, seqlen):
-                logits = model(tokens[:, None].to(model.device), **{CACHE_ARGUMENT: cache}, use_cache=True).logits[
-                    :, -1
-                ]
-                temperatures = torch.tensor([row.temperature for row in part], device=logits.device)
-                sampled = _draw(logits / temperatures[:, None], draws[start : start + batch, column])
-                tokens = torch.tensor([row.next(token) for row, token in zip(part, sampled, strict=True)])
-                advance(len(part))
-    return torch.tensor([row.tokens for row in rows])  # [N, T]
+    size = _batch_size(model.config, model.dtype.itemsize, seqlen)
+    with progress.step("Sampling calibration text", len(rows) * seqlen) as advance:
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            batch = kept.read(done + start)
+            if batch is None or len(batch) != len(part):
+                batch = _sample_batch(model, part, seqlen, advance)
+                kept.write(done + start, batch, size)
+            else:
+                advance(batch.numel())
+            found.append(batch)
+    return torch.cat(found)  # [N, T]
+
+
+def _sample_batch(model: Any, rows: Sequence[_Row], seqlen: int, advance: Callable[[int], None]) -> torch.Tensor:
+    """Let rows grow side by side, and return them, int64 [B, T]."""
+    draws = torch.tensor([row.draws for row in rows], dtype=torch.float64)  # [B, T]
+    cache = _cache(model.config, seqlen)
+    with torch.inference_mode():
+        tokens = torch.tensor([row.first() for row in rows])  # [B]
+        advance(len(rows))
+        for column in range(1, seqlen):
+            logits = model(tokens[:, None].to(model.device), **{CACHE_ARGUMENT: cache}, use_cache=True).logits[:, -1]
+            temperatures = torch.tensor([row.temperature for row in rows], device=logits.device)
+            sampled = _draw(logits / temperatures[:, None], draws[:, column])
+            tokens = torch.tensor([row.next(token) for row, token in zip(rows, sampled, strict=True)])
+            advance(len(rows))
+    return torch.tensor([row.tokens for row in rows])
 
 
 class _Row:
