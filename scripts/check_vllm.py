@@ -238,9 +238,9 @@ def with_ragged_groups(source: Path, target: Path) -> Path | None:
     """
     config = json.loads((source / "config.json").read_text())
     for index, layer in enumerate(config["intraslice"]["layers"]):
-        first, *others = layer["heads_per_kv"]
-        if first > 1 and others:
-            layer["heads_per_kv"] = [first - 1, *others]
+        groups = layer["heads_per_kv"]
+        if len(groups) > 1 and groups[0] > 1:
+            layer["heads_per_kv"] = [groups[0] - 1, *groups[1:]]
             values = config["per_layer_config"].setdefault(str(index), {})
             values["num_attention_heads"] = sum(layer["heads_per_kv"])
             values["num_key_value_heads"] = len(layer["heads_per_kv"])

@@ -73,4 +73,10 @@ for family in ${FAMILIES-qwen3 gemma2}; do
     intraslice prune "$out/$family" -o "$out/$family-native" --target vllm --sparsity 0.4 "${calibration[@]}"
     python "$root/scripts/check_vllm.py" --native "$out/$family-native" || status=1
 done
+step "a random model whose layers lost whole blocks"
+rm -rf "$out/dropped"
+python "$root/scripts/small_model.py" qwen3 "$out/dropped"
+intraslice prune "$out/dropped" -o "$out/dropped-native" --target vllm --sparsity 0.4 "${calibration[@]}" \
+    --set allocation.drop_blocks=true --set allocation.max_dropped_share=0.3 --set allocation.max_drop_price=1000
+python "$root/scripts/check_vllm.py" --native "$out/dropped-native" || status=1
 exit "$status"

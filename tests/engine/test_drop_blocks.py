@@ -90,13 +90,18 @@ def test_a_resumed_run_gives_the_same(tiny_folder, tmp_path: Path):
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_shapes_of_a_runtime_with_dropped_blocks(tiny_folder, tmp_path: Path):
+@pytest.mark.parametrize("target", ["llama.cpp", "vllm"])
+def test_shapes_of_a_runtime_with_dropped_blocks(target, tiny_folder, tmp_path: Path):
     folder = tiny_folder("llama", num_hidden_layers=4)
-    options = {**DROP, "target": "llama.cpp", "attention__context_multiple": 1}
+    options = {**DROP, "target": target, "attention__context_multiple": 1}
     result = prune(folder, tmp_path / "out", sparsity=0.5, **options)
     assert dropped(result) and abs(result.sparsity - 0.5) <= 0.005
-    widths = {record.shape.qk_head_dim for record in result.layers if record.shape.has_attention}
-    assert len(widths) == 1
+    shapes = [record.shape for record in result.layers if record.shape.has_attention]
+    if target == "vllm":
+        assert all(len(set(shape.heads_per_kv)) == 1 for shape in shapes)
+        load(tmp_path / "out").config.check_vllm(1)
+    else:
+        assert len({shape.qk_head_dim for shape in shapes}) == 1
 
 
 def test_off_and_nothing_to_drop_are_the_same(tiny_folder, tmp_path: Path):
@@ -144,7 +149,6 @@ def test_blocks_side_by_side_are_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ({"target": "vllm"}, "--target vllm cannot run"),
         ({"target": "stock"}, "--target stock cannot run"),
         ({"allocation.budget_unit": "units"}, "budget_unit = units does not count"),
         ({"method": "flap"}, "does not read allocation.drop_blocks"),

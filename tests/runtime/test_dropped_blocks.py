@@ -155,9 +155,3 @@ def test_only_layers_that_lost_a_block_say_so() -> None:
         kept |= {name: 3 * 32 * 48 for name in (FFN,) if shape.has_ffn}
         assert spec.num_parameters(shape, 32) == sum(kept.values())
         assert len(spec.linear_sizes(shape, 32)) == 4 * shape.has_attention + 3 * shape.has_ffn
-
-
-def test_vllm_refuses_with_a_sentence() -> None:
-    model = dropped_model("llama-mha", {1: [ATTENTION, FFN]})
-    with pytest.raises(ValueError, match="layer 1 has no attention and no ffn; prune with `--target vllm`"):
-        model.config.check_vllm(1)

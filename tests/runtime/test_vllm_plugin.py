@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from intraslice import vllm_plugin
 from intraslice.runtime.configuration_intraslice import class_stem, dense_shape, known_families, pruned_config
 from intraslice.runtime.families_intraslice import FAMILIES, LayerShape
-from intraslice.runtime.modeling_intraslice import PrunedAttention
+from intraslice.runtime.modeling_intraslice import DroppedAttention, PrunedAttention
 from support.family_cases import family_config, spec_of
 from support.tiny_models import ONE_PER_FAMILY, dense_config_of, pruned_model, randomise, tokens
 
@@ -183,11 +183,29 @@ def check_logits(vllm, config):
     with torch.no_grad():
         logits = actual(ids, use_cache=False).logits
         torch.testing.assert_close(logits, expected(ids, use_cache=False).logits, atol=1e-10, rtol=0)
-    assert vllm.calls == list(range(config.num_hidden_layers))
+    assert vllm.calls == [layer for layer, shape in enumerate(config.layer_shapes) if shape.has_attention]
 
 
-def test_vllm_finds_the_attention_call_in_the_source_of_forward():
-    tree = ast.parse(textwrap.dedent(inspect.getsource(PrunedAttention.forward)))
+def test_layers_without_a_block(vllm):
+    """vLLM runs them only because it finds the call of its attention in the source, and a width that it knows."""
+    vllm_plugin.register()
+    dense = dense_config_of("llama-mha")
+    spec = FAMILIES["llama"]
+    full = dense_shape(dense, spec)
+    narrow = replace(full, qk_head_dim=full.qk_head_dim // 2, v_head_dim=full.qk_head_dim // 2)
+    bare = full.without("attention")
+    for shapes in ([bare, narrow.without("ffn"), full], [narrow, full, bare.without("ffn")]):
+        config = pruned_config(dense, spec, shapes, method="random", recipe={})
+        vllm.checks["IntraSliceLlamaForCausalLM"].verify_and_update_config(vllm_config(config))
+        vllm.calls.clear()
+        check_logits(vllm, config)
+        sizes = [config.per_layer_config[layer] for layer, shape in enumerate(shapes) if not shape.has_attention]
+        assert [(size.num_key_value_heads, size.head_dim) for size in sizes] == [(1, narrow.qk_head_dim)]
+
+
+@pytest.mark.parametrize("module", [PrunedAttention, DroppedAttention])
+def test_vllm_finds_the_attention_call_in_the_source_of_forward(module):
+    tree = ast.parse(textwrap.dedent(inspect.getsource(module.forward)))
     looked_up = [
         node.target.id if isinstance(node, ast.AnnAssign) else node.targets[0].id
         for node in ast.walk(tree)
@@ -196,8 +214,20 @@ def test_vllm_finds_the_attention_call_in_the_source_of_forward():
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) in looked_up]
     assert len(calls) == 1
     assert [ast.unparse(k.value) for k in calls[0].keywords if k.arg == "scaling"] == ["self.scaling"]
-    attention = pruned_model("llama-mha").model.layers[0].self_attn
+    config = pruned_model("llama-mha").config
+    shape = config.layer_shapes[0]
+    layers = AutoModelForCausalLM.from_config(
+        pruned_config(
+            dense_config_of("llama-mha"),
+            FAMILIES["llama"],
+            [shape, shape.without("attention"), shape],
+            method="random",
+            recipe={},
+        )
+    ).model.layers
+    (attention,) = (layer.self_attn for layer in layers[:2] if isinstance(layer.self_attn, module))
     assert isinstance(attention.scaling, float) and isinstance(attention.layer_idx, int)
+    assert attention.config._attn_implementation
 
 
 def test_index_buffers_are_real_when_only_parameters_are_built_on_the_meta_device():

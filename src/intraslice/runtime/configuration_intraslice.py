@@ -317,11 +317,6 @@ class _PrunedConfig(_ConfigBase):
             if shape.ranks or shape.shortcuts:
                 what = "two factors per weight" if shape.ranks else "matrices on the residual connections"
                 raise ValueError(f"vLLM cannot run {what} (layer {layer_idx}); prune with `--target vllm`.")
-            if shape.dropped:
-                raise ValueError(
-                    f"vLLM cannot run layers that have lost a block, and layer {layer_idx} has no "
-                    f"{' and no '.join(shape.dropped)}; prune with `--target vllm`, which drops none."
-                )
             if len(set(shape.heads_per_kv)) > 1:
                 raise ValueError(
                     f"vLLM needs equally many query heads for all kv heads of a layer, but layer {layer_idx} has "
@@ -533,13 +528,15 @@ def pruned_config(
         The IntraSlice config of the family, complete for config.json.
     """
     pruned = config_class(spec.name)
+    # Engines with one width for keys and values must take the larger one.
+    widths = [max(shape.qk_head_dim, shape.v_head_dim) for shape in shapes]
+    # Where there is no attention, engines lay out a cache all the same: one head, of a width that they can run.
+    spare = min(filter(None, widths), default=dense_head_dim(dense))
     per_layer = {
         layer_idx: {
-            # Where there is no attention a cache may hold one channel that counts the tokens.
             "num_attention_heads": shape.num_attention_heads or 1,
             "num_key_value_heads": shape.num_key_value_heads or 1,
-            # Engines with one width for keys and values must take the larger one.
-            "head_dim": max(shape.qk_head_dim, shape.v_head_dim) or 1,
+            "head_dim": widths[layer_idx] or spare,
             spec.intermediate_size: shape.intermediate_size,
         }
         for layer_idx, shape in enumerate(shapes)

@@ -516,14 +516,18 @@ class DroppedAttention(nn.Module):
     this layer, one channel of zeros per token is kept there, so that any cache counts as it always does.
 
     Args:
+        config: of the model.
         layer_idx: number of the layer, for the cache.
         shape: of the layer.
     """
 
-    def __init__(self, layer_idx: int, shape: LayerShape) -> None:
+    def __init__(self, config: PretrainedConfig, layer_idx: int, shape: LayerShape) -> None:
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.shape = shape
+        self.scaling = 1.0
+        self.attends = False
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         """Return zeros [B, T, D], and no attention weights.
@@ -538,6 +542,10 @@ class DroppedAttention(nn.Module):
             B, T, _ = hidden_states.shape
             token_B1T1 = hidden_states.new_zeros(B, 1, T, 1)
             cache.update(token_B1T1, token_B1T1, self.layer_idx)
+        if self.attends:
+            # Never. But vLLM runs only layers in whose source it finds this look-up and this one call.
+            attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface("vllm", eager_attention_forward)
+            return attention(self, hidden_states, hidden_states, hidden_states, None, scaling=self.scaling)
         return _nothing(hidden_states), None
 
     def _counts(self, cache: Cache) -> bool:
@@ -608,7 +616,7 @@ def apply_layer_shape(
     """
     old = layer.get_submodule(spec.attention)
     if not shape.has_attention:
-        layer.set_submodule(spec.attention, DroppedAttention(layer_idx, shape))
+        layer.set_submodule(spec.attention, DroppedAttention(config, layer_idx, shape))
     elif isinstance(old, PrunedAttention) and old.has_shape(shape):
         old.shape = shape
     else:

@@ -296,10 +296,10 @@ class BlockwiseOptions:
                 "shapes free, as --target transformers does."
             )
         drops = self.allocation.drop_blocks and "allocation.drop_blocks" in self.read()
-        if drops and (target in ("vllm", "stock") or freedom == "model"):
+        if drops and (target == "stock" or freedom == "model"):
             return (
                 f"allocation.drop_blocks takes whole blocks out of layers, which --target {target} cannot run; use "
-                "--target transformers or llama.cpp, or leave every layer its blocks."
+                "--target transformers, vllm or llama.cpp, or leave every layer its blocks."
             )
         if drops and self.allocation.budget_unit != "weights":
             return (
