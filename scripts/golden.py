@@ -33,9 +33,10 @@ from transformers.utils import logging
 METHODS = (
     *("intraslice", "iter-pca", "ada-h", "naive", "wanda-sp", "flap"),
     *("slimllm", "transact", "sobp", "paper", "svd-llm", "slicegpt"),
+    *("modegpt", "llm-pruner", "llm-surgeon", "disp-llm"),
 )
 WHOLE_MODEL = ("svd-llm", "slicegpt")  # these read no option of attention or FFN
-NARROWING = ("intraslice", "iter-pca", "ada-h", "paper", "transact")  # these make heads narrower
+NARROWING = ("intraslice", "iter-pca", "ada-h", "paper", "transact", "modegpt", "disp-llm")  # these make heads narrower
 SEQLEN = 48
 
 COMMON: dict[str, Any] = {
