@@ -33,7 +33,7 @@ from transformers.utils import logging
 METHODS = (
     *("intraslice", "iter-pca", "ada-h", "naive", "wanda-sp", "flap"),
     *("slimllm", "transact", "sobp", "paper", "svd-llm", "slicegpt"),
-    *("modegpt", "llm-pruner", "llm-surgeon", "disp-llm"),
+    *("modegpt", "llm-pruner", "llm-surgeon", "disp-llm", "tyr"),
 )
 WHOLE_MODEL = ("svd-llm", "slicegpt")  # these read no option of attention or FFN
 NARROWING = ("intraslice", "iter-pca", "ada-h", "paper", "transact", "modegpt", "disp-llm")  # these make heads narrower

@@ -136,7 +136,7 @@ def write(path: Path, content: Any) -> Path:
 
 def test_the_old_form_has_all_of_its_options_and_every_method():
     assert sum(map(len, OPTIONS.values())) == 33
-    newer = {"modegpt", "llm-pruner", "llm-surgeon", "disp-llm"}
+    newer = {"modegpt", "llm-pruner", "llm-surgeon", "disp-llm", "tyr"}
     assert PRESETS.keys() == METHODS.keys() - newer
     # Every name that only earlier releases had is among them.
     assert set(OLD_NAMES) <= flatten(old_recipe("intraslice")).keys()

@@ -63,6 +63,14 @@ def _in(model: str = "llama", **options: Any) -> Context:
 
 
 _BOTH = (True, False)
+_SEARCHED = _in(allocation__rule="search", ffn__ffn_multiple=1)
+_SEARCHED_LONG = _in(
+    allocation__rule="search",
+    ffn__ffn_multiple=1,
+    allocation__search_spacing=0.06,
+    allocation__search_generations=8,
+    allocation__search_offspring=8,
+)
 # The error of a random FFN falls little by little: larger steps show every setting sooner.
 _ITERATED = _in(ffn__iter_pca=True, ffn__iter_pca_lr=1e-2, ffn__iter_pca_steps=4)
 # Training changes nothing where it does not help on the sequences held out: without a repair it always does.
@@ -90,6 +98,14 @@ TRIALS: dict[str, Trial] = {
     "allocation.gate_steps": Trial((2,), (_in(allocation__rule="gates"),)),
     "allocation.gate_rate": Trial((0.3,), (_in(allocation__rule="gates"),)),
     "allocation.gate_penalty": Trial((0.1,), (_in(allocation__rule="gates"),)),
+    "allocation.search_start": Trial(("mask_gradient",), (_SEARCHED,)),
+    "allocation.search_moves": Trial(("any",), (_SEARCHED,)),
+    "allocation.search_rounds": Trial((1, 3), (_SEARCHED,)),
+    # More levels show only where some site goes beyond the first.
+    "allocation.search_levels": Trial((5, 9), (_SEARCHED_LONG,)),
+    "allocation.search_spacing": Trial((0.25,), (_SEARCHED,)),
+    "allocation.search_generations": Trial((1, 6), (_SEARCHED,)),
+    "allocation.search_offspring": Trial((1, 8), (_SEARCHED,)),
     "allocation.kept_layers": Trial((0.5,), (_in(allocation__rule="similarity"),)),
     "allocation.similarity_scale": Trial((100.0,), (_in(allocation__rule="similarity"),)),
     # A cap has an effect only where a site would lose more.
@@ -197,7 +213,7 @@ def pruned(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         out = tmp_path_factory.mktemp("out") / "pruned"
         # The defaults of the multiples, unless they are given: the steps that suit tiny models are not the subject.
         multiples = {"attention.head_multiple": None, "ffn.ffn_multiple": None}
-        rules = {"curvature": QUICK["llm-surgeon"], "gates": QUICK["disp-llm"]}
+        rules = {"curvature": QUICK["llm-surgeon"], "gates": QUICK["disp-llm"], "search": QUICK["tyr"]}
         less = rules.get(str(options.get("allocation.rule")), {})
         given = {**multiples, **less, "run.gradient_folder": str(gradients), **options}
         try:

@@ -17,7 +17,7 @@ from support import prune as support
 from support.progress import StopAt
 from support.tolerances import READ_BACK
 
-OTHERS = ("naive", "wanda-sp", "flap", "slimllm", "transact", "modegpt", "sobp", "llm-surgeon")
+OTHERS = ("naive", "wanda-sp", "flap", "slimllm", "transact", "modegpt", "sobp", "llm-surgeon", "tyr")
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4},
     "opt": {"num_attention_heads": 8, "num_hidden_layers": 4},

@@ -23,10 +23,15 @@ from intraslice.results.result import PruneResult
 from support.tiny import VOCAB_SIZE
 
 NARROWER_HEADS = ("intraslice", "iter-pca", "ada-h", "paper", "transact", "modegpt", "disp-llm")
-WHOLE_HEADS = ("naive", "wanda-sp", "flap", "slimllm", "sobp", "llm-pruner", "llm-surgeon")
+WHOLE_HEADS = ("naive", "wanda-sp", "flap", "slimllm", "sobp", "llm-pruner", "llm-surgeon", "tyr")
 BLOCKWISE = (*NARROWER_HEADS, *WHOLE_HEADS)
-QUICK = {"llm-surgeon": {"allocation.shots": 2}, "disp-llm": {"allocation.gate_steps": 5}}
-"""Less of what only takes time: two shots are several, and gates differ long before they are trained."""
+QUICK = {
+    "llm-surgeon": {"allocation.shots": 2},
+    "disp-llm": {"allocation.gate_steps": 5},
+    "tyr": {"allocation.search_levels": 3, "allocation.search_generations": 2, "allocation.search_offspring": 3},
+}
+"""Less of what only takes time: two shots are several, gates differ long before they are trained, and one good model is
+soon found."""
 
 
 def fine_steps(method: str = "intraslice") -> dict[str, int]:

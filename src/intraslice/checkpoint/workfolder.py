@@ -51,13 +51,14 @@ _ATTEMPTS = 20
 
 # What runs of any kind put into their work folder, and into the ones inside of it.
 _FOLDERS = (STAGING, "pruned", "healed")
-_MEASURED = ("gradients", "divergences", "gates", "outputs")
+_MEASURED = ("gradients", "divergences", "levels", "gates", "outputs")
 _ONE_RUN = (
     *(MANIFEST, LOCK, _UNFINISHED, "hidden*.bin"),
     *(f"{name}.safetensors" for name in _MEASURED),
     *(f".{name}.safetensors.tmp" for name in _MEASURED),
     *("layers/?????.safetensors", "layers/.?????.safetensors.tmp", GGUF_FILE, "checkpoint-[0-9]*/*"),
     *("best-[0-9]*.safetensors", ".best-[0-9]*.safetensors.tmp"),
+    *("levels/[0-9]*.safetensors", "levels/.[0-9]*.safetensors.tmp"),
     *(f"{folder}/{name}" for folder in _FOLDERS for name in CHECKPOINT_FILES),
     *(f"{folder}/.{name}.tmp" for folder in _FOLDERS for name in CHECKPOINT_FILES),
 )

@@ -129,6 +129,24 @@ LLM_SURGEON = {
     },
 }
 DISP_LLM = {"allocation": {"rule": "gates"}}
+TYR = {
+    "allocation": {"rule": "search", "ffn_share": 1.0},
+    "attention": {
+        "score": "obs",
+        "obs_damping": 0.01,
+        "heads": "whole",
+        "shrink_to": "zero",
+        "damping": 0.01,
+        "repair_against": "own_output",
+    },
+    "ffn": {
+        "score": "obs",
+        "obs_damping": 0.01,
+        "shrink_to": "zero",
+        "damping": 0.01,
+        "repair_against": "own_output",
+    },
+}
 PAPER = {
     "allocation": {"ffn_share": 1.0},
     "attention": {

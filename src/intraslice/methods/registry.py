@@ -164,6 +164,12 @@ METHODS: dict[str, MethodEntry] = {
         summary="DISP-LLM as an allocation only: gates learn how much of each site stays, pruned as by intraslice",
         paper="arXiv 2410.11988",
     ),
+    "tyr": MethodEntry(
+        form=BLOCKWISE,
+        preset=presets.TYR,
+        summary="Týr-the-Pruner: a search over what each site loses, with a tenth of the published effort",
+        paper="arXiv 2503.09657",
+    ),
     "modegpt": MethodEntry(
         form=BLOCKWISE, preset=presets.MODEGPT, summary="MoDeGPT: modular decomposition", paper="arXiv 2408.09632"
     ),

@@ -5,6 +5,7 @@ Shapes: N sequences, T tokens a sequence, D hidden_size.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +73,15 @@ class HiddenStates:
     def clone(self) -> HiddenStates:
         """Return a copy, in memory."""
         count, seqlen, width = self._states.shape
-        copy = HiddenStates((count, seqlen, width), self._states.dtype, self._batch, self._device)
-        copy._states.copy_(self._states)
-        return copy
+        cloned = HiddenStates((count, seqlen, width), self._states.dtype, self._batch, self._device)
+        cloned._states.copy_(self._states)
+        return cloned
+
+    def first(self, count: int) -> HiddenStates:
+        """Return the states of the first sequences: the same memory, not a copy."""
+        part = copy.copy(self)
+        part._states = self._states[:count]
+        return part
 
     def release(self) -> None:
         """Free the buffer; nothing can be read or written afterwards."""

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from intraslice.checkpoint.tensorfile import read_sealed, write_tensors
-from intraslice.errors import CheckpointError, NumericalError
+from intraslice.errors import CheckpointError
 from intraslice.layers.decoder import DecoderLayer, read_ffn
-from intraslice.layers.head import LanguageHead
 from intraslice.layers.sites import ATTENTION
 from intraslice.methods.blockwise.allocators.divergence import SiteDivergences
 from intraslice.methods.blockwise.budget import ffn_widths
@@ -33,6 +32,7 @@ from intraslice.methods.blockwise.layer import (
 )
 from intraslice.methods.blockwise.measure import ffn_moments
 from intraslice.methods.blockwise.options import BlockwiseOptions
+from intraslice.methods.blockwise.predictions import mean_divergences, split_tokens
 from intraslice.progress import Progress
 from intraslice.streaming.hidden import HiddenStates, Streams, embedded_states
 from intraslice.streaming.model import StreamedModel
@@ -46,11 +46,6 @@ DIVERGENCE_VERSION = 1
 
 JUDGE_TOKENS = 2048
 """How many other tokens the predictions are compared on."""
-
-JUDGED_POSITIONS = 512
-"""At how many of their positions: those are the only ones whose logits are made."""
-
-_LOGIT_POSITIONS = 128  # positions whose logits exist at once
 
 _LOSSES = (0.7, 2.0)
 """What a site loses when it is tried, times the sparsity of the model. No site is given a loss beyond the last one:
@@ -96,7 +91,7 @@ def measure_divergences(
     Raises:
         NumericalError: activations or logits are NaN or infinite.
     """
-    fit_tokens, judge_tokens = _split(tokens_ST, model.batch_shape[0])
+    fit_tokens, judge_tokens = split_tokens(tokens_ST, model.batch_shape[0], fit=FIT_TOKENS, judge=JUDGE_TOKENS)
     cap = options.allocation.max_site_sparsity
     losses = sorted({min(sparsity * factor, cap) for factor in _LOSSES})
     alone = replace(
@@ -132,7 +127,7 @@ def measure_divergences(
                     propagate_layer(layer, fit)
                     propagate_layer(layer, judge)
                 advance(1)
-            found = _divergences(model, judge_tokens, reference, [branch.states for branch in branches])
+            found = mean_divergences(model, judge_tokens, reference, [branch.states for branch in branches])
             costs.add(branches, found, stop, time.monotonic() - started)
             started = time.monotonic()
     return costs.all(layers)
@@ -183,16 +178,6 @@ class _Costs:
         return SiteDivergences(tuple(costs))
 
 
-def _split(tokens_ST: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """Return the sequences that sites are fitted to and those that judge, in whole batches; one batch does both."""
-    batches, tokens = len(tokens_ST) // batch, batch * tokens_ST.shape[1]
-    if batches < 2:
-        return tokens_ST, tokens_ST
-    judge = max(1, min(JUDGE_TOKENS // tokens, batches // 4))
-    fit = max(1, min(FIT_TOKENS // tokens, batches - judge))
-    return tokens_ST[: fit * batch], tokens_ST[fit * batch : (fit + judge) * batch]
-
-
 def _trials(
     model: StreamedModel,
     layer: DecoderLayer,
@@ -236,32 +221,3 @@ def _trials(
                 propagate_layer(trial, states)
                 branches.append(_Branch(index, site.name, 1.0 - kept / site.num_weights, states))
     return branches
-
-
-def _divergences(
-    model: StreamedModel, tokens_ST: Tensor, reference: HiddenStates, branches: Sequence[HiddenStates]
-) -> list[float]:
-    """Return the mean over the judged positions of KL(dense || branch), in nats.
-
-    Args:
-        model: the streamed model.
-        tokens_ST: token ids of the sequences.
-        reference: outputs of the last layer of the dense model.
-        branches: the same of the others.
-    """
-    head = LanguageHead(model.model)
-    total = torch.zeros(len(branches), dtype=torch.float64)
-    count, stride = 0, -(-tokens_ST.numel() // JUDGED_POSITIONS)
-    for part in reference.slices():
-        ends = [model.after_layers(tokens_ST[part], states.read(part)) for states in (reference, *branches)]
-        dense, *others = (end.flatten(0, 1)[stride - 1 :: stride] for end in ends)
-        for start in range(0, len(dense), _LOGIT_POSITIONS):
-            at = slice(start, start + _LOGIT_POSITIONS)
-            expected = head(dense[at]).float().log_softmax(-1)
-            for number, other in enumerate(others):
-                found = head(other[at]).float().log_softmax(-1)
-                total[number] += float((expected.exp() * (expected - found)).sum(dtype=torch.float64))
-        count += len(dense)
-    if not torch.isfinite(total).all():
-        raise NumericalError("the logits of a model with one pruned site are NaN or infinite.")
-    return (total / count).tolist()

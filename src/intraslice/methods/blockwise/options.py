@@ -44,6 +44,14 @@ class AllocationOptions:
         gate_rate: learning rate of the network that sets the gates.
         gate_penalty: the loss of a token weighs against this times |log(T / p)|: T is the share of the weights whose
             gates are open, p the one that shall be.
+        search_start: of "search", a row of SEARCH_STARTS: what each site loses before the first round.
+        search_moves: weights move among sites of one "kind", or among "any".
+        search_rounds: rounds; in each one all sites are pruned anew, around where they stand, with half the spacing.
+        search_levels: how many losses of each site are tried in a round.
+        search_spacing: between them in the first round: share of the weights of a site, or with moves among any sites
+            of those of a mean site.
+        search_generations: generations of a round.
+        search_offspring: models that are put together in a generation.
         kept_layers: share of the layers that lose nothing with "similarity", those of the lowest similarity.
         kept_first: share of the layers that lose nothing with "inner", those at the beginning.
         kept_last: the same at the end.
@@ -71,6 +79,13 @@ class AllocationOptions:
     gate_steps: Annotated[int, Ge(1)] = 200
     gate_rate: Annotated[float, Gt(0)] = 1e-2
     gate_penalty: Annotated[float, Gt(0)] = 6.0
+    search_start: Annotated[str, OneOf(strategies.SEARCH_STARTS)] = "uniform"
+    search_moves: Literal["kind", "any"] = "kind"
+    search_rounds: Annotated[int, Ge(1)] = 2
+    search_levels: Annotated[int, Ge(3)] = 5
+    search_spacing: Annotated[float, Gt(0), Lt(0.5)] = 0.125
+    search_generations: Annotated[int, Ge(1)] = 12
+    search_offspring: Annotated[int, Ge(1)] = 16
     kept_layers: Annotated[float, Ge(0), Lt(1)] = 0.1875
     kept_first: Annotated[float, Ge(0), Lt(0.5)] = 0.125
     kept_last: Annotated[float, Ge(0), Lt(0.5)] = 0.0625
@@ -230,6 +245,7 @@ def choices() -> dict[str, Mapping[Any, Row]]:
         "allocation.pca_attention": strategies.PCA_ATTENTION,
         "allocation.pca_ffn": strategies.PCA_FFN,
         "allocation.drop_blocks": strategies.DROP_BLOCKS,
+        "allocation.search_start": strategies.SEARCH_STARTS,
         "attention.heads": strategies.HEAD_RULES,
         "attention.score": strategies.in_section(strategies.SCORES, "attention"),
         "attention.basis": strategies.BASES,
@@ -284,7 +300,7 @@ class BlockwiseOptions:
             )
         for name, site in (("attention", self.attention), ("ffn", self.ffn)):
             measured = strategies.SCORES[site.score].measures and f"{name}.score" in self.read()
-            if self.rule.measures == "divergences" and measured:
+            if self.rule.measures in ("divergences", "levels") and measured:
                 return (
                     f"allocation.rule = {rule} prunes each site before any gradient is measured, but {name}.score = "
                     f"{site.score} (method {method}) reads them; take another score, or another allocation.rule."

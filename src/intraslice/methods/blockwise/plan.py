@@ -24,7 +24,8 @@ from intraslice.methods.blockwise.gate_pass import GATES_VERSION, learn_gates
 from intraslice.methods.blockwise.gradient_pass import PASS_VERSION, measure_gradients
 from intraslice.methods.blockwise.options import BlockwiseOptions
 from intraslice.methods.blockwise.profile_pass import profile_layers
-from intraslice.methods.blockwise.strategies import SCORES
+from intraslice.methods.blockwise.search_pass import SEARCH_VERSION, Keep, SearchRun, search_levels
+from intraslice.methods.blockwise.strategies import ALLOCATION_RULES, SCORES
 from intraslice.methods.blockwise.weight_gradients import measure_taylor
 from intraslice.methods.choices import option_values
 from intraslice.streaming.model import StreamedModel
@@ -32,8 +33,10 @@ from intraslice.streaming.model import StreamedModel
 
 def reads_gradients(options: BlockwiseOptions, sparsity: float) -> bool:
     """Return whether gradients go down through the model."""
-    of_scores = measured_for_scores(options, sparsity)
-    return bool(of_scores) or (options.rule.measures in ("gradients", "curvature", "gates") and sparsity > 0)
+    of_scores, measures = measured_for_scores(options, sparsity), options.rule.measures
+    if measures == "levels":
+        measures = ALLOCATION_RULES[options.allocation.search_start].measures
+    return bool(of_scores) or (measures in ("gradients", "curvature", "gates") and sparsity > 0)
 
 
 def measured_for_scores(options: BlockwiseOptions, sparsity: float) -> dict[str, str]:
@@ -89,6 +92,11 @@ def gates_digest(context: Context, options: BlockwiseOptions) -> str:
     return _digest(context, {"sparsity": context.sparsity, **learning, "version": GATES_VERSION})
 
 
+def search_digest(context: Context, options: BlockwiseOptions) -> str:
+    """Return a sha256 of everything that decides what a search finds."""
+    return _digest(context, {**_decided(context, options), "version": SEARCH_VERSION})
+
+
 def shots_digest(context: Context, options: BlockwiseOptions) -> str:
     """Return a sha256 of everything that decides what the shots leave."""
     return _digest(context, {**_decided(context, options), "version": SHOTS_VERSION})
@@ -107,7 +115,12 @@ def _digest(context: Context, decides: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**of_run, **decides}, sort_keys=True).encode()).hexdigest()
 
 
-_DIGESTS = {"gradients": gradient_digest, "divergences": divergence_digest, "gates": gates_digest}
+_DIGESTS = {
+    "gradients": gradient_digest,
+    "divergences": divergence_digest,
+    "gates": gates_digest,
+    "levels": search_digest,
+}
 
 
 def allocate(context: Context, options: BlockwiseOptions) -> Allocation:
@@ -189,6 +202,10 @@ def _measure(context: Context, options: BlockwiseOptions) -> Any:
     path = measured_path(context, options)
     if path is None:
         return None
+    if measures == "levels":
+        digest = search_digest(context, options)
+        run = SearchRun(context.run.boundary_bytes, path, context.folder / "levels", digest, context.progress)
+        return search_levels(model, context.tokens, lambda: _search_start(context, options), options, run)
     kept: dict[str, Any] = {
         "boundary_bytes": context.run.boundary_bytes,
         "save_path": path,
@@ -206,6 +223,12 @@ def _measure(context: Context, options: BlockwiseOptions) -> Any:
         rotated=rotates_exactly(options),
         **kept,
     )
+
+
+def _search_start(context: Context, options: BlockwiseOptions) -> Keep:
+    """Return what each site keeps before a search begins."""
+    rules = replace(options.allocation, rule=options.allocation.search_start)
+    return allocate(context, replace(options, allocation=rules)).keep
 
 
 def _say_dropped(context: Context, dropped: Sequence[tuple[int, str]], share: float) -> None:

@@ -287,33 +287,43 @@ class AllocationRule(Row):
     Attributes:
         measures: what the rule reads of the dense model: "nothing", "profile" (one forward pass, profile_pass.py), or
             "gradients" (a backward pass per sequence, gradient_pass.py), "divergences" (each site pruned alone,
-            divergence_pass.py), "curvature" (shots of a Kronecker-factored curvature, curvature_pass.py), or "gates"
-            (gates trained on the dense model, gate_pass.py).
+            divergence_pass.py), "levels" (models put together from pruned sites, search_pass.py), "curvature" (shots of
+            a Kronecker-factored curvature, curvature_pass.py), or "gates" (gates trained on the dense model,
+            gate_pass.py).
     """
 
     measures: str = "nothing"
 
 
 _ALLOCATORS = f"{_HERE}.allocators"
+_MASK_GRADIENT = (
+    *("allocation.pca_attention", "allocation.pca_ffn"),
+    *("allocation.gradient_group", "allocation.ffn_share"),
+)
 ALLOCATION_RULES: dict[str, AllocationRule] = {
     "mask_gradient": AllocationRule(
         summary="channels ranked over all layers by the gradient of a mask",
         function=f"{_ALLOCATORS}.mask_gradient:allocate_by_mask_gradient",
         measures="gradients",
-        reads=(
-            "allocation.pca_attention",
-            "allocation.pca_ffn",
-            "allocation.gradient_group",
-            "allocation.ffn_share",
-            "allocation.shape_freedom",
-            "allocation.drop_blocks",
-        ),
+        reads=(*_MASK_GRADIENT, "allocation.shape_freedom", "allocation.drop_blocks"),
         paper="IntraSlice, Eq. 9-11",
     ),
     "divergence": AllocationRule(
         summary="where the next weight costs the same: each site is pruned alone, and predictions are compared",
         function=f"{_ALLOCATORS}.divergence:allocate_by_divergence",
         measures="divergences",
+    ),
+    "search": AllocationRule(
+        summary="an evolutionary search over models put together from pruned sites, by their predictions",
+        function=f"{_ALLOCATORS}.search:allocate_by_search",
+        measures="levels",
+        reads=(
+            *("allocation.search_start", "allocation.search_moves", "allocation.search_rounds"),
+            *("allocation.search_levels", "allocation.search_spacing"),
+            *("allocation.search_generations", "allocation.search_offspring"),
+        ),
+        excludes=("allocation.budget_unit",),
+        paper="Týr-the-Pruner",
     ),
     "curvature": AllocationRule(
         summary="one threshold for the costs per weight of heads and channels, lowered in several shots",
@@ -362,6 +372,12 @@ ALLOCATION_RULES: dict[str, AllocationRule] = {
     ),
 }
 """`allocation.rule`."""
+
+SEARCH_STARTS: dict[str, Row] = {
+    "uniform": Row(summary="the same share of every layer", reads=("allocation.ffn_share",)),
+    "mask_gradient": Row(summary="what mask gradients say", reads=_MASK_GRADIENT),
+}
+"""`allocation.search_start`: rows of ALLOCATION_RULES from which a search begins."""
 
 _SHAPED = (
     *("attention.gqa_groups", "attention.qk_width", "allocation.budget_unit"),
