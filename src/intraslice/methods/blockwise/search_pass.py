@@ -104,7 +104,7 @@ def search_levels(
         NumericalError: activations or logits are NaN or infinite.
     """
     rules = options.allocation
-    # The dense stream is not what levels are solved for: others may stand before them.
+    # How far the stream has drifted depends on the levels of the sites before, so a site is solved for its own output.
     alone = replace(
         options,
         attention=replace(options.attention, repair_against="own_output", measured_on="pruned_stream"),
