@@ -301,7 +301,7 @@ def dry_run(recipe: Recipe, *, progress: Progress | None = None) -> DryRun:
         target_layer_parameters=kept,
         target_parameters=outside + kept,
         estimated_peak_bytes=max(
-            estimate_peak_bytes(info, calibration.num_samples, calibration.seqlen, run),
+            estimate_peak_bytes(info, calibration.num_samples, calibration.seqlen, run) + 4 * preview.held_numbers,
             _sampling_peak_bytes(info, config, calibration, run),
         ),
         gradient_chunks=chunks if preview.reads_gradients else 0,

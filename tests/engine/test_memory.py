@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from intraslice.pruning import dry_run
+from intraslice.recipes.recipe import load_recipe
 from support.tiny import make_tiny
 
 # Wide enough that the model, its statistics and its states outweigh what any process takes for torch.
@@ -58,3 +60,22 @@ def test_the_estimate_of_a_dry_run_is_within_a_factor_of_two(method, wide, tmp_p
     # Without what the process had before it knew the model, which would make any estimate look good.
     run, announced = (found[name] - found["before"] for name in ("measured", "estimated"))
     assert run > 150e6 and 0.5 < announced / run < 2.0, found
+
+
+@pytest.mark.parametrize(
+    ("method", "held"),
+    [
+        # Two moments a layer, of the width of the residual stream; all layers.
+        ("llm-surgeon", 2 * 3 * 256 * 256),
+        ("disp-llm", 3 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)),
+        ("tyr", 0),
+    ],
+)
+def test_what_a_method_holds_of_all_layers_is_announced(method, held, wide, monkeypatch):
+    monkeypatch.setattr("intraslice.inspection.peak_resident_bytes", lambda: 0)
+
+    def estimated(method: str) -> int:
+        flags = {"model": str(wide), "sparsity": 0.3, "method": method, "calibration.source": "builtin"}
+        return dry_run(load_recipe(None, flags)).estimated_peak_bytes
+
+    assert estimated(method) - estimated("intraslice") == 4 * held

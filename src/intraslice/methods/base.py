@@ -128,10 +128,12 @@ class Preview:
     Attributes:
         reads_gradients: whether there is a gradient pass.
         outside_parameters: parameters outside of the decoder layers afterwards; None when they stay what they are.
+        held_numbers: numbers of four bytes that are in memory at once for all layers, beside what every method needs.
     """
 
     reads_gradients: bool = False
     outside_parameters: int | None = None
+    held_numbers: int = 0
 
 
 class Method(Protocol):

@@ -23,6 +23,7 @@ from intraslice.methods.blockwise.plan import (
     allocate,
     fires_shots,
     measured_path,
+    measures_curvature,
     reads_gradients,
     shots_digest,
     with_unit_scores,
@@ -55,8 +56,14 @@ class Blockwise:
         self._options = options
 
     def preview(self, dense: Any, sparsity: float) -> Preview:
-        """Say whether there is a gradient pass."""
-        return Preview(reads_gradients=reads_gradients(self._options, sparsity))
+        """Say whether there is a gradient pass, and what is held of all layers at once."""
+        held = 0
+        if measures_curvature(self._options, sparsity):
+            # The second moment of the gradients at the output of attention and FFN.
+            held = 2 * len(dense.layers) * dense.hidden_size**2
+        elif self._options.rule.measures == "gates" and sparsity > 0:
+            held = dense.layer_parameters
+        return Preview(reads_gradients=reads_gradients(self._options, sparsity), held_numbers=held)
 
     def plan(self, context: Context) -> dict[str, Any]:
         """Return the allocation.

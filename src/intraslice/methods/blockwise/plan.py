@@ -48,6 +48,12 @@ def measured_for_scores(options: BlockwiseOptions, sparsity: float) -> dict[str,
     return {kind: what for kind, what in measured.items() if what}
 
 
+def measures_curvature(options: BlockwiseOptions, sparsity: float) -> bool:
+    """Return whether the gradients at the outputs of all sites are measured, for the rule or for a score."""
+    of_scores = "curvature" in measured_for_scores(options, sparsity).values()
+    return of_scores or (options.rule.measures == "curvature" and sparsity > 0)
+
+
 def fires_shots(options: BlockwiseOptions, sparsity: float) -> bool:
     """Return whether units go before the layers are pruned, so that they are no longer those of the checkpoint."""
     return options.rule.measures == "curvature" and options.allocation.shots > 1 and sparsity > 0
