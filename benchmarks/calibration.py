@@ -65,15 +65,19 @@ def evaluate(folder: str, data: Path, most: int | None, dtype: str) -> dict[str,
 
 def run(candidate: str, args: argparse.Namespace) -> dict[str, Any]:
     """Prune with a candidate and measure, unless the result is there."""
-    settings = {
-        "model": args.model,
+    pruning = {
         "method": args.method,
         "sparsity": args.sparsity,
-        "calibration": candidate,
         "num_samples": args.num_samples,
         "seqlen": args.seqlen,
         "seed": args.seed,
         "set": args.set,
+    }
+    settings = {
+        "model": args.model,
+        "calibration": candidate,
+        # The dense model is the same whatever is pruned.
+        **({} if candidate == "dense" else pruning),
         **({} if args.windows is None else {"windows": args.windows}),
         **({} if args.dtype == "auto" else {"dtype": args.dtype}),
     }
