@@ -24,7 +24,9 @@ from intraslice.streaming.hidden import embedded_states
 from intraslice.streaming.model import StreamedModel
 from intraslice.streaming.propagate import propagate_layer
 from support import prune as support
+from support.family_cases import family_model
 from support.progress import Notes, StopAt
+from support.tiny import tiny_tokenizer
 
 SIZES: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 3}
 FEW = {"allocation__search_levels": 3, "allocation__search_generations": 4, "allocation__search_offspring": 6}
@@ -157,6 +159,16 @@ def test_it_may_begin_with_mask_gradients_and_move_weights_between_kinds(tiny_fo
     assert moved.sparsity == pytest.approx(0.3, abs=0.005)
     kept = support.prune(folder, tmp_path / "kind", **given)
     assert [record.shape for record in kept.layers] != [record.shape for record in moved.layers]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "falcon"])
+def test_families_with_norms_of_their_own_and_blocks_side_by_side(family, tmp_path):
+    family_model(family, torch.float32).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    given = {"allocation__rule": "search", "ffn__ffn_multiple": 1, **FEW}
+    result = support.prune(tmp_path / "dense", tmp_path / "out", **given)
+    assert result.sparsity == pytest.approx(0.3, abs=0.05)
+    assert torch.isfinite(support.load(tmp_path / "out")(torch.arange(20)[None]).logits).all()
 
 
 @pytest.mark.parametrize(
