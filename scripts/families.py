@@ -94,6 +94,12 @@ CHECKS = (
         "`--target stock` and `export --to stock` give a checkpoint of the stock class",
     ),
     Check(
+        "vLLM",
+        "tests/runtime/test_vllm_plugin.py::test_every_family_through_the_attention_of_vllm",
+        "the attention interface of vLLM, computed by a stand-in, gives the logits of the checkpoint; deployment.md says "
+        "which families ran in vLLM itself",
+    ),
+    Check(
         "llama.cpp",
         "tests/exporters/test_export_gguf.py::test_a_family_in_llama_cpp",
         "the GGUF file, run by an independent reading of llama.cpp's equations, gives the logits of the checkpoint",

@@ -228,7 +228,6 @@ class FamilySpec:
         refuse: config attributes that must be unset, because the computation is another one with them.
         llama_cpp: the architecture of llama.cpp for models whose layers have one shape; None where there is none, or
             where `llama_cpp_lacks` is empty: then an architecture with a shape per layer is used.
-        vllm_fails: why vLLM cannot run a pruned model of the family, as the end of a sentence; "" when it can.
         renames: (beginning of a name on disk, what stands there in the state dict of the ForCausalLM class), for
             checkpoints whose names are others, for example ("model.language_model.", "model.") or ("embed_out.",
             "lm_head."). Plain text, no patterns; the first pair that fits is taken, once; names that the state dict
@@ -284,7 +283,6 @@ class FamilySpec:
     variants: tuple[Variant, ...] = ()
     refuse: tuple[str, ...] = ()
     llama_cpp: LlamaCpp | None = None
-    vllm_fails: str = ""
     renames: tuple[tuple[str, str], ...] = ()
     head_of: str | None = None
     text_of: tuple[str, ...] = ()
@@ -362,8 +360,6 @@ class FamilySpec:
                 f"heads of its architecture {self.llama_cpp.architecture} are hidden_size / heads wide, so that none "
                 "can go; export --to gguf fills the heads of any checkpoint up with zeros"
             )
-        if self.vllm_fails:
-            reasons["vllm"] = self.vllm_fails
         if not self.head_dim_field:
             reasons["stock"] = "the stock class has no head width of its own, only hidden_size / heads"
         return reasons
@@ -832,7 +828,6 @@ FAMILIES: dict[str, FamilySpec] = {
             head_dim_field=False,
             transposed=True,
             refuse=("add_cross_attention",),
-            vllm_fails="all its log-probabilities are NaN there (vLLM 0.32; the cause is not found yet)",
         ),
     )
 }

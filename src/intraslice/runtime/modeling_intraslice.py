@@ -760,6 +760,10 @@ def _stock_build(config: Any) -> Iterator[None]:
 class _HoldsLayers(_ModelBase):
     """The class that holds the decoder layers: the stock one, whose layers then get their own shapes."""
 
+    # Stock classes list what old files may hold besides. Ours hold nothing else, and vLLM takes "attn.bias" of GPT-2,
+    # once a buffer, for any name with these letters: it would leave out c_attn.bias.
+    _keys_to_ignore_on_load_unexpected = None
+
     def __init__(self, config: Any):
         with _stock_build(config):
             super().__init__(config)
