@@ -96,8 +96,8 @@ CHECKS = (
     Check(
         "vLLM",
         "tests/runtime/test_vllm_plugin.py::test_every_family_through_the_attention_of_vllm",
-        "the attention interface of vLLM, computed by a stand-in, gives the logits of the checkpoint; deployment.md says "
-        "which families ran in vLLM itself",
+        "the attention interface of vLLM, computed by a stand-in, gives the logits of the checkpoint; deployment.md "
+        "says which families ran in vLLM itself",
     ),
     Check(
         "llama.cpp",
