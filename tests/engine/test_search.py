@@ -14,7 +14,6 @@ import torch
 from intraslice.checkpoint.source import open_checkpoint
 from intraslice.errors import RecipeError
 from intraslice.methods.blockwise import search_pass
-from intraslice.methods.blockwise.allocators.search import Ladder
 from intraslice.methods.blockwise.options import BlockwiseOptions
 from intraslice.methods.presets import TYR
 from intraslice.placement import Placement
@@ -31,7 +30,7 @@ from support.tiny import tiny_tokenizer
 SIZES: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 3}
 FEW = {"allocation__search_levels": 3, "allocation__search_generations": 4, "allocation__search_offspring": 6}
 # Of attention, then of the FFN, in each layer.
-LADDERS = [Ladder(0.25, {-1: 0.0, 0: 0.25, 1: 0.5}), Ladder(0.25, {0: 0.25, 1: 0.5})] * 3
+LADDERS = [{-1: 0.0, 0: 0.25, 1: 0.5}, {0: 0.25, 1: 0.5}] * 3
 
 
 def options_of(method: str = "tyr", **values: Any) -> BlockwiseOptions:
@@ -82,7 +81,7 @@ def test_a_level_has_the_size_that_it_should(streamed, tmp_path, method):
         whole = streamed.dense_shapes[index]
         kept = streamed.spec.num_parameters(replace(layer.shape, intermediate_size=0), 32)
         dense = streamed.spec.num_parameters(replace(whole, intermediate_size=0), 32)
-        assert kept <= dense * (1.0 - LADDERS[0].losses[attention]) + 1e-9
+        assert kept <= dense * (1.0 - LADDERS[0][attention]) + 1e-9
         assert (layer.shape.qk_head_dim, layer.shape.heads_per_kv) == (
             (whole.qk_head_dim, whole.heads_per_kv)
             if attention == -1
@@ -119,7 +118,7 @@ def test_the_search_finds_the_best_model(streamed, tmp_path):
     """Of all that can be reached with attention alone."""
     options = options_of(**{"allocation.search_generations": 12, "allocation.search_offspring": 12})
     store, tokens = filled(streamed, tmp_path, options), support.calibration(4, 24, seed=3).tokens
-    ladders = [LADDERS[0], Ladder(0.25, {0: 0.25})] * 3
+    ladders = [LADDERS[0], {0: 0.25}] * 3
     judge = search_pass._Judge(store, tokens, 1 << 30)
     best = search_pass._evolve(judge, ladders, "round 1 of 1", Notes(), options)
     reachable = [one for one in itertools.product((-1, 0, 1), repeat=3) if sum(one) == 0]

@@ -34,22 +34,20 @@ def _moment(x: torch.Tensor) -> torch.Tensor:
     return torch.einsum("nvc,nvd->vcd", rows, rows)
 
 
-@pytest.mark.parametrize("with_offset", [True, False])
-def test_the_fit_is_weighted_least_squares(with_offset):
+def test_the_fit_is_weighted_least_squares():
     x = _vectors()
     kept = torch.zeros(2, 16, dtype=torch.bool)
     kept[0, ::2], kept[1, 5:] = True, True
-    a, b = fit_dropped_energy(_moment(x), kept, with_offset=with_offset)
+    a, b = fit_dropped_energy(_moment(x), kept)
     for head in range(2):
         energy = x[:, head].float().square().double()
         stays, goes = energy[:, kept[head]].sum(1), energy[:, ~kept[head]].sum(1)
         weight = 1.0 / (energy.sum(1) + 16 * EPS)
-        columns = torch.stack((stays, torch.ones_like(stays)), 1)[:, : 1 + with_offset] * weight[:, None]
+        columns = torch.stack((stays, torch.ones_like(stays)), 1) * weight[:, None]
         found = torch.linalg.lstsq(columns, (goes * weight)[:, None]).solution[:, 0]
         assert (found >= 0).all(), "the case in which nothing is clipped"
         torch.testing.assert_close(a[head], found[0], rtol=1e-4, atol=0)
-        if with_offset:
-            torch.testing.assert_close(b[head], found[1], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(b[head], found[1], rtol=1e-3, atol=1e-4)
 
 
 def test_neither_part_of_the_fit_is_negative():

@@ -9,10 +9,10 @@ import pytest
 from intraslice.layers.sites import ATTENTION, FFN, ModelSites, Site
 from intraslice.methods.blockwise.allocators.search import (
     MOST_MOVES,
-    Ladder,
     allocate_by_search,
     groups_of,
     kept_on,
+    ladder_around,
     ladders_of,
     offspring,
 )
@@ -35,12 +35,12 @@ def removed(keep) -> float:
 
 
 def test_levels_end_at_nothing_and_at_the_cap():
-    ladder = Ladder.around(0.3, 0.125, 9, 0.6)
-    assert list(ladder.losses) == [-2, -1, 0, 1, 2]
-    assert list(ladder.losses.values()) == pytest.approx([0.05, 0.175, 0.3, 0.425, 0.55])
+    ladder = ladder_around(0.3, 0.125, 9, 0.6)
+    assert list(ladder) == [-2, -1, 0, 1, 2]
+    assert list(ladder.values()) == pytest.approx([0.05, 0.175, 0.3, 0.425, 0.55])
     # Where a site stands is always a level, even beyond the cap; a level may be the cap, or nothing at all.
-    assert Ladder.around(0.95, 0.1, 3, 0.9).losses == {0: 0.95, -1: pytest.approx(0.85)}
-    assert Ladder.around(0.25, 0.125, 5, 0.5).losses == {-2: 0.0, -1: 0.125, 0: 0.25, 1: 0.375, 2: 0.5}
+    assert ladder_around(0.95, 0.1, 3, 0.9) == {0: 0.95, -1: pytest.approx(0.85)}
+    assert ladder_around(0.25, 0.125, 5, 0.5) == {-2: 0.0, -1: 0.125, 0: 0.25, 1: 0.375, 2: 0.5}
 
 
 @pytest.mark.parametrize("moves", ["kind", "any"])
@@ -64,7 +64,7 @@ def test_moves_lose_as_many_weights(moves):
 
 
 def test_nothing_moves_where_nothing_can():
-    stuck = [Ladder(0.1, {0: 0.3})] * 6
+    stuck = [{0: 0.3}] * 6
     assert offspring((0,) * 6, stuck, groups_of(SITES, "kind"), random.Random(0)) == (0,) * 6
 
 

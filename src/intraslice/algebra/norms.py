@@ -37,7 +37,7 @@ def energy_rows(x_NVd: Tensor, eps: float) -> Tensor:
     return torch.cat((energy / whole, 1.0 / whole), dim=-1)
 
 
-def fit_dropped_energy(moment_Vcc: Tensor, kept_Vd: Tensor, with_offset: bool = True) -> tuple[Tensor, Tensor]:
+def fit_dropped_energy(moment_Vcc: Tensor, kept_Vd: Tensor) -> tuple[Tensor, Tensor]:
     """Return a and b of e_R = a e_S + b for each vector, [V] each, none of them negative; weighted least squares.
 
     e_S is the energy of the channels that stay, e_R that of the others: one weight w = 1 + a for all that stay.
@@ -45,7 +45,6 @@ def fit_dropped_energy(moment_Vcc: Tensor, kept_Vd: Tensor, with_offset: bool = 
     Args:
         moment_Vcc: second moments of `energy_rows`, [V, d + 1, d + 1].
         kept_Vd: whether a channel stays, bool [V, d].
-        with_offset: whether b may differ from 0.
     """
     a, b = torch.zeros(len(moment_Vcc), dtype=torch.float64), torch.zeros(len(moment_Vcc), dtype=torch.float64)
     for vector, (moment, kept) in enumerate(zip(moment_Vcc.double(), kept_Vd, strict=True)):
@@ -55,7 +54,7 @@ def fit_dropped_energy(moment_Vcc: Tensor, kept_Vd: Tensor, with_offset: bool = 
         sr, r1 = stays @ moment @ goes, one @ moment @ goes
         determinant = ss * oo - s1 * s1
         slope, offset = sr / ss.clamp_min(1e-300), torch.zeros(())
-        if with_offset and determinant > 1e-12 * ss * oo:
+        if determinant > 1e-12 * ss * oo:
             slope = (sr * oo - r1 * s1) / determinant
             offset = (r1 * ss - sr * s1) / determinant
             if offset < 0:

@@ -60,6 +60,10 @@ class ModelSites:
         """Return (layer, site) of all sites of a kind."""
         return [(layer, site) for layer, sites in enumerate(self.layers) for site in sites if site.kind == kind]
 
+    def every(self) -> list[tuple[int, Site]]:
+        """Return (layer, site) of all sites, in the order in which they run."""
+        return [(layer, site) for layer, sites in enumerate(self.layers) for site in sites]
+
     def sizes(self, kind: str) -> tuple[int, ...]:
         """Return the linear weights of all sites of a kind."""
         return tuple(site.num_weights for _, site in self.of(kind))

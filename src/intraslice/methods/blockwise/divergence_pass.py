@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,23 +18,15 @@ from torch import Tensor
 
 from intraslice.checkpoint.tensorfile import read_sealed, write_tensors
 from intraslice.errors import CheckpointError
-from intraslice.layers.decoder import DecoderLayer, read_ffn
+from intraslice.layers.decoder import DecoderLayer
 from intraslice.layers.sites import ATTENTION
 from intraslice.methods.blockwise.allocators.divergence import SiteDivergences
-from intraslice.methods.blockwise.budget import ffn_widths
-from intraslice.methods.blockwise.layer import (
-    LayerPlan,
-    attention_cost,
-    prune_attention,
-    solve_ffn,
-    stats_of_attention,
-    write_solved_ffn,
-)
-from intraslice.methods.blockwise.measure import ffn_moments
+from intraslice.methods.blockwise.layer import attention_cost
 from intraslice.methods.blockwise.options import BlockwiseOptions
 from intraslice.methods.blockwise.predictions import mean_divergences, split_tokens
+from intraslice.methods.blockwise.trials import for_trials, prune_alone
 from intraslice.progress import Progress
-from intraslice.streaming.hidden import HiddenStates, Streams, embedded_states
+from intraslice.streaming.hidden import HiddenStates, embedded_states
 from intraslice.streaming.model import StreamedModel
 from intraslice.streaming.propagate import propagate_layer
 
@@ -94,11 +86,7 @@ def measure_divergences(
     fit_tokens, judge_tokens = split_tokens(tokens_ST, model.batch_shape[0], fit=FIT_TOKENS, judge=JUDGE_TOKENS)
     cap = options.allocation.max_site_sparsity
     losses = sorted({min(sparsity * factor, cap) for factor in _LOSSES})
-    alone = replace(
-        options,
-        attention=replace(options.attention, repair_against="own_output", measured_on="pruned_stream"),
-        ffn=replace(options.ffn, repair_against="own_output", measured_on="pruned_stream"),
-    )
+    alone = for_trials(options)
     layers, costs = model.num_layers, _Costs(save_path, measured, progress)
     if costs.done == layers:
         return costs.all(layers)
@@ -189,33 +177,12 @@ def _trials(
 ) -> list[_Branch]:
     """Prune each site of a dense layer at each loss; return what comes out of the layer."""
     branches = []
-    stats = ffn = None
     for site in model.sites.layers[index]:
-        for loss in losses:
-            trial = model.load_layer(index)
+        for trial in prune_alone(model, layer, index, site, losses, fit, options):
             if site.kind == ATTENTION:
-                stats = stats or stats_of_attention(model, layer, fit, options.attention)
-                outcome = prune_attention(
-                    model,
-                    trial,
-                    index,
-                    Streams(pruned=fit, dense=None),
-                    (1.0 - loss) * site.num_weights,
-                    LayerPlan(iter_pca=False),
-                    options.attention,
-                    stats,
-                )
-                kept = attention_cost(model, outcome.shape)
+                kept = attention_cost(model, trial.shape)
             else:
-                if ffn is None:
-                    streams = Streams(pruned=fit.clone(), dense=None)
-                    ffn = ffn_moments(model, layer, streams, layer.attention, options.ffn), read_ffn(layer, layer.shape)
-                moments, weights = ffn
-                widths = ffn_widths(site, options.ffn.ffn_multiple)
-                keep = min(widths, key=lambda width: abs(width - (1.0 - loss) * site.units))
-                edit, _ = solve_ffn(layer, weights, moments, keep, options.ffn)
-                write_solved_ffn(model, trial, index, weights, edit)
-                kept = keep * site.unit_weights
+                kept = trial.shape.intermediate_size * site.unit_weights
             if kept < site.num_weights:
                 states = judge.clone()
                 propagate_layer(trial, states)

@@ -208,16 +208,15 @@ def _measure(context: Context, options: BlockwiseOptions) -> Any:
     path = measured_path(context, options)
     if path is None:
         return None
-    if measures == "levels":
-        digest = search_digest(context, options)
-        run = SearchRun(context.run.boundary_bytes, path, context.folder / "levels", digest, context.progress)
-        return search_levels(model, context.tokens, lambda: _search_start(context, options), options, run)
     kept: dict[str, Any] = {
         "boundary_bytes": context.run.boundary_bytes,
         "save_path": path,
         "measured": _DIGESTS[measures](context, options),
         "progress": context.progress,
     }
+    if measures == "levels":
+        run = SearchRun(folder=context.folder / "levels", **kept)
+        return search_levels(model, context.tokens, lambda: _search_start(context, options), options, run)
     if measures == "gates":
         return learn_gates(model, context.tokens, context.sparsity, options.allocation, **kept)
     if measures == "divergences":

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from intraslice.checkpoint.tensorfile import read_sealed, read_tensors, write_tensors
 from intraslice.errors import CheckpointError
-from intraslice.layers.decoder import DecoderLayer, read_ffn
+from intraslice.layers.decoder import DecoderLayer
 from intraslice.layers.sites import ATTENTION, FFN, Site
 from intraslice.methods.blockwise.allocators.search import (
     Ladder,
@@ -33,20 +33,12 @@ from intraslice.methods.blockwise.allocators.search import (
     ladders_of,
     offspring,
 )
-from intraslice.methods.blockwise.budget import ffn_widths
-from intraslice.methods.blockwise.layer import (
-    LayerPlan,
-    prune_attention,
-    solve_ffn,
-    stats_of_attention,
-    write_solved_ffn,
-)
-from intraslice.methods.blockwise.measure import ffn_moments
 from intraslice.methods.blockwise.options import BlockwiseOptions
 from intraslice.methods.blockwise.predictions import mean_divergences, split_tokens
+from intraslice.methods.blockwise.trials import for_trials, prune_alone
 from intraslice.progress import Progress
 from intraslice.runtime.families_intraslice import LayerShape
-from intraslice.streaming.hidden import HiddenStates, Streams, embedded_states
+from intraslice.streaming.hidden import HiddenStates, embedded_states
 from intraslice.streaming.model import StreamedModel
 from intraslice.streaming.propagate import propagate_layer
 
@@ -104,26 +96,22 @@ def search_levels(
         NumericalError: activations or logits are NaN or infinite.
     """
     rules = options.allocation
-    # How far the stream has drifted depends on the levels of the sites before, so a site is solved for its own output.
-    alone = replace(
-        options,
-        attention=replace(options.attention, repair_against="own_output", measured_on="pruned_stream"),
-        ffn=replace(options.ffn, repair_against="own_output", measured_on="pruned_stream"),
-    )
     done, seconds, kept = _read(run, model)
     keep = begin() if kept is None else kept
-    fit, judge = split_tokens(tokens_ST, model.batch_shape[0], fit=FIT_TOKENS, judge=JUDGE_TOKENS)
-    for number in range(done, rules.search_rounds):
-        started = time.monotonic()
-        name = f"round {number + 1} of {rules.search_rounds}"
-        ladders = ladders_of(model.sites, keep, rules.search_spacing / 2**number, rules)
-        with _emptied(run.folder):
-            store = _Store(model, run.folder)
-            store.fill(fit, ladders, alone, name, run.progress)
-            best = _evolve(_Judge(store, judge, run.boundary_bytes), ladders, name, run.progress, options)
-        keep = kept_on(model.sites, ladders, best)
-        seconds += time.monotonic() - started
-        _write(run, number + 1, seconds, keep)
+    if done == rules.search_rounds:
+        return keep
+    fit, judging = split_tokens(tokens_ST, model.batch_shape[0], fit=FIT_TOKENS, judge=JUDGE_TOKENS)
+    with _emptied(run.folder):
+        store = _Store(model, run.folder)
+        judge = _Judge(store, judging, run.boundary_bytes)
+        for number in range(done, rules.search_rounds):
+            started = time.monotonic()
+            name = f"round {number + 1} of {rules.search_rounds}"
+            ladders = ladders_of(model.sites, keep, rules.search_spacing / 2**number, rules)
+            store.fill(fit, ladders, for_trials(options), name, run.progress)
+            keep = kept_on(model.sites, ladders, _evolve(judge, ladders, name, run.progress, options))
+            seconds += time.monotonic() - started
+            _write(run, number + 1, seconds, keep)
     return keep
 
 
@@ -176,69 +164,24 @@ class _Store:
     def fill(
         self, tokens_ST: Tensor, ladders: Sequence[Ladder], options: BlockwiseOptions, name: str, progress: Progress
     ) -> None:
-        """Prune every site at each of its losses."""
+        """Prune every site at each of its losses; what was kept before goes."""
         model = self.model
+        self._shapes.clear()
         fit = embedded_states(model, tokens_ST, None)
         of_site = iter(ladders)
         with progress.step(f"levels, {name}", total=model.num_layers) as advance:
             for index, sites in enumerate(model.sites.layers):
                 layer = model.load_layer(index)
                 for site in sites:
-                    ladder = next(of_site)
-                    if site.kind == ATTENTION:
-                        layer = self._attention(index, site, layer, fit, ladder, options)
-                    else:
-                        layer = self._ffn(index, site, layer, fit, ladder, options)
+                    losses = next(of_site)
+                    trials = prune_alone(model, layer, index, site, list(losses.values()), fit, options)
+                    for level, trial in zip(losses, trials, strict=True):
+                        self._keep(index, site, level, trial)
+                        if level == 0 and site.kind == ATTENTION:
+                            # The FFN is measured behind it.
+                            layer = trial
                 propagate_layer(self.layer(index, {site.name: 0 for site in sites}), fit)
                 advance(1)
-
-    def _attention(
-        self,
-        index: int,
-        site: Site,
-        layer: DecoderLayer,
-        fit: HiddenStates,
-        ladder: Ladder,
-        options: BlockwiseOptions,
-    ) -> DecoderLayer:
-        """Keep the levels of an attention site; return the layer on the level where it stands."""
-        stats, stands = stats_of_attention(self.model, layer, fit, options.attention), layer
-        for number, loss in ladder.losses.items():
-            trial = self.model.load_layer(index)
-            if loss > 0.0:
-                budget = (1.0 - loss) * site.num_weights
-                streams = Streams(pruned=fit, dense=None)
-                plan = LayerPlan(iter_pca=False)
-                prune_attention(self.model, trial, index, streams, budget, plan, options.attention, stats)
-            self._keep(index, site, number, trial)
-            if number == 0:
-                stands = trial
-        return stands
-
-    def _ffn(
-        self,
-        index: int,
-        site: Site,
-        layer: DecoderLayer,
-        fit: HiddenStates,
-        ladder: Ladder,
-        options: BlockwiseOptions,
-    ) -> DecoderLayer:
-        """Keep the levels of an FFN; return the layer, whose FFN is dense again."""
-        model = self.model
-        dense_shape, tensors = layer.shape, model.stored_tensors(layer)
-        # Measuring advances the stream through attention.
-        streams = Streams(pruned=fit.clone(), dense=None)
-        moments = ffn_moments(model, layer, streams, layer.attention, options.ffn)
-        weights, widths = read_ffn(layer, dense_shape), ffn_widths(site, options.ffn.ffn_multiple)
-        for number, loss in ladder.losses.items():
-            trial = model.load_pruned_layer(index, dense_shape, dict(tensors))
-            keep = min(widths, key=lambda width: abs(width - (1.0 - loss) * site.units))
-            if keep < site.units:
-                edit, _ = solve_ffn(trial, weights, moments, keep, options.ffn)
-                write_solved_ffn(model, trial, index, weights, edit)
-            self._keep(index, site, number, trial)
-        return layer
 
     def _keep(self, index: int, site: Site, number: int, trial: DecoderLayer) -> None:
         own = self._names(site.kind)

@@ -46,7 +46,7 @@ def allocate_by_divergence(
         sparsity: fraction of all of them to remove.
         options: settings; max_site_sparsity caps what a site may lose.
     """
-    all_sites = [(layer, site) for layer, layer_sites in enumerate(sites.layers) for site in layer_sites]
+    all_sites = sites.every()
     steps: list[tuple[float, int, float]] = []  # cost of a weight, number of the site, part of it that goes
     for number, (layer, site) in enumerate(all_sites):
         points = measured.layers[layer].get(site.name)

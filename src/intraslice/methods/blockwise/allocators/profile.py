@@ -78,20 +78,23 @@ def allocate_by_similarity(
     return Allocation.of_kinds(sites, keep)
 
 
-def spread_loss(shares: Sequence[float], mean: float, cap: float, kept: Collection[int]) -> list[float]:
+def spread_loss(
+    shares: Sequence[float], mean: float, cap: float, kept: Collection[int], weights: Sequence[float] | None = None
+) -> list[float]:
     """Return what each layer loses: in proportion to its share, at most the cap, `mean` on average.
 
-    The layers in `kept` lose only what the others cannot.
+    The layers in `kept` lose only what the others cannot. On average all layers count alike, or by their weights.
     """
     layers = len(shares)
+    weights = [1.0] * layers if weights is None else weights
     losses = [0.0] * layers
-    left = mean * layers
+    left = mean * sum(weights)
     for free in ([layer for layer in range(layers) if layer not in kept], sorted(kept)):
         while free and left > 1e-12:
-            scale = left / sum(shares[index] for index in free)
+            scale = left / sum(shares[index] * weights[index] for index in free)
             full = [index for index in free if scale * shares[index] >= cap]
             for index in full or free:
                 losses[index] = min(cap, scale * shares[index])
-                left -= losses[index]
+                left -= losses[index] * weights[index]
             free = [index for index in free if index not in full] if full else []
     return losses

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from intraslice.layers.sites import ATTENTION, FFN, ModelSites
 from intraslice.methods.blockwise.allocators.base import Allocation
+from intraslice.methods.blockwise.allocators.profile import spread_loss
 from intraslice.methods.blockwise.options import AllocationOptions
 
 MOST_MOVES = 4
@@ -21,32 +21,23 @@ Levels = tuple[int, ...]
 """Where each site stands, in the order in which sites run."""
 
 
-@dataclass(frozen=True)
-class Ladder:
-    """The levels of one site.
+Ladder = Mapping[int, float]
+"""The levels of one site: the share of its weights that it loses on each one, by the number of steps."""
 
-    Attributes:
-        step: share of its weights that a step is.
-        losses: share of its weights that the site loses on each level, by the number of steps.
+
+def ladder_around(loss: float, step: float, count: int, cap: float) -> Ladder:
+    """Return the levels around a loss that are neither below 0 nor above the cap; the loss itself is always one.
+
+    Args:
+        loss: where the site stands.
+        step: share of its weights.
+        count: how many levels there are at most, an odd number.
+        cap: the most that it may lose.
     """
-
-    step: float
-    losses: Mapping[int, float]
-
-    @classmethod
-    def around(cls, loss: float, step: float, count: int, cap: float) -> Ladder:
-        """Return the levels around a loss that are neither below 0 nor above the cap; the loss itself is always one.
-
-        Args:
-            loss: where the site stands.
-            step: share of its weights.
-            count: how many levels there are at most, an odd number.
-            cap: the most that it may lose.
-        """
-        found = {number: loss + number * step for number in range(-(count // 2), count // 2 + 1)}
-        tiny = 1e-9
-        inside = {number: min(max(value, 0.0), cap) for number, value in found.items() if -tiny <= value <= cap + tiny}
-        return cls(step, {**inside, 0: loss})
+    found = {number: loss + number * step for number in range(-(count // 2), count // 2 + 1)}
+    tiny = 1e-9
+    inside = {number: min(max(value, 0.0), cap) for number, value in found.items() if -tiny <= value <= cap + tiny}
+    return {**inside, 0: loss}
 
 
 def ladders_of(
@@ -60,10 +51,10 @@ def ladders_of(
         spacing: of the levels: share of the weights of a site, or with moves among all sites of those of a mean site.
         options: settings.
     """
-    every = [(layer, site) for layer, of_layer in enumerate(sites.layers) for site in of_layer]
+    every = sites.every()
     mean = sites.num_weights / len(every)
     return [
-        Ladder.around(
+        ladder_around(
             1.0 - keep[layer][site.name],
             spacing if options.search_moves == "kind" else spacing * mean / site.num_weights,
             options.search_levels,
@@ -75,7 +66,7 @@ def ladders_of(
 
 def groups_of(sites: ModelSites, moves: str) -> list[list[int]]:
     """Return the numbers of the sites among which weights move: those of one kind, or all."""
-    kinds = [site.kind for of_layer in sites.layers for site in of_layer]
+    kinds = [site.kind for _, site in sites.every()]
     if moves == "any":
         return [list(range(len(kinds)))]
     return [[number for number, kind in enumerate(kinds) if kind == wanted] for wanted in (ATTENTION, FFN)]
@@ -88,11 +79,11 @@ def offspring(
     levels = list(parent)
     for _ in range(draw.randint(1, MOST_MOVES)):
         group = draw.choice(groups)
-        up = [number for number in group if levels[number] + 1 in ladders[number].losses]
+        up = [number for number in group if levels[number] + 1 in ladders[number]]
         if not up:
             continue
         loses = draw.choice(up)
-        down = [number for number in group if number != loses and levels[number] - 1 in ladders[number].losses]
+        down = [number for number in group if number != loses and levels[number] - 1 in ladders[number]]
         if down:
             levels[loses] += 1
             levels[draw.choice(down)] -= 1
@@ -101,7 +92,7 @@ def offspring(
 
 def kept_on(sites: ModelSites, ladders: Sequence[Ladder], levels: Levels) -> tuple[Mapping[str, float], ...]:
     """Return what each site keeps, for each layer by the name of the site."""
-    losses = iter(ladder.losses[level] for ladder, level in zip(ladders, levels, strict=True))
+    losses = iter(ladder[level] for ladder, level in zip(ladders, levels, strict=True))
     return tuple({site.name: 1.0 - next(losses) for site in of_layer} for of_layer in sites.layers)
 
 
@@ -116,15 +107,8 @@ def allocate_by_search(
         sparsity: fraction of these to remove.
         options: settings; max_site_sparsity caps what a site may lose.
     """
-    every = [(layer, site) for layer, of_layer in enumerate(sites.layers) for site in of_layer]
-    losses = [1.0 - measured[layer][site.name] for layer, site in every]
-    caps = [max(options.max_site_sparsity, loss) for loss in losses]
+    every = sites.every()
+    found = [1.0 - measured[layer][site.name] for layer, site in every]
     weights = [site.num_weights for _, site in every]
-    wanted = sparsity * sum(weights)
-    low, high = 0.0, 1.0 / max(max(losses), 1e-9)
-    for _ in range(100):
-        factor = (low + high) / 2
-        removed = sum(min(factor * loss, cap) * count for loss, cap, count in zip(losses, caps, weights, strict=True))
-        low, high = (factor, high) if removed < wanted else (low, factor)
-    scaled = iter(min(high * loss, cap) for loss, cap in zip(losses, caps, strict=True))
-    return Allocation(tuple({site.name: 1.0 - next(scaled) for site in of_layer} for of_layer in sites.layers))
+    lost = iter(spread_loss(found, sparsity, options.max_site_sparsity, (), weights))
+    return Allocation(tuple({site.name: 1.0 - next(lost) for site in of_layer} for of_layer in sites.layers))
