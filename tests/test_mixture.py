@@ -276,9 +276,9 @@ def test_a_dry_run_counts_the_memory_of_sampling(tiny_folder: Folder, monkeypatc
     # Keys and values of 2 kv heads in each of 3 layers; 10 rows of 16 tokens, then as many as the cache has room for.
     row = 2 * 3 * 2 * config.head_dim * 16 * 4
     assert (config.num_hidden_layers, config.num_key_value_heads) == (3, 2)
-    assert sampling.sampling_bytes(config, 1000, 4, 10, 16) == 4000 + 10 * row
+    assert sampling.sampling_bytes(config, 1000, 4, 10, 16, torch.device("cpu")) == 4000 + 10 * row
     monkeypatch.setattr(sampling, "_CACHE_BYTES", 3 * row)
-    assert sampling.sampling_bytes(config, 1000, 4, 10, 16) == 4000 + 3 * row
+    assert sampling.sampling_bytes(config, 1000, 4, 10, 16, torch.device("cpu")) == 4000 + 3 * row
 
     asked: list[int] = []
     monkeypatch.setattr(pruning, "sampling_bytes", lambda *given: asked.append(given[3]) or 1 << 50)

@@ -50,6 +50,18 @@ def choose_device(name: str = "auto") -> torch.device:
     raise RecipeError(f"device {name!r} is not available (accelerator here: {present}); use --device auto.")
 
 
+def with_float64(device: torch.device) -> torch.device:
+    """Return the device itself where it computes in float64, else the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """Return all the memory of an accelerator; None for a CPU, and where the system does not say."""
+    # Not in the oldest torch that is supported.
+    ask = getattr(torch.accelerator, "get_memory_info", None)
+    return None if device.type == "cpu" or ask is None else int(ask(device)[1])
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Compute with this many threads of the CPU in the block: sums are rounded differently with another number."""

@@ -218,9 +218,10 @@ def _sampling_peak_bytes(info: ModelInfo, config: Any, calibration: CalibrationO
     rows = sum(count for part, count in zip(parts, counts, strict=True) if part.source in SAMPLED)
     if not rows:
         return 0
-    process = peak_resident_bytes() if choose_device(run.device).type == "cpu" else 0
+    place = choose_device(run.device)
+    process = peak_resident_bytes() if place.type == "cpu" else 0
     itemsize = (config.dtype or torch.float32).itemsize
-    return process + sampling_bytes(config, info.num_parameters, itemsize, rows, calibration.seqlen)
+    return process + sampling_bytes(config, info.num_parameters, itemsize, rows, calibration.seqlen, place)
 
 
 def check_seqlen(config: Any, seqlen: int) -> None:

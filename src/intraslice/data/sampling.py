@@ -26,7 +26,7 @@ from intraslice.data.encoding import as_conversation, encode
 from intraslice.data.sampled_rows import SampledRows
 from intraslice.data.text import SELF, SELF_KINDS, START
 from intraslice.errors import CalibrationError, NumericalError
-from intraslice.placement import choose_device
+from intraslice.placement import choose_device, memory_bytes, with_float64
 from intraslice.progress import Progress
 from intraslice.quiet import quiet
 from intraslice.runtime.configuration_intraslice import CACHE_ARGUMENT
@@ -39,6 +39,8 @@ _TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1)
 _LENGTHS = (256, 512, 1024)
 # Memory for the key/value cache; decides how many rows grow side by side.
 _CACHE_BYTES = 1 << 30
+# The same on an accelerator with four times as much; a step takes it hardly longer for many rows than for one.
+_MAX_CACHE_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def sample(
         _Row(seeds.documents(sources[number], seed, number), ends, seqlen, f"{seed} {number}")
         for number in range(done, len(sources))
     ]
-    size = _batch_size(model.config, model.dtype.itemsize, seqlen)
+    size = _batch_size(model.config, model.dtype.itemsize, seqlen, place)
     with progress.step("Sampling calibration text", len(rows) * seqlen) as advance:
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
@@ -276,11 +278,11 @@ def _ends(model: Any, tokenizer: Any, vocab_size: int) -> list[int]:
 
 def _draw(logits: torch.Tensor, uniform: torch.Tensor) -> list[int]:
     """Return one token id for each row of logits [B, V], by numbers in [0, 1), [B]."""
-    sums = logits.float().softmax(-1).to("cpu", torch.float64).cumsum(-1)  # [B, V]
+    sums = logits.float().softmax(-1).to(with_float64(logits.device), torch.float64).cumsum(-1)  # [B, V]
     if not torch.isfinite(sums[:, -1]).all():
         raise NumericalError("the dense model gives NaN or infinite scores, so 'self' cannot sample")
     # right: a token of probability 0 is never the first one above the number.
-    chosen = torch.searchsorted(sums, (uniform * sums[:, -1])[:, None], right=True)
+    chosen = torch.searchsorted(sums, (uniform.to(sums.device) * sums[:, -1])[:, None], right=True)
     return chosen[:, 0].clamp(max=logits.shape[1] - 1).tolist()
 
 
@@ -321,7 +323,9 @@ class _WholeLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def sampling_bytes(config: Any, num_parameters: int, itemsize: int, num_rows: int, seqlen: int) -> int:
+def sampling_bytes(
+    config: Any, num_parameters: int, itemsize: int, num_rows: int, seqlen: int, place: torch.device
+) -> int:
     """Estimate the memory that sampling takes: the whole dense model, and the keys and values of the rows of one batch.
 
     Args:
@@ -330,13 +334,15 @@ def sampling_bytes(config: Any, num_parameters: int, itemsize: int, num_rows: in
         itemsize: bytes of a stored number.
         num_rows: rows to sample.
         seqlen: T.
+        place: where the model samples.
     """
-    rows = min(num_rows, _batch_size(config, itemsize, seqlen))
+    rows = min(num_rows, _batch_size(config, itemsize, seqlen, place))
     return num_parameters * itemsize + rows * _row_bytes(config, itemsize, seqlen)
 
 
-def _batch_size(config: Any, itemsize: int, seqlen: int) -> int:
-    return max(1, _CACHE_BYTES // _row_bytes(config, itemsize, seqlen))
+def _batch_size(config: Any, itemsize: int, seqlen: int, place: torch.device) -> int:
+    room = min(max(_CACHE_BYTES, (memory_bytes(place) or 0) // 4), _MAX_CACHE_BYTES)
+    return max(1, room // _row_bytes(config, itemsize, seqlen))
 
 
 def _row_bytes(config: Any, itemsize: int, seqlen: int) -> int:
