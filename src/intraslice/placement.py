@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -109,12 +109,12 @@ class Placement:
     def reset_peak(self) -> None:
         """Start a new measurement of accelerator memory."""
         if self.device.type != "cpu":
-            torch.accelerator.reset_peak_memory_stats(self.device)
+            _memory(self.device).reset_peak_memory_stats(self.device)
 
     def peak_memory_bytes(self) -> int:
         """Return the peak memory: of the process on a CPU, of the allocator on an accelerator."""
         if self.device.type != "cpu":
-            return int(torch.accelerator.max_memory_allocated(self.device))
+            return int(_memory(self.device).max_memory_allocated(self.device))
         return peak_resident_bytes()
 
     def free_bytes(self) -> int | None:
@@ -150,6 +150,11 @@ class Placement:
         end.record(stream)
         end.synchronize()
         return begin.elapsed_time(end) / 1000, result  # events count in milliseconds
+
+
+def _memory(device: torch.device) -> Any:
+    """Return the module that counts the memory of an accelerator: its own, where torch has none for all of them yet."""
+    return torch.accelerator if hasattr(torch.accelerator, "max_memory_allocated") else torch.get_device_module(device)
 
 
 @contextmanager

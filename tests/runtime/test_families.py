@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,6 +136,19 @@ def test_a_pruned_model_reloads_to_what_was_streamed(case, folders, tmp_path):
         streamed._recorders[-1].replacement = hidden
         logits = streamed.model(tokens(), use_cache=False).logits
         torch.testing.assert_close(logits, loaded(tokens()).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", KNOWN_CASES)
+def test_half_precision(case):
+    """Some families rotate in float32 whatever the model computes in."""
+    model = family_model(case, torch.bfloat16)
+    spec, shape = spec_of(case), dense_shape(model.config, spec_of(case))
+    layer = model.get_submodule(spec.layers)[0]
+    apply_layer_shape(layer, model.config, spec, 0, replace(shape, v_head_dim=shape.v_head_dim - 1))
+    for parameter in layer.parameters():
+        torch.nn.init.uniform_(parameter, -0.1, 0.1)
+    with torch.no_grad():
+        assert model(tokens()).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -311,6 +311,8 @@ class PrunedAttention(nn.Module):
         if self.spec.query_temperature:
             assert position_ids is not None
             query = query * self._temperature(position_ids).to(query.dtype)
+        # Some families rotate in float32 whatever the model computes in.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def _temperature(self, position_ids_BT: torch.Tensor) -> torch.Tensor:
