@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from intraslice.healing.loss import Distillation, Target, divergence_sum, hidden_loss, logit_loss
+from intraslice.healing.loss import Distillation, hidden_loss
+from intraslice.layers.logit_loss import Target, divergence_sum, logit_loss
 from support.tiny import tiny_model
 
 P, D, V = 13, 6, 29

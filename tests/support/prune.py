@@ -81,6 +81,8 @@ def prune(
     flags = {"model": str(folder), "method": method, "sparsity": sparsity}
     # Two sequences of 32 or 48 tokens a batch.
     quick = {} if "allocation.rule" in named else QUICK.get(method, {})
+    if method == "intraslice":
+        quick = {"tune.sites": "none", **quick}
     recipe = load_recipe(None, {**flags, "run.batch_tokens": 96, **fine_steps(method), **quick, **named})
     checkpoint = open_checkpoint(str(folder))
     job = make_job(

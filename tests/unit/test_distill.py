@@ -9,7 +9,6 @@ import torch
 
 from intraslice.errors import RecipeError
 from intraslice.methods.blockwise.distill import num_held_out
-from intraslice.methods.blockwise.options import DistillOptions
 from support.prune import calibration, prune, weights_of
 from support.tiny import make_tiny
 
@@ -49,9 +48,8 @@ def test_only_the_sites_that_are_named_are_trained(sites, folder, tmp_path):
 
 
 def test_held_out_batches_are_a_share_and_never_all_or_none():
-    options = DistillOptions(held_out=0.25)
-    assert [num_held_out(count, options) for count in (2, 4, 8, 40)] == [1, 1, 2, 10]
-    assert num_held_out(3, DistillOptions(held_out=0.99)) == 2
+    assert [num_held_out(count, 0.25) for count in (2, 4, 8, 40)] == [1, 1, 2, 10]
+    assert num_held_out(3, 0.99) == 2
 
 
 def test_one_batch_is_too_little(folder, tmp_path):

@@ -59,6 +59,7 @@ _ONE_RUN = (
     *("layers/?????.safetensors", "layers/.?????.safetensors.tmp", GGUF_FILE, "checkpoint-[0-9]*/*"),
     *("best-[0-9]*.safetensors", ".best-[0-9]*.safetensors.tmp"),
     *("levels/[0-9]*.safetensors", "levels/.[0-9]*.safetensors.tmp"),
+    *("tuned/?????.safetensors", "tuned/.?????.safetensors.tmp", "tune/?????.bin"),
     *(f"{folder}/{name}" for folder in _FOLDERS for name in CHECKPOINT_FILES),
     *(f"{folder}/.{name}.tmp" for folder in _FOLDERS for name in CHECKPOINT_FILES),
 )

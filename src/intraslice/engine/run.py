@@ -15,7 +15,7 @@ from intraslice.checkpoint.workfolder import settle
 from intraslice.checkpoint.writer import check_output
 from intraslice.data.calibration import Calibration
 from intraslice.engine.rundir import RunDir
-from intraslice.engine.stages import FinishStage, LayersStage, PlanStage, Run, Stage, WriteStage, versions
+from intraslice.engine.stages import FinishStage, LayersStage, PlanStage, Run, Stage, TuneStage, WriteStage, versions
 from intraslice.methods.base import Context, Method
 from intraslice.options import RunOptions
 from intraslice.placement import Placement, dtype_name, threads
@@ -120,12 +120,12 @@ def prune_checkpoint(job: Job, stages: Sequence[Stage] | None = None) -> PruneRe
 
     Args:
         job: what is to be done.
-        stages: in order; plan, layers, finish and write unless given. The last one leaves the result.
+        stages: in order; plan, layers, tune, finish and write unless given. The last one leaves the result.
 
     Raises:
         IntraSliceError: whatever a user can mend; nothing appears under the output then.
     """
-    stages = stages or (PlanStage(), LayersStage(), FinishStage(), WriteStage())
+    stages = stages or (PlanStage(), LayersStage(), TuneStage(), FinishStage(), WriteStage())
     settle(job.output)
     check_output(job.output, job.overwrite, source=job.checkpoint.folder)
     placement = Placement.choose(job.run.device, job.run.dtype, job.checkpoint.dtype)

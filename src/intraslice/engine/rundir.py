@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch import Tensor
 from intraslice.checkpoint.tensorfile import read_tensors, write_tensors
 from intraslice.checkpoint.workfolder import MANIFEST, WorkFolder, work_path
 from intraslice.errors import CheckpointError, IntraSliceError, NumericalError
-from intraslice.results.result import LayerRecord
+from intraslice.results.result import LayerRecord, Tuned
+
+LAYERS, TUNED = "layers", "tuned"
+"""Folders of finished layers: as they were left one by one, and as training them together has left them."""
 
 
 class PruneState(BaseModel):
@@ -23,6 +27,7 @@ class PruneState(BaseModel):
         plan: what is decided for all layers; None before it is.
         records: of the finished layers, in their order.
         carry: what the method has to know of them.
+        tuned: what training all layers together has changed; None before, and where nothing was trained.
         seconds: spent so far, by all runs together.
         threads: with which the run computes; another number may round differently.
     """
@@ -32,6 +37,7 @@ class PruneState(BaseModel):
     plan: dict[str, Any] | None
     records: list[LayerRecord]
     carry: Any
+    tuned: Tuned | None = None
     seconds: float
     threads: int
 
@@ -67,6 +73,7 @@ class RunDir:
         self.records: list[LayerRecord] = []
         self.carry: Any = None
         self.plan: dict[str, Any] | None = None
+        self.tuned: Tuned | None = None
         self.seconds = 0.0
         self.threads = torch.get_num_threads()
         self._digests: dict[str, str] = {}
@@ -81,12 +88,14 @@ class RunDir:
 
     def _go_on(self, state: PruneState) -> None:
         names = [self._name(index) for index in range(len(state.records))]
-        if [record.layer for record in state.records] != list(range(len(names))):
+        if state.tuned is not None and state.tuned.step:
+            names += [self._name(index, TUNED) for index in range(len(state.records))]
+        if [record.layer for record in state.records] != list(range(len(state.records))):
             raise CheckpointError(
                 f"the manifest of the interrupted run in {str(self.path)!r} does not list its layers in order; pass "
                 "--overwrite to start again."
             )
-        self.plan, self.records, self.carry = state.plan, state.records, state.carry
+        self.plan, self.records, self.carry, self.tuned = state.plan, state.records, state.carry, state.tuned
         self.seconds, self.threads = state.seconds, state.threads
         self._digests = self._folder.digests(names)
 
@@ -107,7 +116,12 @@ class RunDir:
     def save(self) -> None:
         """Write the manifest."""
         state = PruneState(
-            plan=self.plan, records=self.records, carry=self.carry, seconds=self.seconds, threads=self.threads
+            plan=self.plan,
+            records=self.records,
+            carry=self.carry,
+            tuned=self.tuned,
+            seconds=self.seconds,
+            threads=self.threads,
         )
         self._folder.save(state, self._digests)
 
@@ -118,16 +132,16 @@ class RunDir:
         self.save()
 
     @staticmethod
-    def _name(index: int) -> str:
-        return f"layers/{index:05d}.safetensors"
+    def _name(index: int, folder: str = LAYERS) -> str:
+        return f"{folder}/{index:05d}.safetensors"
 
     def layer_path(self, index: int) -> Path:
-        """Return the file of one finished layer.
+        """Return the file of one finished layer, as it is after the last training.
 
         Raises:
             CheckpointError: it is not what was written.
         """
-        return self._folder.check(self._name(index))
+        return self._folder.check(self._name(index, TUNED if self.tuned is not None and self.tuned.step else LAYERS))
 
     def load_layer(self, index: int) -> dict[str, Tensor]:
         """Return the tensors of one finished layer, by name within the layer.
@@ -146,9 +160,21 @@ class RunDir:
         self.seconds = seconds
         self.save()
 
+    def replace_layers(self, layers: Iterable[dict[str, Tensor]]) -> None:
+        """Store what training all layers together has made of them; `keep_tuned` puts them in the others' place."""
+        for index, tensors in enumerate(layers):
+            name = self._name(index, TUNED)
+            self._digests[name] = write_tensors(self.path / name, tensors)
+
+    def keep_tuned(self, tuned: Tuned, seconds: float) -> None:
+        """Note that all layers were trained together."""
+        self.tuned = tuned
+        self.seconds = seconds
+        self.save()
+
     def forget_layers(self) -> None:
         """Begin with the first layer again: the plan is all that is kept."""
-        self.records, self.carry, self._digests = [], None, {}
+        self.records, self.carry, self.tuned, self._digests = [], None, None, {}
 
     def publish(self, overwrite: bool) -> None:
         """Give the finished checkpoint its name.

@@ -6,7 +6,7 @@ changes outside of the layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from intraslice.layers.decoder import DecoderLayer
 from intraslice.options import RunOptions
 from intraslice.placement import Placement
 from intraslice.progress import Progress
+from intraslice.results.result import Tuned
 from intraslice.runtime.families_intraslice import LayerShape
 from intraslice.streaming.hidden import HiddenStates, embedded_states
 from intraslice.streaming.model import StreamedModel
@@ -50,14 +51,15 @@ class Context:
         """Device and dtypes."""
         return self.model.placement
 
-    def embedded(self, name: str = "hidden") -> HiddenStates:
+    def embedded(self, name: str = "hidden", model: StreamedModel | None = None) -> HiddenStates:
         """Return the hidden states of all tokens at the input of the first layer.
 
         Args:
             name: of the file that holds them when they are kept on disk.
+            model: whose embeddings are taken; None takes those of the run's model, which are gone after `open`.
         """
         path = self.folder / f"{name}.bin" if self.run.hidden_states == "disk" else None
-        self._opened.append(embedded_states(self.model, self.tokens, path))
+        self._opened.append(embedded_states(model or self.model, self.tokens, path))
         return self._opened[-1]
 
     def release(self) -> None:
@@ -87,6 +89,22 @@ class LayerOutcome:
     tensors: dict[str, Tensor] | None = None
     carry: Any = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class FinishedLayers(Protocol):
+    """The layers of a run after the last one was changed."""
+
+    def shape(self, index: int) -> LayerShape:
+        """Return what a layer is now."""
+        ...
+
+    def load(self, index: int) -> dict[str, Tensor]:
+        """Return the tensors of a layer as they are stored, by name within it."""
+        ...
+
+    def replace(self, layers: Iterable[dict[str, Tensor]]) -> None:
+        """Store other tensors of the same names and shapes in the place of those of all layers, first to last."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +198,14 @@ class Method(Protocol):
 
     def replay(self, context: Context, state: Any, index: int, layer: DecoderLayer) -> None:
         """Advance the state through a finished layer."""
+        ...
+
+    def tune(self, context: Context, layers: FinishedLayers) -> Tuned | None:
+        """Train all layers together, after the last one; None when the method does not.
+
+        Raises:
+            NumericalError: it diverges.
+        """
         ...
 
     def finish(self, context: Context, state: Any, outside: dict[str, Tensor]) -> Outside:

@@ -38,6 +38,7 @@ def render(result: PruneResult, *, composite: bool = False) -> str:
         _loading(result, composite),
         _layers(result),
         _made(result),
+        *_tuned(result),
         *_healed(result),
     )
     return "\n\n".join(sections) + "\n"
@@ -116,6 +117,17 @@ def _layers(result: PruneResult) -> str:
             *lines,
         ]
     )
+
+
+def _tuned(result: PruneResult) -> list[str]:
+    if result.tuned is None:
+        return []
+    return [
+        "All layers were then trained together on the calibration tokens, towards the predictions of the dense model "
+        f"({result.tuned.step} steps). On the sequences that were held out the KL divergence to them fell from "
+        f"{result.tuned.before:.3f} to {result.tuned.after:.3f} nats per token. The errors in the table are those "
+        "before it."
+    ]
 
 
 def _healed(result: PruneResult) -> list[str]:

@@ -45,6 +45,24 @@ class LayerRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What training all layers together has changed.
+
+    Attributes:
+        before: mean KL divergence of the predictions of the dense model from those of the pruned one, in nats, on the
+            calibration sequences that were held out, before the first step.
+        after: the same for the weights that are kept; no larger.
+        step: the step that they are from; 0 when none was better.
+        steps: in all.
+    """
+
+    before: float
+    after: float
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class PruneResult:
     """The whole run.
 
@@ -62,8 +80,8 @@ class PruneResult:
         dense_bytes: bytes of the dense weight tensors in the dtype of the output.
         pruned_bytes: bytes of the weight files written.
         layers: one record per layer.
-        seconds: wall-clock seconds by stage ("plan", "layers", "finish", "write"); "total" includes the time that
-            interrupted runs spent before.
+        seconds: wall-clock seconds by stage ("plan", "layers", "tune", "finish", "write"); "total" includes the time
+            that interrupted runs spent before.
         peak_memory_bytes: peak resident memory of the process (CPU), or of the accelerator when one was used.
         calibration: name, num_samples, seqlen, seed, fingerprint.
         versions: of intraslice, torch, transformers, python.
@@ -71,6 +89,7 @@ class PruneResult:
         dtype: of the saved weights.
         recipe: the full recipe.
         command: the command line, or the Python call.
+        tuned: what training all layers together has changed; None where the method did not.
         healing: how the weights were trained afterwards, if they were.
     """
 
@@ -95,6 +114,7 @@ class PruneResult:
     dtype: str
     recipe: dict[str, Any] = field(default_factory=dict)
     command: str = ""
+    tuned: Tuned | None = None
     healing: HealingRecord | None = None
 
     def with_seconds(self, seconds: dict[str, float]) -> PruneResult:
@@ -113,8 +133,15 @@ class PruneResult:
     def from_dict(cls, data: dict[str, Any]) -> PruneResult:
         """Inverse of `to_dict`."""
         layers = tuple(layer_record_from_dict(record) for record in data["layers"])
-        healing = data.get("healing")
-        return cls(**{**data, "layers": layers, "healing": healing and HealingRecord.from_dict(healing)})
+        healing, tuned = data.get("healing"), data.get("tuned")
+        return cls(
+            **{
+                **data,
+                "layers": layers,
+                "tuned": tuned and Tuned(**tuned),
+                "healing": healing and HealingRecord.from_dict(healing),
+            }
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> PruneResult:

@@ -50,6 +50,11 @@ class HiddenStates:
             self._states = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
 
     @property
+    def batch(self) -> int:
+        """Sequences in one batch."""
+        return self._batch
+
+    @property
     def num_batches(self) -> int:
         """How many batches a pass has."""
         return -(-self._states.shape[0] // self._batch)

@@ -17,6 +17,7 @@ from intraslice.checkpoint.reader import Checkpoint
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer, norms_come_first
 from intraslice.layers.head import LanguageHead
+from intraslice.layers.logit_loss import Target, logit_loss
 from intraslice.layers.sites import ModelSites, layer_sites
 from intraslice.placement import Placement
 from intraslice.runtime.configuration_intraslice import dense_shapes, rotary_dim, rotated
@@ -232,7 +233,7 @@ class StreamedModel:
             NumericalError: the loss is NaN or infinite.
         """
         tokens = tokens_NT.to(self.placement.device)
-        head = LanguageHead(self.model)
+        head = self.language_head()
         with torch.enable_grad():
             top = top_NTD.detach().requires_grad_(True)
             output = self._after_layers(tokens, top)
@@ -252,6 +253,33 @@ class StreamedModel:
                 raise NumericalError("the loss on the calibration text is NaN or infinite.")
             (gradient,) = torch.autograd.grad(output, top, final.grad)
         return total, gradient
+
+    def divergence_gradient(self, tokens_BT: Tensor, top_BTD: Tensor, dense_BTD: Tensor) -> tuple[float, Tensor]:
+        """Return the sum over positions of KL(dense || these predictions), and its gradient at the last layer's output.
+
+        Args:
+            tokens_BT: token ids.
+            top_BTD: output of the last layer.
+            dense_BTD: what the head reads in the dense model.
+        """
+        head = self.language_head()
+        target = Target(
+            head=head,
+            hidden=dense_BTD.flatten(0, 1),
+            next_tokens=tokens_BT.new_full((tokens_BT.numel(),), -1),
+            task_weight=0.0,
+        )
+        with torch.enable_grad():
+            top = top_BTD.detach().requires_grad_(True)
+            output = self._after_layers(tokens_BT.to(self.placement.device), top)
+            # A mean would be lost in half precision.
+            loss = logit_loss(head, output.flatten(0, 1), target) * tokens_BT.numel()
+            (gradient,) = torch.autograd.grad(loss, top)
+        return float(loss.detach()), gradient
+
+    def language_head(self) -> LanguageHead:
+        """Return the head; it is there until `release`."""
+        return LanguageHead(self.model)
 
     @torch.no_grad()
     def after_layers(self, tokens_BT: Tensor, top_BTD: Tensor) -> Tensor:

@@ -43,8 +43,12 @@ class Distilled:
     after: float
 
 
-def num_held_out(num_batches: int, options: DistillOptions) -> int:
-    """Return how many of the batches are held out.
+def num_held_out(num_batches: int, share: float) -> int:
+    """Return how many of the batches are held out of a training.
+
+    Args:
+        num_batches: of calibration text.
+        share: of them that is wanted.
 
     Raises:
         RecipeError: nothing would be left to train on, or to judge by.
@@ -54,7 +58,7 @@ def num_held_out(num_batches: int, options: DistillOptions) -> int:
             "distill.sites needs two batches of calibration text, one to train on and one to judge by, and there is "
             f"{num_batches}; give more --num-samples, lower run.batch_tokens, or set distill.sites=none."
         )
-    return min(max(1, round(options.held_out * num_batches)), num_batches - 1)
+    return min(max(1, round(share * num_batches)), num_batches - 1)
 
 
 def distill_site(
@@ -86,7 +90,7 @@ def distill_site(
     teacher = model.load_layer(index)
     task = _Task(layer, teacher, site, streams, of_site)
     parts = list(streams.pruned.slices())
-    held = num_held_out(len(parts), options)
+    held = num_held_out(len(parts), options.held_out)
     train, judge = parts[:-held], parts[-held:]
     # Of its own: a resumed run draws the same order.
     generator = torch.Generator().manual_seed(index)

@@ -11,7 +11,7 @@ from torch import Tensor
 from intraslice.algebra.selection import TOLERANCE
 from intraslice.layers.decoder import DecoderLayer
 from intraslice.layers.sites import FFN
-from intraslice.methods.base import Context, LayerOutcome, Outside, Preview
+from intraslice.methods.base import Context, FinishedLayers, LayerOutcome, Outside, Preview
 from intraslice.methods.blockwise.allocators.base import Allocation
 from intraslice.methods.blockwise.budget import Budget
 from intraslice.methods.blockwise.curvature_pass import go_on_after_shots
@@ -28,6 +28,9 @@ from intraslice.methods.blockwise.plan import (
     shots_digest,
     with_unit_scores,
 )
+from intraslice.methods.blockwise.strategies import TUNED_KINDS
+from intraslice.methods.blockwise.tune import tune
+from intraslice.results.result import Tuned
 from intraslice.streaming.hidden import Streams
 from intraslice.streaming.propagate import propagate_layer
 
@@ -74,7 +77,7 @@ class Blockwise:
             NumericalError: activations or gradients are NaN or infinite.
         """
         if self._options.distill.sites != "none":
-            num_held_out(-(-len(context.tokens) // context.model.batch_shape[0]), self._options.distill)
+            num_held_out(_num_batches(context), self._options.distill.held_out)
         allocation = allocate(context, self._options)
         Budget(context.model.sites, allocation, self._options).check(context.sparsity)
         return with_unit_scores(context, self._options, allocation).to_dict()
@@ -156,6 +159,28 @@ class Blockwise:
         if state.streams.dense is not None:
             propagate_layer(context.model.load_layer(index), state.streams.dense)
 
+    def tune(self, context: Context, layers: FinishedLayers) -> Tuned | None:
+        """Train all layers together towards the predictions of the dense model, if the options say so.
+
+        Raises:
+            NumericalError: it diverges.
+        """
+        kinds = TUNED_KINDS[self._options.tune.sites]
+        if not kinds or context.sparsity == 0:
+            return None
+        if _num_batches(context) < 2:
+            # Not refused: a default has to take any text.
+            context.progress.note(
+                "the layers are not tuned, which takes two batches of calibration text, one to train on and one to "
+                "judge by; give more --num-samples, or lower run.batch_tokens."
+            )
+            return None
+        return tune(context, layers, kinds, self._options.tune)
+
     def finish(self, context: Context, state: _State, outside: dict[str, Tensor]) -> Outside:
         """Return what is stored outside of the decoder layers: what the dense model has."""
         return Outside(tensors=outside)
+
+
+def _num_batches(context: Context) -> int:
+    return -(-len(context.tokens) // context.model.batch_shape[0])

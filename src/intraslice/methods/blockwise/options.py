@@ -223,8 +223,28 @@ class DistillOptions:
     held_out: Annotated[float, Gt(0), Lt(1)] = 0.125
 
 
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions:
+    """Training of all layers together, after the last one, towards the predictions of the dense model.
+
+    Attributes:
+        sites: which sites are trained, a row of TUNE_SITES.
+        epochs: how often the training sequences are seen; a step is one batch (run.batch_tokens).
+        learning_rate: of Adam at its peak, relative to the root mean square of each matrix.
+        held_out: share of the calibration batches that judge; at least one.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    sites: Annotated[str, OneOf(strategies.TUNE_SITES)] = "none"
+    epochs: Annotated[float, Gt(0)] = 2.0
+    learning_rate: Annotated[float, Gt(0)] = 2e-3
+    held_out: Annotated[float, Gt(0), Lt(1)] = 0.125
+
+
 ALWAYS_READ = (
     "distill.sites",
+    "tune.sites",
     "allocation.rule",
     "allocation.max_site_sparsity",
     "allocation.budget_unit",
@@ -259,6 +279,7 @@ def choices() -> dict[str, Mapping[Any, Row]]:
         "ffn.repair_against": strategies.in_section(strategies.REPAIR_AGAINST, "ffn"),
         "ffn.iter_pca": strategies.ITER_PCA,
         "distill.sites": strategies.DISTILL_SITES,
+        "tune.sites": strategies.TUNE_SITES,
     }
 
 
@@ -270,6 +291,7 @@ class BlockwiseOptions:
     attention: AttentionOptions = AttentionOptions()
     ffn: FFNOptions = FFNOptions()
     distill: DistillOptions = DistillOptions()
+    tune: TuneOptions = TuneOptions()
 
     def read(self) -> set[str]:
         """Return the dotted names of the options that have an effect."""

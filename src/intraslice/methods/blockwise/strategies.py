@@ -427,6 +427,22 @@ DISTILL_SITES: dict[str, Row] = {
 }
 """`distill.sites`: which sites are trained towards their target."""
 
+_TUNE = ("tune.epochs", "tune.learning_rate", "tune.held_out")
+TUNE_SITES: dict[str, Row] = {
+    "none": Row(summary="layers stay as they were left one by one"),
+    "attention": Row(summary="attention of all layers", reads=_TUNE),
+    "ffn": Row(summary="FFNs of all layers", reads=_TUNE),
+    "all": Row(summary="both", reads=_TUNE),
+}
+"""`tune.sites`: which sites are trained together, after the last layer, towards the predictions of the dense model."""
+TUNED_KINDS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "attention": ("attention",),
+    "ffn": ("ffn",),
+    "all": ("attention", "ffn"),
+}
+"""The kinds of sites behind the names of TUNE_SITES."""
+
 ITER_PCA: dict[bool, Row] = {
     True: Row(
         summary="dense maps of the channels in the FFNs that lose most",

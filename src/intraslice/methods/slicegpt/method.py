@@ -20,7 +20,7 @@ from intraslice.checkpoint.reader import OUTPUT_EMBEDDING
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer
 from intraslice.layers.sites import ATTENTION, FFN
-from intraslice.methods.base import Context, LayerOutcome, Outside, Preview
+from intraslice.methods.base import Context, FinishedLayers, LayerOutcome, Outside, Preview
 from intraslice.methods.slicegpt.algebra import leading_directions, rotate_layer, rotate_rows, slice_width
 from intraslice.methods.slicegpt.options import SliceGptOptions
 from intraslice.runtime.configuration_intraslice import dense_head_dim
@@ -127,6 +127,9 @@ class SliceGpt:
     def replay(self, context: Context, state: _State, index: int, layer: DecoderLayer) -> None:
         """Not called: finished layers are made again."""
         raise AssertionError("the stream after a layer cannot be had from its stored tensors")
+
+    def tune(self, context: Context, layers: FinishedLayers) -> None:
+        """Train nothing: the method is its closed form."""
 
     def finish(self, context: Context, state: _State, outside: dict[str, Tensor]) -> Outside:
         """Return the embeddings of the sliced stream; final norm and output head are those of the dense model."""

@@ -18,7 +18,7 @@ from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer
 from intraslice.layers.sites import ATTENTION, FFN
 from intraslice.layers.surgery import write_factors
-from intraslice.methods.base import Context, LayerOutcome, Outside, Preview
+from intraslice.methods.base import Context, FinishedLayers, LayerOutcome, Outside, Preview
 from intraslice.methods.svd_llm.algebra import Ranks, factor_weight, plan_ranks, square_root
 from intraslice.methods.svd_llm.options import SvdLlmOptions
 from intraslice.placement import Placement
@@ -78,6 +78,9 @@ class SvdLlm:
     def replay(self, context: Context, state: HiddenStates, index: int, layer: DecoderLayer) -> None:
         """Advance the states through a finished layer, or through what it was in the dense model."""
         propagate_layer(context.model.load_layer(index) if self._follows_dense else layer, state)
+
+    def tune(self, context: Context, layers: FinishedLayers) -> None:
+        """Train nothing: the method is its closed form."""
 
     def finish(self, context: Context, state: HiddenStates, outside: dict[str, Tensor]) -> Outside:
         """Return what is stored outside of the decoder layers: what the dense model has."""
