@@ -81,6 +81,10 @@ _TRAINED = _in(
     ffn__repair_against="own_output",
     run__batch_tokens=32,
 )
+# Small steps always help where nothing was repaired.
+_TUNED = _in(
+    tune__sites="all", tune__learning_rate=3e-4, attention__repair="none", ffn__repair="none", run__batch_tokens=32
+)
 _SHAPED = _in(target="vllm", attention__head_multiple=2, ffn__ffn_multiple=4)
 # Blocks of random weights are worth alike: at any price, some go.
 _EAGER = {"allocation.max_drop_price": 1e6, "allocation.max_dropped_share": 0.5}
@@ -167,6 +171,10 @@ TRIALS: dict[str, Trial] = {
     "distill.epochs": Trial((8.0,), (_TRAINED,)),
     "distill.learning_rate": Trial((0.001,), (_TRAINED,)),
     "distill.held_out": Trial((0.75,), (_TRAINED,)),
+    "tune.sites": Trial(("ffn", "attention"), (_TUNED,)),
+    "tune.epochs": Trial((4.0,), (_TUNED,)),
+    "tune.learning_rate": Trial((1e-4,), (_TUNED,)),
+    "tune.held_out": Trial((0.75,), (_TUNED,)),
 }
 
 
