@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -131,6 +131,10 @@ class Placement:
         """Wait for the accelerator, so that wall-clock times mean something."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
+
+    def autocast(self, rounds: bool) -> AbstractContextManager[Any]:
+        """Within the block, let products of float32 tensors be taken in bfloat16 if `rounds` says so."""
+        return torch.autocast(self.device.type, torch.bfloat16) if rounds else nullcontext()
 
     def timed(self, work: Callable[[], T]) -> tuple[float, T]:
         """Return the seconds that `work` takes, and what it returns.

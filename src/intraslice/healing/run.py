@@ -8,6 +8,7 @@ import platform
 import shutil
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -267,15 +268,20 @@ def _plan_steps(job: _Job, distillation: Distillation) -> int:
     assert budget.seconds is not None
     size = options.batch_size // options.accumulate
     tokens = torch.randint(job.dense.config.vocab_size, (size, options.seqlen)).to(job.placement.device)
+    # As the Trainer computes: its backward passes are outside of it as well.
+    rounded = partial(job.placement.autocast, options.rounds(job.placement.device.type == "cpu"))
     with job.progress.step("measuring the speed of a step", 2) as advance:
         for _ in range(2):  # the first one also warms up
             started = time.monotonic()
-            distillation.loss(tokens).backward()
+            with rounded():
+                loss = distillation.loss(tokens)
+            loss.backward()
             job.placement.synchronize()
             step_seconds = (time.monotonic() - started) * options.accumulate
             advance(1)
     started = time.monotonic()
-    distillation.held_out(tokens, size)
+    with rounded():
+        distillation.held_out(tokens, size)
     measure_seconds = (time.monotonic() - started) * options.held_out / size
     distillation.forget_gradients()
     steps = int((budget.seconds - 2 * measure_seconds) / step_seconds)
