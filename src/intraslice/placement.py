@@ -50,6 +50,15 @@ def choose_device(name: str = "auto") -> torch.device:
     raise RecipeError(f"device {name!r} is not available (accelerator here: {present}); use --device auto.")
 
 
+def accelerator_index(device: torch.device) -> int | None:
+    """Return which of the accelerators a device is, the first one 0; None for a CPU."""
+    if device.type == "cpu" or device.index is not None:
+        return device.index
+    # The other one is its name in older releases of torch.
+    current = getattr(torch.accelerator, "current_device_index", None) or torch.accelerator.current_device_idx
+    return current()
+
+
 def with_float64(device: torch.device) -> torch.device:
     """Return the device itself where it computes in float64, else the CPU."""
     return torch.device("cpu") if device.type == "mps" else device

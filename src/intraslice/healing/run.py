@@ -31,7 +31,7 @@ from intraslice.healing.workdir import HealDir
 from intraslice.loading import load_model
 from intraslice.names import expanded
 from intraslice.options import CalibrationOptions
-from intraslice.placement import Placement, dtype_from_name, dtype_name, threads
+from intraslice.placement import Placement, accelerator_index, choose_device, dtype_from_name, dtype_name, threads
 from intraslice.progress import Progress, SilentProgress
 from intraslice.quiet import quiet
 from intraslice.results.healing import HealingRecord
@@ -98,6 +98,7 @@ def heal_checkpoint(
     """
     progress = progress or SilentProgress()
     check_extras(options)
+    check_device(options)
     inputs = {"input model": checkpoint, "teacher": teacher or "", "calibration text": options.calibration or ""}
     check_apart(output, {what: given for what, given in inputs.items() if given})
     settle(output)
@@ -205,6 +206,21 @@ def check_extras(options: HealOptions) -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise MissingExtraError(f"healing needs the package {package}: pip install 'intraslice[heal]'") from error
+
+
+def check_device(options: HealOptions) -> None:
+    """Refuse to begin on an accelerator that the Trainer does not take.
+
+    Raises:
+        RecipeError: it is not there, or not the first one.
+    """
+    index = accelerator_index(choose_device(options.device))
+    # The Trainer moves the student to the first one, whichever is current.
+    if index:
+        raise RecipeError(
+            f"healing runs on the first accelerator that the process sees, and device {options.device!r} is number "
+            f"{index}; make it the first, for example with CUDA_VISIBLE_DEVICES={index}, and leave out --device."
+        )
 
 
 def _default_source(student: Student) -> str:
