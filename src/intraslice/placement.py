@@ -64,6 +64,11 @@ def with_float64(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+def for_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in its own dtype where it can be turned into float64: a copy on the CPU, or itself."""
+    return tensor.to(with_float64(tensor.device))
+
+
 def memory_bytes(device: torch.device) -> int | None:
     """Return all the memory of an accelerator; None for a CPU, and where the system does not say."""
     # Not in the oldest torch that is supported.
@@ -100,6 +105,11 @@ class Placement:
     compute_dtype: torch.dtype
     save_dtype: torch.dtype
     stat_dtype: torch.dtype
+
+    @property
+    def stat_device(self) -> torch.device:
+        """Where sums over tokens are kept."""
+        return with_float64(self.device)
 
     @classmethod
     def choose(cls, device: str, dtype: str, stored: torch.dtype) -> Placement:
