@@ -81,17 +81,36 @@ for weights in ("full", "lora"):
 """
 
 
+# Metal has none, and no machine with it was at hand.
+WITHOUT_FLOAT64 = """
+text = root / "text.txt"
+text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+from intraslice import api
+for number, (family, method, options) in enumerate([
+    ("llama", "intraslice", {"effort": "high"}),
+    ("llama", "slicegpt", {"sparsity": 0.2889}),
+    ("llama", "svd-llm", {}),
+    ("opt", "flap", {}),
+]):
+    dense = make_tiny(family, root / f"dense{number}")
+    prune(dense, root / f"pruned{number}", method, run__device=NAME, **options)
+api.evaluate_texts(root / "pruned0", [str(text)], seqlen=32, windows=2, against=root / "dense0", device=NAME)
+api.analyze(root / "dense0", text=str(text), num_samples=2, seqlen=24)
+"""
+
+
 @pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch takes no devices that are written in Python",
 )
-@pytest.mark.parametrize("code", [PRUNE, HALF, USE], ids=["prune", "half", "use"])
+@pytest.mark.parametrize("code", [PRUNE, HALF, USE, WITHOUT_FLOAT64], ids=["prune", "half", "use", "no float64"])
 def test_another_device(code: str, tmp_path: Path):
     if code is USE:
         pytest.importorskip("accelerate")
         pytest.importorskip("peft")
+    begin = BEGIN.replace("install()", "install(float64=False)") if code is WITHOUT_FLOAT64 else BEGIN
     result = subprocess.run(
-        [sys.executable, "-c", BEGIN + code, str(tmp_path)],
+        [sys.executable, "-c", begin + code, str(tmp_path)],
         # The Trainer does not ask torch which accelerator there is.
         env={
             **os.environ,

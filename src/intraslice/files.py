@@ -4,21 +4,47 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from intraslice.errors import OutputError, RecipeError
 
+SHARED_TEMPORARY = "." + "[0-9a-f]" * 8 + ".tmp"
+"""Pattern of what `temporary_beside` puts behind the name of a shared file."""
+
 _RESERVED_AT_ONCE = 1 << 24
+_STALE_SECONDS = 24 * 3600
 
 
-def write_text(path: Path, text: str) -> None:
+def temporary_beside(path: Path, *, shared: bool) -> Path:
+    """Return the name under which a file is written before it gets its own.
+
+    Args:
+        path: the file.
+        shared: whether several processes may write it at the same time. Each then takes a name of its own, or one would
+            rename it away under the other's feet. Otherwise the next writer replaces what a killed one has left; of
+            shared files it removes what is older than a day, which nobody is writing any more.
+    """
+    if not shared:
+        return path.with_name(f".{path.name}.tmp")
+    for left in path.parent.glob(f".*{path.suffix}{SHARED_TEMPORARY}"):
+        # It may be finished, or removed by somebody else, meanwhile.
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                left.unlink()
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
     """Write a text file: whole under its final name, or not at all.
 
     Args:
         path: the file; missing parent folders are made.
         text: what it will hold, stored as UTF-8.
+        shared: whether several processes may write it at the same time.
 
     Raises:
         OutputError: the name is that of a folder, the disk is full or the folder cannot be written; nothing is left
@@ -26,7 +52,7 @@ def write_text(path: Path, text: str) -> None:
     """
     if not path.name or path.is_dir():
         raise OutputError(f"{str(path)!r} is a folder; give the name of a file to write")
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_beside(path, shared=shared)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,9 +50,23 @@ def choose_device(name: str = "auto") -> torch.device:
     raise RecipeError(f"device {name!r} is not available (accelerator here: {present}); use --device auto.")
 
 
+def accelerator_index(device: torch.device) -> int | None:
+    """Return which of the accelerators a device is, the first one 0; None for a CPU."""
+    if device.type == "cpu" or device.index is not None:
+        return device.index
+    # The other one is its name in older releases of torch.
+    current = getattr(torch.accelerator, "current_device_index", None) or torch.accelerator.current_device_idx
+    return current()
+
+
 def with_float64(device: torch.device) -> torch.device:
     """Return the device itself where it computes in float64, else the CPU."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def for_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in its own dtype where it can be turned into float64: a copy on the CPU, or itself."""
+    return tensor.to(with_float64(tensor.device))
 
 
 def memory_bytes(device: torch.device) -> int | None:
@@ -91,6 +105,11 @@ class Placement:
     compute_dtype: torch.dtype
     save_dtype: torch.dtype
     stat_dtype: torch.dtype
+
+    @property
+    def stat_device(self) -> torch.device:
+        """Where sums over tokens are kept."""
+        return with_float64(self.device)
 
     @classmethod
     def choose(cls, device: str, dtype: str, stored: torch.dtype) -> Placement:
@@ -131,6 +150,10 @@ class Placement:
         """Wait for the accelerator, so that wall-clock times mean something."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
+
+    def autocast(self, rounds: bool) -> AbstractContextManager[Any]:
+        """Within the block, let products of float32 tensors be taken in bfloat16 if `rounds` says so."""
+        return torch.autocast(self.device.type, torch.bfloat16) if rounds else nullcontext()
 
     def timed(self, work: Callable[[], T]) -> tuple[float, T]:
         """Return the seconds that `work` takes, and what it returns.

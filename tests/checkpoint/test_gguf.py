@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from intraslice.checkpoint import gguf as conversion
 from intraslice.checkpoint.gguf import cache_folder, convert_gguf
 from intraslice.checkpoint.reader import open_folder
 from intraslice.checkpoint.source import open_checkpoint
@@ -143,6 +144,28 @@ def test_a_damaged_conversion_is_made_again(tmp_path: Path) -> None:
     notes = Notes()
     convert_gguf(path, progress=notes)
     assert notes.notes == []
+
+
+def test_two_processes_may_mend_one_conversion_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the faster one has made stays where it is, because that one reads it already."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "llama")
+    weights = convert_gguf(path) / "model.safetensors"
+    weights.write_bytes(b"")
+    convert, made = conversion._convert, []
+
+    def slower(*arguments: Any) -> None:
+        monkeypatch.setattr(conversion, "_convert", convert)
+        convert_gguf(path)
+        made.append(weights.stat().st_ino)
+        convert(*arguments)
+
+    monkeypatch.setattr(conversion, "_convert", slower)
+    assert convert_gguf(path) == weights.parent
+    assert made == [weights.stat().st_ino]
+    assert list(cache_folder().iterdir()) == [weights.parent]
 
 
 def test_leftovers_of_killed_conversions_are_removed(tmp_path: Path) -> None:

@@ -17,7 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from intraslice.checkpoint.ownership import LIST_FILE, write_list
 from intraslice.checkpoint.reader import open_folder
-from intraslice.checkpoint.tensorfile import DTYPES, StoredTensor, TensorFile, TensorSlot, read_slots, write_tensors
+from intraslice.checkpoint.tensorfile import (
+    DTYPES,
+    StoredTensor,
+    TensorFile,
+    TensorSlot,
+    read_sealed,
+    read_slots,
+    write_tensors,
+)
 from intraslice.checkpoint.writer import (
     assemble,
     check_output,
@@ -26,9 +34,10 @@ from intraslice.checkpoint.writer import (
     save_side_files,
     shard_names,
 )
+from intraslice.data.sampled_rows import SampledRows
 from intraslice.digests import file_digest
 from intraslice.errors import OutputError
-from intraslice.files import write_text
+from intraslice.files import temporary_beside, write_text
 from intraslice.runtime import RUNTIME_FILES
 
 Folder = Callable[..., Path]
@@ -223,6 +232,48 @@ def test_an_interrupt_leaves_no_file(tmp_path: Path) -> None:
         file.write("a", torch.ones(2))
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_may_write_one_kept_file_at_the_same_time(tmp_path: Path) -> None:
+    path, slots = tmp_path / "f.safetensors", {"a": TensorSlot(torch.float32, (2,))}
+    first, second = (TensorFile(path, slots, sealed_for="this") for _ in range(2))
+    first.write("a", torch.ones(2))
+    second.write("a", torch.zeros(2))
+    for file, value in ((first, 1.0), (second, 0.0)):
+        file.close()
+        assert torch.equal(read_sealed(path, "this")["a"], torch.full((2,), value))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_processes_may_keep_one_batch_of_rows_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, flush = SampledRows(tmp_path, ["decides"], ["seed"]), os.fsync
+    tokens = torch.arange(4)[None]
+
+    def second(descriptor: int) -> None:
+        flush(descriptor)
+        monkeypatch.setattr(os, "fsync", flush)
+        rows.write(0, tokens, 1)
+        kept.append(rows.read(0))
+
+    kept: list[torch.Tensor | None] = []
+    monkeypatch.setattr(os, "fsync", second)
+    write_text(rows._file(0), "{}", shared=True)
+    assert kept[0] is not None and torch.equal(kept[0], tokens)
+    rows.write(0, tokens, 1)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_what_was_left_of_shared_files_long_ago_is_removed(tmp_path: Path) -> None:
+    fresh, old, foreign = (temporary_beside(tmp_path / f"{name}.safetensors", shared=True) for name in "abc")
+    foreign = foreign.with_suffix(".txt")
+    for left in (fresh, old, foreign):
+        left.write_text("")
+    for left in (old, foreign):
+        os.utime(left, (0, 0))
+    write_tensors(tmp_path / "a.safetensors", TENSORS, sealed_for="this")
+    assert set(tmp_path.iterdir()) == {tmp_path / "a.safetensors", fresh, foreign}
 
 
 def test_assemble_on_a_full_disk_says_so(tiny_folder: Folder, tmp_path: Path, request: pytest.FixtureRequest) -> None:

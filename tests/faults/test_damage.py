@@ -143,6 +143,21 @@ def test_the_run_goes_on_when_nothing_is_damaged(again: Path, whole: Path, tiny_
     assert (again / "out/model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+def test_what_a_killed_run_was_measuring_goes_when_it_goes_on(again: Path, whole: Path, tiny_folder: Folder) -> None:
+    left, foreign = (again / f"out.partial/.{name}.safetensors.0123abcd.tmp" for name in ("gradients", "other"))
+    left.write_bytes(b"half of it")
+    with pytest.raises(KeyboardInterrupt):
+        prune(tiny_folder("llama"), again / "out", resume=True, progress=StopAt("layers", 0))
+    assert not left.exists()
+    left.write_bytes(b"half of it")
+    foreign.write_bytes(b"of somebody else")
+    with pytest.raises(OutputError, match="other.safetensors"):
+        prune(tiny_folder("llama"), again / "out", overwrite=True)
+    foreign.unlink()
+    prune(tiny_folder("llama"), again / "out", overwrite=True)
+    assert weights_equal(again / "out", whole) and not (again / "out.partial").exists()
+
+
 def test_swapped_layers_are_noticed(again: Path, tiny_folder: Folder) -> None:
     first, second = (again / f"out.partial/layers/0000{index}.safetensors" for index in (0, 1))
     content = first.read_bytes()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from safetensors.torch import load_file
+
+from intraslice.healing.loss import Distillation
+from support.progress import StopAt
 
 
 def test_bfloat16_products_train_the_same_float32_weights(pruned_folder, heal, tmp_path):
@@ -18,3 +22,25 @@ def test_bfloat16_products_train_the_same_float32_weights(pruned_folder, heal, t
         name: tensor.dtype for name, tensor in before.items()
     }
     assert after["model.layers.0.mlp.down_proj.weight"].dtype is torch.float32
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_a_budget_of_time_is_planned_with_the_products_of_the_training(precision, pruned_folder, heal, monkeypatch):
+    rounded: dict[str, list[bool]] = {"loss": [], "held_out": []}
+
+    def watched(name: str):
+        function = getattr(Distillation, name)
+
+        def call(*arguments, **named):
+            rounded[name].append(torch.is_autocast_enabled("cpu"))
+            return function(*arguments, **named)
+
+        return call
+
+    for name in rounded:
+        monkeypatch.setattr(Distillation, name, watched(name))
+    with pytest.raises(KeyboardInterrupt):
+        heal(pruned_folder(), precision=precision, budget="10min", progress=StopAt("healing (tokens)", 0))
+    # Two steps and a measurement for the plan, one of each in the training.
+    rounds = precision == "bfloat16"
+    assert rounded == {"loss": [rounds] * 3, "held_out": [rounds] * 2}

@@ -21,6 +21,8 @@ from intraslice.errors import (
     UnsupportedModelError,
 )
 from intraslice.healing import run as healing_run
+from intraslice.healing.after_prune import prune_and_heal
+from intraslice.recipes.recipe import load_recipe
 from support.progress import StopAt
 
 
@@ -46,6 +48,23 @@ def own_copy(pruned_folder, tmp_path):
     # Without the list of digests: what is wrong with the files themselves is found too.
     (folder / LIST_FILE).unlink()
     return folder
+
+
+@pytest.mark.parametrize("pruned_before", [True, False])
+def test_an_accelerator_that_is_not_the_first(pruned_before, refused, small, tmp_path, monkeypatch):
+    """Before anything is loaded: neither of the two models is there."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    if pruned_before:
+        sentence = refused(RecipeError, tmp_path / "gone", device="cuda:1")
+    else:
+        recipe = load_recipe(
+            flags={"model": str(tmp_path / "gone"), "output": str(tmp_path / "healed"), "sparsity": 0.4}
+        )
+        with pytest.raises(RecipeError) as caught:
+            prune_and_heal(recipe, small(device="cuda:1"))
+        sentence = str(caught.value)
+    assert "'cuda:1' is number 1" in sentence and "CUDA_VISIBLE_DEVICES=1" in sentence
 
 
 def test_teacher_of_another_family(pruned_folder, tiny_folder, refused):

@@ -23,6 +23,7 @@ _COPIES = {_aten.copy_.default, _aten._to_copy.default, _aten._copy_from.default
 _INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
 _ATTENTION = _aten._scaled_dot_product_attention_math
 _kept: list[torch.library.Library] = []
+_lacks: list[torch.dtype] = []
 
 
 class OtherTensor(Tensor):
@@ -106,11 +107,17 @@ def _call(func: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs.pop("pin_memory", None)
     raw_args, raw_kwargs = pytree.tree_map_only(OtherTensor, lambda leaf: leaf.raw, (args, kwargs))
     if func is _aten._copy_from.default:
+        if raw_args[1].dtype in _lacks and not isinstance(args[1], OtherTensor):
+            raise TypeError(f"{func}: the other device turns nothing into float64 on the way to the CPU")
         raw_args[1].copy_(raw_args[0])
         return args[1]
     # What is changed in place is returned as it came.
     given = {id(leaf): leaf for leaf in leaves} | {id(other.raw): other for other in others}
     result = func(*raw_args, **raw_kwargs)
+    if (on_other or others) and any(
+        leaf.dtype in _lacks for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)
+    ):
+        raise TypeError(f"{func}: the other device has no float64")
     return (
         pytree.tree_map_only(
             Tensor, lambda found: given.get(id(found)) if id(found) in given else OtherTensor(found), result
@@ -130,8 +137,14 @@ class _Module(_DummyBackendModule):
         torch.set_rng_state(state)
 
 
-def install() -> None:
-    """Make the device the accelerator of this process."""
+def install(*, float64: bool = True) -> None:
+    """Make the device the accelerator of this process, one with or without float64."""
+    if not float64:
+        # Before anything else imports it.
+        from intraslice import placement
+
+        placement.with_float64 = lambda device: torch.device("cpu") if device.type == NAME else device
+        _lacks.append(torch.float64)
     _setup_privateuseone_for_python_backend(NAME, _Module())
     _kept.append(torch.library.Library("_", "IMPL", "PrivateUse1"))
     _kept[0].fallback(_call)

@@ -51,6 +51,15 @@ def test_events_on_an_accelerator(monkeypatch: pytest.MonkeyPatch):
     assert happened[2:] == ["begin on stream", "work", "end on stream", "wait for end"]
 
 
+@pytest.mark.parametrize("name", ["current_device_index", "current_device_idx"])
+def test_which_accelerator_under_both_names_that_torch_has_for_the_current_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch, "accelerator", SimpleNamespace(**{name: lambda: 2}))
+    found = [placement.accelerator_index(torch.device(*device)) for device in (("cpu",), ("meta",), ("meta", 1))]
+    assert found == [None, 2, 1]
+
+
 def test_peak_memory_stays_when_memory_is_given_back():
     ballast = bytearray(80_000_000)
     ballast[::4096] = b"x" * len(ballast[::4096])

@@ -4,6 +4,8 @@ Everything here adds; nothing here divides, selects or solves. A sum can be merg
 reduced over the processes of a group that have each seen other tokens, and is finished in float64 on the CPU, where
 it is solved.
 
+Products are taken where the activations are; the sums may live elsewhere, because some devices have no float64.
+
 Shapes: N tokens, C channels, H heads, d channels of a head.
 """
 
@@ -66,7 +68,7 @@ class SecondMoment:
         x = _at_least_float32(x_NC)
         y = x if y_NC is None else _at_least_float32(y_NC)
         if self._partial is None:
-            self._partial = torch.zeros_like(self._sum, dtype=x.dtype)
+            self._partial = torch.zeros_like(self._sum, dtype=x.dtype, device=x.device)
         self._partial.addmm_(x.T, y)
         self._pending += x.shape[0]
         if self._pending >= self.flush_tokens:
@@ -74,7 +76,7 @@ class SecondMoment:
 
     def _flush(self) -> None:
         if self._partial is not None and self._pending:
-            self._sum += self._partial
+            self._sum += self._partial.to(self._sum.device)
             self._partial.zero_()
             self._pending = 0
 
@@ -112,7 +114,7 @@ class BlockSecondMoment:
         """Add the tokens of x [N, blocks * width]."""
         blocks, width, _ = self._sum.shape
         x_bNw = _at_least_float32(x_NC).view(-1, blocks, width).transpose(0, 1)
-        self._sum += x_bNw.transpose(1, 2) @ x_bNw
+        self._sum += (x_bNw.transpose(1, 2) @ x_bNw).to(self._sum.device)
 
     def add(self, value: Tensor) -> None:
         """Add finished sums [blocks, width, width]."""
@@ -142,7 +144,7 @@ class Sum:
 
     def update(self, x: Tensor | float) -> None:
         """Add a tensor of the shape, or a number."""
-        self._sum += x
+        self._sum += x.to(self._sum.device) if isinstance(x, Tensor) else x
 
     def add(self, value: Tensor) -> None:
         """Add a finished sum."""
@@ -173,7 +175,8 @@ class Rows:
 
     def write(self, part: slice, rows_SC: Tensor) -> None:
         """Write the rows of some sequences."""
-        self._rows[part] = rows_SC.to("cpu", torch.float64)
+        # Not in one step: some devices have no float64.
+        self._rows[part] = rows_SC.to("cpu").to(torch.float64)
 
     def add(self, value: Tensor) -> None:
         """Add rows of another process: those that it did not write are zero there."""

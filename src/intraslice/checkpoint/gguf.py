@@ -84,6 +84,9 @@ def convert_gguf(path: Path, *, name: str | None = None, progress: Progress | No
         _convert(reader, path, name, temporary / "new", progress)
         write_list(temporary / "new")
         with writing(final):
+            if _is_whole(final):
+                # Another process has mended a damaged one meanwhile, and may be reading it already.
+                return final
             try:
                 if final.exists():
                     os.replace(final, temporary / "old")

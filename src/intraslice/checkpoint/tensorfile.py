@@ -23,7 +23,7 @@ from xxhash import xxh3_128
 from intraslice.border import foreign
 from intraslice.digests import SEAL, UNSEALED, bytes_digest, is_sealed_file
 from intraslice.errors import CheckpointError, OutputError
-from intraslice.files import writing
+from intraslice.files import temporary_beside, writing
 
 DTYPES = {
     "F64": torch.float64,
@@ -90,7 +90,7 @@ class TensorFile:
         path: final name; it exists only once `close` has returned.
         slots: name, dtype and shape of each tensor of the file.
         sealed_for: what the file is for, any text; it then holds this and the digest of itself, which `read_sealed`
-            compares.
+            compares. Several processes may write such a file at the same time: the last one to finish stays.
 
     Raises:
         OutputError: the disk is full or the folder cannot be written; nothing is left behind.
@@ -121,7 +121,8 @@ class TensorFile:
         self._digest = xxh3_128(text)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = path.with_name(f".{path.name}.tmp")
+        # What has a seal may lie in a folder that several runs share.
+        self._temporary = temporary_beside(path, shared=self._sealed)
         with self._guard():
             self._file: IO[bytes] = open(self._temporary, "wb")
             self._file.write(text)

@@ -36,7 +36,7 @@ from intraslice.checkpoint.ownership import (
 from intraslice.checkpoint.writer import OLD, publish
 from intraslice.digests import UNSEALED, file_digest, is_sealed, seal
 from intraslice.errors import CheckpointError, OutputError, ResumeMismatchError, one_line
-from intraslice.files import write_text, writing
+from intraslice.files import SHARED_TEMPORARY, write_text, writing
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -55,7 +55,7 @@ _MEASURED = ("gradients", "divergences", "levels", "gates", "outputs")
 _ONE_RUN = (
     *(MANIFEST, LOCK, _UNFINISHED, "hidden*.bin"),
     *(f"{name}.safetensors" for name in _MEASURED),
-    *(f".{name}.safetensors.tmp" for name in _MEASURED),
+    *(f".{name}.safetensors{end}" for name in _MEASURED for end in (SHARED_TEMPORARY, ".tmp")),
     *("layers/?????.safetensors", "layers/.?????.safetensors.tmp", GGUF_FILE, "checkpoint-[0-9]*/*"),
     *("best-[0-9]*.safetensors", ".best-[0-9]*.safetensors.tmp"),
     *("levels/[0-9]*.safetensors", "levels/.[0-9]*.safetensors.tmp"),
@@ -263,6 +263,10 @@ class WorkFolder:
             # Killed while it deleted what the run before had left.
             return None
         self.clear_staging()
+        # What was being measured when the run was killed: nobody else writes here.
+        for left in self.path.glob(f".*{SHARED_TEMPORARY}"):
+            if self._ours(left.name):
+                left.unlink()
         self._clean = True
         return found
 

@@ -59,7 +59,7 @@ class SampledRows:
         sources = self._sources[start : start + len(rows)]
         content = {"batch": batch, "sources": sources, "tokens": rows.tolist(), "fingerprint": fingerprint(rows)}
         try:
-            write_text(self._file(start), json.dumps(content))
+            write_text(self._file(start), json.dumps(content), shared=True)
         except OutputError:
             # A cache that cannot be written costs the next run some minutes, and this one nothing.
             return

@@ -26,7 +26,7 @@ from intraslice.data.encoding import as_conversation, encode
 from intraslice.data.sampled_rows import SampledRows
 from intraslice.data.text import SELF, SELF_KINDS, START
 from intraslice.errors import CalibrationError, NumericalError
-from intraslice.placement import choose_device, memory_bytes, with_float64
+from intraslice.placement import choose_device, for_float64, memory_bytes
 from intraslice.progress import Progress
 from intraslice.quiet import quiet
 from intraslice.runtime.configuration_intraslice import CACHE_ARGUMENT
@@ -278,7 +278,7 @@ def _ends(model: Any, tokenizer: Any, vocab_size: int) -> list[int]:
 
 def _draw(logits: torch.Tensor, uniform: torch.Tensor) -> list[int]:
     """Return one token id for each row of logits [B, V], by numbers in [0, 1), [B]."""
-    sums = logits.float().softmax(-1).to(with_float64(logits.device), torch.float64).cumsum(-1)  # [B, V]
+    sums = for_float64(logits.float().softmax(-1)).to(torch.float64).cumsum(-1)  # [B, V]
     if not torch.isfinite(sums[:, -1]).all():
         raise NumericalError("the dense model gives NaN or infinite scores, so 'self' cannot sample")
     # right: a token of probability 0 is never the first one above the number.

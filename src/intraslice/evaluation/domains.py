@@ -30,6 +30,7 @@ from intraslice.evaluation.perplexity import (
     window_logits,
 )
 from intraslice.evaluation.text_choice import TextChoice
+from intraslice.placement import for_float64
 from intraslice.progress import Progress, SilentProgress
 
 
@@ -242,7 +243,7 @@ def _compare(logits: Tensor, dense_logits: Tensor) -> tuple[float, int]:
     per_token = functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)  # [p]
     agreed = (logits.argmax(-1) == dense_logits.argmax(-1)).sum()
     # Rounding can leave a sum of terms of both signs a little below zero.
-    return float(per_token.double().clamp(min=0).sum()), int(agreed)
+    return float(for_float64(per_token).double().clamp(min=0).sum()), int(agreed)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

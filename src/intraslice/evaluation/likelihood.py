@@ -117,7 +117,7 @@ def _score_batch(
     for chunk, target in zip(outputs.split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS), strict=True):
         logits = head(chunk).float()  # [p, V]
         chosen = logits.gather(1, target[:, None])[:, 0]
-        log_likelihoods.append((chosen - logits.logsumexp(1)).double().cpu())
+        log_likelihoods.append((chosen - logits.logsumexp(1)).cpu().double())
         hits.append((logits.argmax(1) == target).cpu())
     per_token, hit = torch.cat(log_likelihoods), torch.cat(hits)
     ends = list(accumulate(len(requests[number][1]) for number in numbers))

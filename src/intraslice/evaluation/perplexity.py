@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from intraslice.data.windows import begin_windows, first_token
 from intraslice.errors import CalibrationError, NumericalError, RecipeError
 from intraslice.layers.head import LanguageHead
+from intraslice.placement import for_float64
 from intraslice.progress import Progress, SilentProgress
 from intraslice.runtime.families_intraslice import FAMILIES
 
@@ -194,4 +195,4 @@ def decoder_and_head(model: PreTrainedModel) -> tuple[Any, Any] | None:
 def summed_nll(logits: Tensor, targets: Tensor) -> float:
     """Return the summed negative log likelihood of tokens [p] under logits [p, V]."""
     losses = functional.cross_entropy(logits.float(), targets, reduction="none")  # [T]
-    return float(losses.double().sum())
+    return float(for_float64(losses).double().sum())

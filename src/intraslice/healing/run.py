@@ -8,6 +8,7 @@ import platform
 import shutil
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from intraslice.healing.workdir import HealDir
 from intraslice.loading import load_model
 from intraslice.names import expanded
 from intraslice.options import CalibrationOptions
-from intraslice.placement import Placement, dtype_from_name, dtype_name, threads
+from intraslice.placement import Placement, accelerator_index, choose_device, dtype_from_name, dtype_name, threads
 from intraslice.progress import Progress, SilentProgress
 from intraslice.quiet import quiet
 from intraslice.results.healing import HealingRecord
@@ -97,6 +98,7 @@ def heal_checkpoint(
     """
     progress = progress or SilentProgress()
     check_extras(options)
+    check_device(options)
     inputs = {"input model": checkpoint, "teacher": teacher or "", "calibration text": options.calibration or ""}
     check_apart(output, {what: given for what, given in inputs.items() if given})
     settle(output)
@@ -206,6 +208,21 @@ def check_extras(options: HealOptions) -> None:
             raise MissingExtraError(f"healing needs the package {package}: pip install 'intraslice[heal]'") from error
 
 
+def check_device(options: HealOptions) -> None:
+    """Refuse to begin on an accelerator that the Trainer does not take.
+
+    Raises:
+        RecipeError: it is not there, or not the first one.
+    """
+    index = accelerator_index(choose_device(options.device))
+    # The Trainer moves the student to the first one, whichever is current.
+    if index:
+        raise RecipeError(
+            f"healing runs on the first accelerator that the process sees, and device {options.device!r} is number "
+            f"{index}; make it the first, for example with CUDA_VISIBLE_DEVICES={index}, and leave out --device."
+        )
+
+
 def _default_source(student: Student) -> str:
     # The record of the tokens names files without their folders; the recipe has them as they were given.
     recipe = {} if student.result is None else student.result.recipe.get("calibration") or {}
@@ -267,15 +284,20 @@ def _plan_steps(job: _Job, distillation: Distillation) -> int:
     assert budget.seconds is not None
     size = options.batch_size // options.accumulate
     tokens = torch.randint(job.dense.config.vocab_size, (size, options.seqlen)).to(job.placement.device)
+    # As the Trainer computes: its backward passes are outside of it as well.
+    rounded = partial(job.placement.autocast, options.rounds(job.placement.device.type == "cpu"))
     with job.progress.step("measuring the speed of a step", 2) as advance:
         for _ in range(2):  # the first one also warms up
             started = time.monotonic()
-            distillation.loss(tokens).backward()
+            with rounded():
+                loss = distillation.loss(tokens)
+            loss.backward()
             job.placement.synchronize()
             step_seconds = (time.monotonic() - started) * options.accumulate
             advance(1)
     started = time.monotonic()
-    distillation.held_out(tokens, size)
+    with rounded():
+        distillation.held_out(tokens, size)
     measure_seconds = (time.monotonic() - started) * options.held_out / size
     distillation.forget_gradients()
     steps = int((budget.seconds - 2 * measure_seconds) / step_seconds)

@@ -202,8 +202,6 @@ def train(
 def training_arguments(options: HealOptions, steps: int, folder: Path, placement: Placement) -> TrainingArguments:
     """Return the settings of the Trainer."""
     on_cpu = placement.device.type == "cpu"
-    if placement.device.index is not None:
-        torch.accelerator.set_device_index(placement.device.index)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,

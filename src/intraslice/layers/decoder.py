@@ -119,7 +119,7 @@ class DecoderLayer:
         if norm is None:
             size = self.output_projection(site).out_features
             return None if self.scale == 1.0 else torch.full((size,), self.scale).double()
-        weight = norm.get_parameter("weight").detach().to("cpu", torch.float64)
+        weight = norm.get_parameter("weight").detach().to("cpu").to(torch.float64)
         return (weight + self.spec.norm_offset) * self.scale
 
     def added(self, site: str, raw_BTD: Tensor) -> Tensor:

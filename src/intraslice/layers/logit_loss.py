@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from intraslice.placement import for_float64
+
 PIECE = 512
 """Positions whose logits exist at once; two vocabularies of 49k x 512 float32 numbers are 200 MB."""
 
@@ -114,7 +116,7 @@ def divergence_sum(student: Head, student_PD: Tensor, teacher: Head, teacher_PD:
     for ours, theirs in zip(student_PD.split(piece), teacher_PD.split(piece), strict=True):
         log_student = functional.log_softmax(_wide(student(ours)), dim=-1)
         log_teacher = functional.log_softmax(_wide(teacher(theirs)), dim=-1)
-        total += float((log_teacher.exp() * (log_teacher - log_student)).sum(dtype=torch.float64))
+        total += float(for_float64(log_teacher.exp() * (log_teacher - log_student)).sum(dtype=torch.float64))
     return total
 
 

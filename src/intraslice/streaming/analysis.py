@@ -23,7 +23,7 @@ from intraslice.checkpoint.reader import Checkpoint
 from intraslice.errors import NumericalError
 from intraslice.layers.decoder import DecoderLayer
 from intraslice.layers.sites import ATTENTION, FFN
-from intraslice.placement import Placement
+from intraslice.placement import Placement, for_float64, with_float64
 from intraslice.progress import Progress, SilentProgress
 from intraslice.streaming.hidden import HiddenStates
 from intraslice.streaming.model import StreamedModel
@@ -157,7 +157,7 @@ def effective_ranks(model: PreTrainedModel, tokens_NT: Tensor) -> list[float]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             states = (output[0] if isinstance(output, tuple) else output).flatten(0, -2)
             if index not in moments:
-                moments[index] = SecondMoment(states.shape[-1], None, states.device, torch.float64)
+                moments[index] = SecondMoment(states.shape[-1], None, with_float64(states.device), torch.float64)
             moments[index].update(states)
 
         return hook
@@ -194,7 +194,7 @@ def _analyze_layer(
 ) -> _LayerAnalysis:
     """Measure a layer and overwrite the hidden states with its outputs."""
     block, shape = model.load_layer(index), model.dense_shapes[index]
-    device, dtype = model.placement.device, model.placement.stat_dtype
+    device, dtype = model.placement.stat_device, model.placement.stat_dtype
     D = model.config.hidden_size
     context_moment = BlockSecondMoment(shape.num_attention_heads, shape.v_head_dim, device, dtype)
     widths = {"act": shape.intermediate_size, "attention_output": D, "ffn_output": D, "residual": D}
@@ -249,9 +249,8 @@ class _PairErrors:
     ) -> None:
         self._block = block
         shape = block.attention.shape
-        device, dtype = model.placement.device, model.placement.stat_dtype
         H, K = shape.num_attention_heads, shape.num_key_value_heads
-        statistics = Statistics(device, dtype)
+        statistics = Statistics(model.placement.stat_device, model.placement.stat_dtype)
         query_abs = statistics.sum("query", H, shape.qk_head_dim)
         key_abs = statistics.sum("key", K, shape.qk_head_dim)
         num_tokens = statistics.number("num_tokens")
@@ -265,7 +264,7 @@ class _PairErrors:
         self._channel_masks = [
             pair_masks(per_kv, pairs, max(1, round(fraction * len(pairs))))
             .repeat_interleave(H // K, 0)
-            .to(device, model.placement.compute_dtype)
+            .to(model.placement.device, model.placement.compute_dtype)
             for fraction in fractions
         ]
         self._energy = statistics.sum("energy", H)
@@ -283,7 +282,8 @@ class _PairErrors:
     def _energies(self, context_BTC: Tensor) -> Tensor:
         """Return the squared norm of each head's part, [H]."""
         heads = self._block.attention.num_heads
-        return context_BTC.unflatten(2, (heads, -1)).float().square().sum((0, 1, 3), dtype=torch.float64)
+        squares = context_BTC.unflatten(2, (heads, -1)).float().square()
+        return for_float64(squares).sum((0, 1, 3), dtype=torch.float64)
 
     @property
     def value(self) -> list[float]:

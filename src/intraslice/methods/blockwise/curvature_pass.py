@@ -184,7 +184,7 @@ def _input_moments(context: Context, name: str) -> Iterator[tuple[int, DecoderLa
     with context.progress.step(name, total=model.num_layers) as advance:
         for index in range(model.num_layers):
             layer = model.load_layer(index)
-            statistics = Statistics(model.placement.device, model.placement.stat_dtype)
+            statistics = Statistics(model.placement.stat_device, model.placement.stat_dtype)
             for site in model.sites.layers[index]:
                 statistics.second_moment(site.name, layer.output_projection(site.name).in_features)
             for part in hidden.slices():

@@ -21,6 +21,7 @@ from intraslice.layers.decoder import DecoderLayer
 from intraslice.layers.sites import ATTENTION, Site
 from intraslice.methods.blockwise.measure import OutputAim, aimed_between
 from intraslice.methods.blockwise.options import AttentionOptions, DistillOptions, FFNOptions
+from intraslice.placement import for_float64
 from intraslice.streaming.hidden import Streams
 from intraslice.streaming.model import StreamedModel
 
@@ -184,7 +185,7 @@ class _Task:
     def error(self, parts: Sequence[slice]) -> float:
         """Return the mean over the tokens of all these sequences."""
         terms = [self._terms(part) for part in parts]
-        return float(torch.cat([term.flatten() for term in terms]).double().mean())
+        return float(for_float64(torch.cat([term.flatten() for term in terms])).double().mean())
 
 
 class _Trained:

@@ -120,7 +120,7 @@ def _statistics(
     if placement is None:
         statistics = Statistics(torch.device("cpu"), torch.float64)
     else:
-        statistics = Statistics(placement.device, placement.stat_dtype)
+        statistics = Statistics(placement.stat_device, placement.stat_dtype)
     shape = model.dense_shapes[index]
     heads, width = shape.num_attention_heads, group_width(shape.intermediate_size, num_groups)
     blocks = {ATTENTION: (heads, shape.v_head_dim), FFN: (shape.intermediate_size // width, width)}

@@ -25,6 +25,7 @@ from intraslice.algebra.statistics import SecondMoment
 from intraslice.layers.weights import FFNEdit
 from intraslice.methods.blockwise.options import FFNOptions
 from intraslice.methods.blockwise.repairs import OutputMoments
+from intraslice.placement import with_float64
 
 _DEFAULT_SLICES = 4
 _PINV_DAMPING = 1e-3
@@ -104,8 +105,8 @@ def iterate_pca(
         up_map, gate_map = maps
         best = FFNEdit(
             channels=None,
-            up_map=up_map.to("cpu", torch.float64),
-            gate_map=None if gate_map is None else gate_map.to("cpu", torch.float64),
+            up_map=up_map.to("cpu").to(torch.float64),
+            gate_map=None if gate_map is None else gate_map.to("cpu").to(torch.float64),
             down_weight=solution.T.contiguous(),
         )
         best_error = error
@@ -121,12 +122,12 @@ def _moments(preactivations: Preactivations, maps: tuple[Tensor, Tensor | None])
     """Return A^T A [P, P], A^T act [P, F] and A^T Y [P, D] with A the compressed `act`, float64."""
     up_map, gate_map = maps
     width, kept = up_map.shape
-    gram = SecondMoment(kept, None, up_map.device, torch.float64)
-    cross_act = SecondMoment(kept, width, up_map.device, torch.float64)
+    gram = SecondMoment(kept, None, with_float64(up_map.device), torch.float64)
+    cross_act = SecondMoment(kept, width, with_float64(up_map.device), torch.float64)
     cross = None
     for up, gate, target in preactivations:
         if cross is None:
-            cross = SecondMoment(kept, target.shape[1], up_map.device, torch.float64)
+            cross = SecondMoment(kept, target.shape[1], with_float64(up_map.device), torch.float64)
         compressed = _compressed(
             preactivations.activation, up @ up_map, None if gate is None or gate_map is None else gate @ gate_map
         )

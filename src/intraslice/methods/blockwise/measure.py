@@ -19,6 +19,7 @@ from intraslice.methods.blockwise.heads import AttentionStats, QKNorms
 from intraslice.methods.blockwise.options import AttentionOptions, FFNOptions
 from intraslice.methods.blockwise.repairs import OutputMoments, merged_halves
 from intraslice.methods.blockwise.strategies import REPAIRS, SCORES
+from intraslice.placement import for_float64
 from intraslice.runtime.modeling_intraslice import PrunedAttention
 from intraslice.streaming.hidden import HiddenStates, Streams
 from intraslice.streaming.model import StreamedModel
@@ -47,7 +48,7 @@ def attention_stats(
     shape, dtype = attention.shape, model.placement.stat_dtype
     num_heads, num_kv = shape.num_attention_heads, shape.num_key_value_heads
     qk, v = shape.qk_head_dim, shape.v_head_dim
-    stats = Statistics(model.placement.device, dtype)
+    stats = Statistics(model.placement.stat_device, dtype)
     context_moment = stats.block_second_moment("context", num_heads, v)
     context_full = stats.second_moment("context_full", num_heads * v) if full_moment else None
     context_sum = stats.sum("context_sum", num_heads * v)
@@ -76,12 +77,12 @@ def attention_stats(
         context_moment.update(context.flatten(0, 1))
         if context_full is not None:
             context_full.update(context.flatten(0, 1))
-        context_sum.update(context.sum((0, 1), dtype=dtype))
-        value_energy.update(value.to(dtype).square().sum((0, 2)))
+        context_sum.update(for_float64(context).sum((0, 1), dtype=dtype))
+        value_energy.update(for_float64(value).to(dtype).square().sum((0, 2)))
         query_abs.update(query.abs().sum((0, 2)))
         key_abs.update(key.abs().sum((0, 2)))
-        query_square.update(query.to(dtype).square().sum((0, 2)))
-        key_square.update(key.to(dtype).square().sum((0, 2)))
+        query_square.update(for_float64(query).to(dtype).square().sum((0, 2)))
+        key_square.update(for_float64(key).to(dtype).square().sum((0, 2)))
         if value_moment is not None:
             value_moment.update(value.transpose(1, 2).flatten(0, 1).flatten(1))
         if not attention.rotated:
@@ -353,7 +354,7 @@ class _FoldSums:
     def __init__(self, model: StreamedModel, width: int, with_own: bool, read_width: int | None) -> None:
         outputs = model.config.hidden_size
         self._dtype = model.placement.stat_dtype
-        self._statistics = Statistics(model.placement.device, self._dtype)
+        self._statistics = Statistics(model.placement.stat_device, self._dtype)
         self._gram = self._statistics.second_moment("gram", width)
         self._cross = self._statistics.second_moment("cross", width, outputs)
         self._own = self._statistics.second_moment("own_cross", width, outputs) if with_own else None
@@ -366,7 +367,7 @@ class _FoldSums:
     def update_read(self, read_BTD: Tensor) -> None:
         """Add what the site itself reads, where it is wanted."""
         if self._read_energy is not None:
-            self._read_energy.update(read_BTD.flatten(0, 1).to(self._dtype).square().sum(0))
+            self._read_energy.update(for_float64(read_BTD.flatten(0, 1)).to(self._dtype).square().sum(0))
 
     def update(
         self,
@@ -391,16 +392,18 @@ class _FoldSums:
         self._gram.update(inputs)
         # Sums are of inputs times counts, and the inputs have the root of the counts already.
         summed = inputs if root is None else inputs * root
-        self._input_sum.update(summed.sum(0, dtype=self._dtype))
-        self._num_tokens.update(inputs.shape[0] if counts_BT is None else float(counts_BT.sum(dtype=torch.float64)))
+        self._input_sum.update(for_float64(summed).sum(0, dtype=self._dtype))
+        self._num_tokens.update(
+            inputs.shape[0] if counts_BT is None else float(for_float64(counts_BT).sum(dtype=torch.float64))
+        )
         if self._own is not None and own_BTD is not None:
             own = own_BTD.flatten(0, 1)
             self._own.update(inputs, own if root is None else own * root)
         if targets is not None:
             self._cross.update(inputs, targets)
             summed = targets if root is None else targets * root
-            self._target_sum.update(summed.sum(0, dtype=self._dtype))
-            self._energy.update(float(targets.float().square().sum(dtype=torch.float64)))
+            self._target_sum.update(for_float64(summed).sum(0, dtype=self._dtype))
+            self._energy.update(float(for_float64(targets.float().square()).sum(dtype=torch.float64)))
 
     def moments(self) -> OutputMoments:
         """Return the sums in float64."""

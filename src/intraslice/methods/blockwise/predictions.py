@@ -12,6 +12,7 @@ from torch import Tensor
 
 from intraslice.errors import NumericalError
 from intraslice.layers.head import LanguageHead
+from intraslice.placement import for_float64
 from intraslice.streaming.hidden import HiddenStates
 from intraslice.streaming.model import StreamedModel
 
@@ -63,7 +64,7 @@ def mean_divergences(
             expected = head(dense[at]).float().log_softmax(-1)
             for number, other in enumerate(others):
                 found = head(other[at]).float().log_softmax(-1)
-                total[number] += float((expected.exp() * (expected - found)).sum(dtype=torch.float64))
+                total[number] += float(for_float64(expected.exp() * (expected - found)).sum(dtype=torch.float64))
         count += len(dense)
     if not torch.isfinite(total).all():
         raise NumericalError("the logits of a model with pruned sites are NaN or infinite.")

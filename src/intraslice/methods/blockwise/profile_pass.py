@@ -9,6 +9,7 @@ from intraslice.errors import NumericalError
 from intraslice.layers.sites import ATTENTION
 from intraslice.methods.blockwise.allocators.profile import ModelProfile
 from intraslice.methods.blockwise.scores import fluctuation_scores
+from intraslice.placement import for_float64
 from intraslice.progress import Progress
 from intraslice.streaming.hidden import HiddenStates
 from intraslice.streaming.model import StreamedModel
@@ -39,7 +40,7 @@ def profile_layers(model: StreamedModel, hidden: HiddenStates, progress: Progres
 def _profile_layer(model: StreamedModel, index: int, hidden: HiddenStates) -> tuple[dict[str, torch.Tensor], float]:
     """Return the fluctuation scores of each site, one row per unit, and the similarity; advances the states."""
     layer, dtype = model.load_layer(index), model.placement.stat_dtype
-    statistics = Statistics(model.placement.device, dtype)
+    statistics = Statistics(model.placement.stat_device, dtype)
     sites = [site.name for site in model.sites.layers[index]]
     for site in sites:
         width = layer.output_projection(site).in_features
@@ -50,11 +51,11 @@ def _profile_layer(model: StreamedModel, index: int, hidden: HiddenStates) -> tu
         states = hidden.read(part)
         output, taps = layer.run(states)
         for site in sites:
-            values = taps[site].flatten(0, 1).to(dtype)
+            values = for_float64(taps[site].flatten(0, 1)).to(dtype)
             statistics.of(f"{site}.sum").update(values.sum(0))
             statistics.of(f"{site}.energy").update(values.square().sum(0))
         cosines = torch.nn.functional.cosine_similarity(states.float(), output.float(), dim=-1)  # [B, T]
-        similarity.update(float(cosines.sum(dtype=torch.float64)))
+        similarity.update(float(for_float64(cosines).sum(dtype=torch.float64)))
         num_tokens.update(cosines.numel())
         hidden.write(part, output)
     sums = statistics.finish()

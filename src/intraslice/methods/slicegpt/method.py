@@ -163,7 +163,7 @@ def _advance(
     """
     device, dtype = model.placement.device, model.placement.compute_dtype
     basis = None if basis_Dd is None else basis_Dd.to(device, dtype)
-    moment = SecondMoment(model.config.hidden_size, None, device, model.placement.stat_dtype)
+    moment = SecondMoment(model.config.hidden_size, None, model.placement.stat_device, model.placement.stat_dtype)
     for part in hidden.slices():
         states = hidden.read(part)
         states = step(states if basis is None else states @ basis @ basis.T)

@@ -21,7 +21,7 @@ from intraslice.layers.surgery import write_factors
 from intraslice.methods.base import Context, FinishedLayers, LayerOutcome, Outside, Preview
 from intraslice.methods.svd_llm.algebra import Ranks, factor_weight, plan_ranks, square_root
 from intraslice.methods.svd_llm.options import SvdLlmOptions
-from intraslice.placement import Placement
+from intraslice.placement import Placement, for_float64
 from intraslice.streaming.hidden import HiddenStates
 from intraslice.streaming.propagate import propagate_layer
 
@@ -141,7 +141,7 @@ def _factor_weights(
     reading, writing = paths
     by_input = (reading, (writing,))
     moments = [
-        SecondMoment(_linear(layer, group[0]).in_features, None, placement.device, placement.stat_dtype)
+        SecondMoment(_linear(layer, group[0]).in_features, None, placement.stat_device, placement.stat_dtype)
         for group in by_input
     ]
     for part in hidden.slices():
@@ -154,7 +154,7 @@ def _factor_weights(
         root = square_root(moment.value)
         for path in group:
             if path in wanted:
-                weight = _linear(layer, path).weight.detach().to("cpu", root.dtype)
+                weight = _linear(layer, path).weight.detach().to("cpu").to(root.dtype)
                 first, second = factor_weight(weight, root, wanted[path])
                 write_factors(layer, path, first, second, placement.save_dtype)
 
@@ -178,8 +178,8 @@ def _advance(
     for part in hidden.slices():
         states = hidden.read(part)
         target, output = dense(states), factored(states)
-        error.update(float((target - output).float().square().sum(dtype=torch.float64)))
-        energy.update(float(target.float().square().sum(dtype=torch.float64)))
+        error.update(float(for_float64((target - output).float().square()).sum(dtype=torch.float64)))
+        energy.update(float(for_float64(target.float().square()).sum(dtype=torch.float64)))
         hidden.write(part, add(states, target if follows_dense else output))
     sums = statistics.finish()
     return float(sums["error"]) / max(float(sums["energy"]), 1e-300)
