@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,39 @@ import pytest
 import torch
 from torch.nn import functional
 
-from intraslice.results.result import PruneResult
+from intraslice.results.result import PruneResult, Tuned
 from support.family_cases import CASES, family_model
 from support.progress import Notes, StopAt
 from support.prune import calibration, load, prune, weights_of
 from support.tiny import make_tiny
 
 # As if repairs had left a lot to gain.
-UNREPAIRED: dict[str, Any] = {"attention__repair": "none", "ffn__repair": "none"}
-TUNED: dict[str, Any] = {"tune__sites": "all", "tune__epochs": 4, "tune__learning_rate": 2e-3, **UNREPAIRED}
+TUNED: dict[str, Any] = {
+    "tune__sites": "all",
+    "tune__epochs": 4,
+    "tune__learning_rate": 2e-3,
+    "attention__repair": "none",
+    "ffn__repair": "none",
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny("llama", tmp_path_factory.mktemp("m"), num_attention_heads=8, intermediate_size=160)
+
+
+@pytest.fixture
+def untuned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PruneResult]:
+    """Return a function that prunes to what is then trained."""
+
+    def run(folder: Path, output: Path, **options: Any) -> PruneResult:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "intraslice.methods.blockwise.method.tune", lambda *_: Tuned(before=0.0, after=0.0, step=0, steps=0)
+            )
+            return prune(folder, output, **options, **TUNED)
+
+    return run
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -32,13 +52,13 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return (functional.softmax(teacher, -1) * (functional.log_softmax(teacher, -1) - logs)).sum()
 
 
-def test_steps_are_those_of_adam_on_the_whole_model(tmp_path):
+def test_steps_are_those_of_adam_on_the_whole_model(tmp_path, untuned):
     folder = make_tiny("llama", tmp_path / "m", dtype=torch.float64)
     options: dict[str, Any] = {"sparsity": 0.4, "run__matmul": "exact-gradients"}
     tuned = prune(folder, tmp_path / "tuned", **options, **TUNED)
     assert tuned.tuned is not None
     assert tuned.tuned.step == tuned.tuned.steps == 12  # four times three of the four batches
-    prune(folder, tmp_path / "plain", **options, **UNREPAIRED)
+    untuned(folder, tmp_path / "plain", **options)
 
     teacher, student = load(folder, dtype=torch.float64), load(tmp_path / "plain", dtype=torch.float64)
     parts = calibration().tokens.split(2)
@@ -78,11 +98,11 @@ def test_it_lowers_the_divergence_on_sequences_that_it_has_not_seen(folder, tmp_
     assert f"fell from {result.tuned.before:.3f} to {result.tuned.after:.3f}" in card
 
 
-def test_what_does_not_help_on_held_out_text_changes_nothing(folder, tmp_path):
+def test_what_does_not_help_on_held_out_text_changes_nothing(folder, tmp_path, untuned):
     # A step that moves every weight by its own size makes everything worse.
     wild = {**TUNED, "tune__learning_rate": 1.0}
     tuned = prune(folder, tmp_path / "tuned", sparsity=0.4, **wild)
-    prune(folder, tmp_path / "plain", sparsity=0.4, **UNREPAIRED)
+    untuned(folder, tmp_path / "plain", sparsity=0.4)
     assert tuned.tuned is not None
     assert (tuned.tuned.step, tuned.tuned.after) == (0, tuned.tuned.before)
     first, second = weights_of(tmp_path / "plain"), weights_of(tmp_path / "tuned")
@@ -90,9 +110,9 @@ def test_what_does_not_help_on_held_out_text_changes_nothing(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("sites", "path"), [("attention", "self_attn"), ("ffn", "mlp")])
-def test_only_the_sites_that_are_named_are_trained(sites, path, folder, tmp_path):
+def test_only_the_sites_that_are_named_are_trained(sites, path, folder, tmp_path, untuned):
     prune(folder, tmp_path / "tuned", sparsity=0.4, **{**TUNED, "tune__sites": sites})
-    prune(folder, tmp_path / "plain", sparsity=0.4, **UNREPAIRED)
+    untuned(folder, tmp_path / "plain", sparsity=0.4)
     first, second = weights_of(tmp_path / "plain"), weights_of(tmp_path / "tuned")
     changed = {name for name in first if not torch.equal(first[name], second[name])}
     assert changed and all(path in name for name in changed)
@@ -163,3 +183,19 @@ def test_with_one_batch_there_is_nothing_to_judge_by(folder, tmp_path):
     result = prune(folder, tmp_path / "out", on=calibration(1, 32), progress=notes, **TUNED)
     assert result.tuned is None
     assert any("two batches" in note for note in notes.notes)
+
+
+def test_what_judges_is_not_fitted_to_either(folder, tmp_path, monkeypatch):
+    seen: list[int] = []
+    from intraslice.methods.blockwise import layer
+
+    real = layer.ffn_moments
+
+    def watched(model, decoder, streams, *rest):
+        seen.append(sum(part.stop - part.start for part in streams.pruned.slices()))
+        return real(model, decoder, streams, *rest)
+
+    monkeypatch.setattr(layer, "ffn_moments", watched)
+    prune(folder, tmp_path / "out", sparsity=0.4, **TUNED)
+    # Two of the eight sequences are one batch, the least that can be held out.
+    assert set(seen) == {6}

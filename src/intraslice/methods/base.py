@@ -51,15 +51,18 @@ class Context:
         """Device and dtypes."""
         return self.model.placement
 
-    def embedded(self, name: str = "hidden", model: StreamedModel | None = None) -> HiddenStates:
-        """Return the hidden states of all tokens at the input of the first layer.
+    def embedded(
+        self, name: str = "hidden", *, model: StreamedModel | None = None, count: int | None = None
+    ) -> HiddenStates:
+        """Return the hidden states at the input of the first layer.
 
         Args:
             name: of the file that holds them when they are kept on disk.
             model: whose embeddings are taken; None takes those of the run's model, which are gone after `open`.
+            count: of how many sequences, from the first one; None takes all.
         """
         path = self.folder / f"{name}.bin" if self.run.hidden_states == "disk" else None
-        self._opened.append(embedded_states(model or self.model, self.tokens, path))
+        self._opened.append(embedded_states(model or self.model, self.tokens[:count], path))
         return self._opened[-1]
 
     def release(self) -> None:

@@ -77,7 +77,13 @@ class Blockwise:
             NumericalError: activations or gradients are NaN or infinite.
         """
         if self._options.distill.sites != "none":
-            num_held_out(_num_batches(context), self._options.distill.held_out)
+            num_held_out(self._fitted_batches(context), self._options.distill.held_out)
+        if self._options.tune.sites != "none" and _num_batches(context) < 2:
+            # Not refused: a default has to take any text.
+            context.progress.note(
+                "the layers will not be tuned, which takes two batches of calibration text, one to train on and one to "
+                "judge by; give more --num-samples, or lower run.batch_tokens."
+            )
         allocation = allocate(context, self._options)
         Budget(context.model.sites, allocation, self._options).check(context.sparsity)
         return with_unit_scores(context, self._options, allocation).to_dict()
@@ -100,7 +106,11 @@ class Blockwise:
         # Where norms come after the sum there is no plain sum to repair: those layouts use the site's own output.
         needs_dense = any(site.repair_against == "dense_stream" for site in sites) and context.model.norm_first
         needs_dense = needs_dense or any(site.measured_on == "dense_stream" for site in sites)
-        streams = Streams(pruned=context.embedded(), dense=context.embedded("hidden-dense") if needs_dense else None)
+        fitted = self._fitted_batches(context) * context.model.batch_shape[0]
+        streams = Streams(
+            pruned=context.embedded(count=fitted),
+            dense=context.embedded("hidden-dense", count=fitted) if needs_dense else None,
+        )
         return _State(
             allocation=allocation,
             budget=Budget(context.model.sites, allocation, self._options, carry or 0.0),
@@ -165,17 +175,18 @@ class Blockwise:
         Raises:
             NumericalError: it diverges.
         """
-        kinds = TUNED_KINDS[self._options.tune.sites]
-        if not kinds or context.sparsity == 0:
+        if not self._tunes(context):
             return None
-        if _num_batches(context) < 2:
-            # Not refused: a default has to take any text.
-            context.progress.note(
-                "the layers are not tuned, which takes two batches of calibration text, one to train on and one to "
-                "judge by; give more --num-samples, or lower run.batch_tokens."
-            )
-            return None
-        return tune(context, layers, kinds, self._options.tune)
+        return tune(context, layers, TUNED_KINDS[self._options.tune.sites], self._options.tune)
+
+    def _fitted_batches(self, context: Context) -> int:
+        """Return how many batches the layers are fitted to: what judges their training must be new to them."""
+        count = _num_batches(context)
+        return count - num_held_out(count, self._options.tune.held_out) if self._tunes(context) else count
+
+    def _tunes(self, context: Context) -> bool:
+        """Say whether all layers are trained together; with one batch of text there would be nothing to judge by."""
+        return self._options.tune.sites != "none" and context.sparsity > 0 and _num_batches(context) > 1
 
     def finish(self, context: Context, state: _State, outside: dict[str, Tensor]) -> Outside:
         """Return what is stored outside of the decoder layers: what the dense model has."""

@@ -231,15 +231,15 @@ class TuneOptions:
         sites: which sites are trained, a row of TUNE_SITES.
         epochs: how often the training sequences are seen; a step is one batch (run.batch_tokens).
         learning_rate: of Adam at its peak, relative to the root mean square of each matrix.
-        held_out: share of the calibration batches that judge; at least one.
+        held_out: share of the calibration batches that judge, at least one; nothing else is fitted to them either.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
     sites: Annotated[str, OneOf(strategies.TUNE_SITES)] = "none"
-    epochs: Annotated[float, Gt(0)] = 2.0
-    learning_rate: Annotated[float, Gt(0)] = 2e-3
-    held_out: Annotated[float, Gt(0), Lt(1)] = 0.125
+    epochs: Annotated[float, Gt(0)] = 1.0
+    learning_rate: Annotated[float, Gt(0)] = 1e-3
+    held_out: Annotated[float, Gt(0), Lt(1)] = 0.0625
 
 
 ALWAYS_READ = (

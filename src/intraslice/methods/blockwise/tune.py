@@ -4,7 +4,8 @@ What a site loses is repaired by itself, against a target of its own. Which erro
 only at the end of the model, so after the last layer some steps of Adam lower the divergence of the predictions on the
 calibration sequences. In a step, a batch runs forward through the layers, of which only the inputs are kept; then each
 layer is loaded again, last to first, takes the gradient down, and changes its weights on the way. Weights and moments
-lie in one file for each layer. Some sequences are held out: they decide which weights are kept, and whether any change.
+lie in one file for each layer. Some sequences are held out, also of the repairs before: they decide which weights are
+kept, and whether any change.
 
 Shapes: N sequences, B sequences of a batch, T tokens, D hidden_size.
 """
@@ -108,7 +109,7 @@ def _rate(step: int, steps: int) -> float:
 
 def dense_outputs(model: StreamedModel, context: Context) -> HiddenStates:
     """Return the outputs of the last layer of the dense model for all tokens, [N, T, D]."""
-    hidden = context.embedded("hidden-dense", model)
+    hidden = context.embedded("hidden-dense", model=model)
     with context.progress.step("what the dense model predicts", total=model.num_layers) as advance:
         for index in range(model.num_layers):
             propagate_layer(model.load_layer(index), hidden)
