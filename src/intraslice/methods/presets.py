@@ -22,8 +22,8 @@ _HALF_THE_DRIFT: dict[str, Any] = {
 INTRASLICE: dict[str, Any] = {}
 INTRASLICE_EFFORTS: dict[str, dict[str, Any]] = {
     "low": {},
-    "medium": _HALF_THE_DRIFT,
-    "high": {**_HALF_THE_DRIFT, "distill": {"sites": "all"}},
+    "medium": {**_HALF_THE_DRIFT, "tune": {"sites": "all"}},
+    "high": {**_HALF_THE_DRIFT, "distill": {"sites": "all"}, "tune": {"sites": "all", "epochs": 3.0}},
 }
 """How much time the default method takes, least first; the other methods have one way to run. docs/research.md has what
 each part was measured to be worth."""
