@@ -27,7 +27,7 @@ root = Path(sys.argv[1])
 """
 PRUNE = """
 for number, (family, method, options) in enumerate([
-    ("llama", "intraslice", {"effort": "high"}),
+    ("llama", "intraslice", {"effort": "high", "tune.sites": "all"}),
     ("llama", "slicegpt", {"sparsity": 0.2889}),
     ("llama", "svd-llm", {}),
     ("qwen2", "disp-llm", {}),
@@ -50,7 +50,7 @@ for case, method in (("llama", "sobp"), ("gemma2", "intraslice"), ("opt", "trans
     dense = root / case
     family_model(case, torch.bfloat16).save_pretrained(dense)
     tiny_tokenizer().save_pretrained(dense)
-    prune(dense, root / f"{case}-pruned", method)
+    prune(dense, root / f"{case}-pruned", method, **{"tune.sites": "all"})
 """
 USE = """
 from intraslice import api
@@ -87,7 +87,7 @@ text = root / "text.txt"
 text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
 from intraslice import api
 for number, (family, method, options) in enumerate([
-    ("llama", "intraslice", {"effort": "high"}),
+    ("llama", "intraslice", {"effort": "high", "tune.sites": "all"}),
     ("llama", "slicegpt", {"sparsity": 0.2889}),
     ("llama", "svd-llm", {}),
     ("opt", "flap", {}),
