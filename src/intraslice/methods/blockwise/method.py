@@ -78,12 +78,6 @@ class Blockwise:
         """
         if self._options.distill.sites != "none":
             num_held_out(self._fitted_batches(context), self._options.distill.held_out)
-        if self._options.tune.sites != "none" and _num_batches(context) < 2:
-            # Not refused: a default has to take any text.
-            context.progress.note(
-                "the layers will not be tuned, which takes two batches of calibration text, one to train on and one to "
-                "judge by; give more --num-samples, or lower run.batch_tokens."
-            )
         allocation = allocate(context, self._options)
         Budget(context.model.sites, allocation, self._options).check(context.sparsity)
         return with_unit_scores(context, self._options, allocation).to_dict()
@@ -176,6 +170,12 @@ class Blockwise:
             NumericalError: it diverges.
         """
         if not self._tunes(context):
+            if self._options.tune.sites != "none" and context.sparsity > 0:
+                # Not refused: a default has to take any text.
+                context.progress.note(
+                    "the layers are not tuned, which takes two batches of calibration text, one to train on and one to "
+                    "judge by; give more --num-samples, or lower run.batch_tokens."
+                )
             return None
         return tune(context, layers, TUNED_KINDS[self._options.tune.sites], self._options.tune)
 
