@@ -109,6 +109,18 @@ def test_what_does_not_help_on_held_out_text_changes_nothing(folder, tmp_path, u
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_loss_that_is_not_finite_ends_it_and_loses_nothing(folder, tmp_path, untuned):
+    notes = Notes()
+    wild = {**TUNED, "tune__learning_rate": 1e30}
+    tuned = prune(folder, tmp_path / "tuned", sparsity=0.4, progress=notes, **wild)
+    untuned(folder, tmp_path / "plain", sparsity=0.4)
+    assert tuned.tuned is not None
+    assert tuned.tuned.step == 0 < tuned.tuned.steps < 12
+    assert any("its loss is not finite; the weights of step 0 are kept" in note for note in notes.notes)
+    first, second = weights_of(tmp_path / "plain"), weights_of(tmp_path / "tuned")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize(("sites", "path"), [("attention", "self_attn"), ("ffn", "mlp")])
 def test_only_the_sites_that_are_named_are_trained(sites, path, folder, tmp_path, untuned):
     prune(folder, tmp_path / "tuned", sparsity=0.4, **{**TUNED, "tune__sites": sites})

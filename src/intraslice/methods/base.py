@@ -204,11 +204,7 @@ class Method(Protocol):
         ...
 
     def tune(self, context: Context, layers: FinishedLayers) -> Tuned | None:
-        """Train all layers together, after the last one; None when the method does not.
-
-        Raises:
-            NumericalError: it diverges.
-        """
+        """Train all layers together, after the last one; None when the method does not."""
         ...
 
     def finish(self, context: Context, state: Any, outside: dict[str, Tensor]) -> Outside:

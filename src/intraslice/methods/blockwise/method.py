@@ -164,11 +164,7 @@ class Blockwise:
             propagate_layer(context.model.load_layer(index), state.streams.dense)
 
     def tune(self, context: Context, layers: FinishedLayers) -> Tuned | None:
-        """Train all layers together towards the predictions of the dense model, if the options say so.
-
-        Raises:
-            NumericalError: it diverges.
-        """
+        """Train all layers together towards the predictions of the dense model, if the options say so."""
         if not self._tunes(context):
             if self._options.tune.sites != "none" and context.sparsity > 0:
                 # Not refused: a default has to take any text.

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from intraslice.errors import NumericalError
 from intraslice.files import reserve
 from intraslice.layers.decoder import DecoderLayer
 from intraslice.layers.logit_loss import divergence_sum
@@ -53,7 +52,6 @@ def tune(context: Context, layers: FinishedLayers, kinds: Sequence[str], options
         options: settings.
 
     Raises:
-        NumericalError: the loss is NaN or infinite.
         OutputError: the disk has no room for weights and moments.
     """
     # The embeddings and the head of the run's own model are gone by now.
@@ -79,7 +77,14 @@ def tune(context: Context, layers: FinishedLayers, kinds: Sequence[str], options
             for number in torch.randperm(len(train), generator=generator).tolist():
                 if step == steps:
                     break
-                task.step(train[number], _rate(step, steps), advance)
+                if not task.step(train[number], _rate(step, steps), advance):
+                    # All layers are finished, and what is kept is sound: no reason to lose them.
+                    context.progress.note(
+                        f"tuning stops after {step} of {steps} steps, because its loss is not finite; the weights of "
+                        f"step {kept} are kept. A lower tune.learning_rate may help."
+                    )
+                    steps = step
+                    break
                 step += 1
                 if step % look == 0 or step == steps:
                     error = task.error(judge, advance)
@@ -243,12 +248,8 @@ class _Task:
             advance(part.stop - part.start)
         return total / positions
 
-    def step(self, part: slice, factor: float, advance: Callable[[int], None]) -> None:
-        """Take one step on some sequences.
-
-        Raises:
-            NumericalError: the loss is NaN or infinite.
-        """
+    def step(self, part: slice, factor: float, advance: Callable[[int], None]) -> bool:
+        """Take one step on some sequences; return whether the loss was finite, without which nothing changes."""
         states = [self._model.embed(self._tokens[part])]
         with torch.no_grad():
             for layer in self._layers:
@@ -256,11 +257,12 @@ class _Task:
         advance(part.stop - part.start)
         loss, gradient = self._model.divergence_gradient(self._tokens[part], states.pop(), self._wanted(part))
         if not math.isfinite(loss):
-            raise NumericalError("tuning diverges; lower tune.learning_rate, or leave it out with tune.sites=none.")
+            return False
         for layer in reversed(self._layers):
             gradient, gradients = _backward(layer.load(self._model), layer.trained, states.pop(), gradient)
             layer.step(gradients, factor)
         advance(part.stop - part.start)
+        return True
 
 
 def _forward(layer: DecoderLayer, hidden_BTD: Tensor) -> Tensor:
