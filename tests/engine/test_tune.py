@@ -105,6 +105,7 @@ def test_what_does_not_help_on_held_out_text_changes_nothing(folder, tmp_path, u
     untuned(folder, tmp_path / "plain", sparsity=0.4)
     assert tuned.tuned is not None
     assert (tuned.tuned.step, tuned.tuned.after) == (0, tuned.tuned.before)
+    assert "nothing of it was kept" in (tmp_path / "tuned" / "README.md").read_text()
     first, second = weights_of(tmp_path / "plain"), weights_of(tmp_path / "tuned")
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -122,6 +122,11 @@ def _layers(result: PruneResult) -> str:
 def _tuned(result: PruneResult) -> list[str]:
     if result.tuned is None:
         return []
+    if not result.tuned.step:
+        return [
+            "Training all layers together afterwards has not lowered the divergence from the dense model on the sequences "
+            "that were held out, so nothing of it was kept."
+        ]
     return [
         "All layers were then trained together on the calibration tokens, towards the predictions of the dense model "
         f"({result.tuned.step} steps). On the sequences that were held out the KL divergence to them fell from "
