@@ -124,8 +124,8 @@ def _tuned(result: PruneResult) -> list[str]:
         return []
     if not result.tuned.step:
         return [
-            "Training all layers together afterwards has not lowered the divergence from the dense model on the sequences "
-            "that were held out, so nothing of it was kept."
+            "Training all layers together afterwards has not lowered the divergence from the dense model on the "
+            "sequences that were held out, so nothing of it was kept."
         ]
     return [
         "All layers were then trained together on the calibration tokens, towards the predictions of the dense model "
