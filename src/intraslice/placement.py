@@ -71,9 +71,15 @@ def for_float64(tensor: torch.Tensor) -> torch.Tensor:
 
 def memory_bytes(device: torch.device) -> int | None:
     """Return all the memory of an accelerator; None for a CPU, and where the system does not say."""
+    found = None if device.type == "cpu" else _memory_info(device)
+    return None if found is None else found[1]
+
+
+def _memory_info(device: torch.device) -> tuple[int, int] | None:
+    """Return the free bytes of an accelerator, and all of them."""
     # Not in the oldest torch that is supported.
     ask = getattr(torch.accelerator, "get_memory_info", None)
-    return None if device.type == "cpu" or ask is None else int(ask(device)[1])
+    return None if ask is None else ask(device)
 
 
 @contextmanager
@@ -139,9 +145,8 @@ class Placement:
     def free_bytes(self) -> int | None:
         """Return the memory that is free for tensors; None where the system does not say."""
         if self.device.type != "cpu":
-            # Not in the oldest torch that is supported.
-            ask = getattr(torch.accelerator, "get_memory_info", None)
-            return None if ask is None else int(ask(self.device)[0])
+            found = _memory_info(self.device)
+            return None if found is None else found[0]
         meminfo = Path("/proc/meminfo")
         lines = meminfo.read_text().splitlines() if meminfo.exists() else []
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

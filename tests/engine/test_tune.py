@@ -133,7 +133,7 @@ def test_only_the_sites_that_are_named_are_trained(sites, path, folder, tmp_path
 
 @pytest.mark.parametrize(
     ("step", "units"),
-    [("tuning", 9), ("what the dense model predicts", 1), ("layers", 1)],
+    [("tuning", 60), ("what the dense model predicts", 1), ("layers", 1)],
     ids=["in", "before", "layers"],
 )
 def test_an_interrupted_run_ends_in_the_same_weights(step, units, folder, tmp_path):

@@ -15,6 +15,7 @@ from intraslice.checkpoint.tensorfile import read_tensors, write_tensors
 from intraslice.checkpoint.workfolder import MANIFEST, WorkFolder, work_path
 from intraslice.errors import CheckpointError, IntraSliceError, NumericalError
 from intraslice.results.result import LayerRecord, Tuned
+from intraslice.runtime.families_intraslice import LayerShape
 
 LAYERS, TUNED = "layers", "tuned"
 """Folders of finished layers: as they were left one by one, and as training them together has left them."""
@@ -87,17 +88,21 @@ class RunDir:
             raise
 
     def _go_on(self, state: PruneState) -> None:
-        names = [self._name(index) for index in range(len(state.records))]
-        if state.tuned is not None and state.tuned.step:
-            names += [self._name(index, TUNED) for index in range(len(state.records))]
-        if [record.layer for record in state.records] != list(range(len(state.records))):
+        numbers = range(len(state.records))
+        if [record.layer for record in state.records] != list(numbers):
             raise CheckpointError(
                 f"the manifest of the interrupted run in {str(self.path)!r} does not list its layers in order; pass "
                 "--overwrite to start again."
             )
         self.plan, self.records, self.carry, self.tuned = state.plan, state.records, state.carry, state.tuned
         self.seconds, self.threads = state.seconds, state.threads
-        self._digests = self._folder.digests(names)
+        folders = dict.fromkeys((LAYERS, self._newest))
+        self._digests = self._folder.digests([self._name(index, folder) for folder in folders for index in numbers])
+
+    @property
+    def _newest(self) -> str:
+        """The folder of the layers as they are after the last training that has helped."""
+        return TUNED if self.tuned is not None and self.tuned.step else LAYERS
 
     def __enter__(self) -> RunDir:
         return self
@@ -132,16 +137,20 @@ class RunDir:
         self.save()
 
     @staticmethod
-    def _name(index: int, folder: str = LAYERS) -> str:
+    def _name(index: int, folder: str) -> str:
         return f"{folder}/{index:05d}.safetensors"
 
     def layer_path(self, index: int) -> Path:
-        """Return the file of one finished layer, as it is after the last training.
+        """Return the file of one finished layer.
 
         Raises:
             CheckpointError: it is not what was written.
         """
-        return self._folder.check(self._name(index, TUNED if self.tuned is not None and self.tuned.step else LAYERS))
+        return self._folder.check(self._name(index, self._newest))
+
+    def layer_shape(self, index: int) -> LayerShape:
+        """Return what a finished layer is now."""
+        return self.records[index].shape
 
     def load_layer(self, index: int) -> dict[str, Tensor]:
         """Return the tensors of one finished layer, by name within the layer.
@@ -153,7 +162,7 @@ class RunDir:
 
     def commit(self, record: LayerRecord, tensors: dict[str, Tensor], carry: Any, seconds: float) -> None:
         """Store a finished layer: first its tensors, then the manifest that names it."""
-        name = self._name(record.layer)
+        name = self._name(record.layer, LAYERS)
         self._digests[name] = write_tensors(self.path / name, tensors)
         self.records.append(record)
         self.carry = carry

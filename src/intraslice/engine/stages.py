@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,7 +19,6 @@ from intraslice.placement import dtype_name, matmul_precision
 from intraslice.results.model_card import render
 from intraslice.results.result import RESULT_FILE, LayerRecord, PruneResult
 from intraslice.runtime.configuration_intraslice import composite_config, pruned_config
-from intraslice.runtime.families_intraslice import LayerShape
 
 if TYPE_CHECKING:
     from intraslice.engine.run import Clock, Job
@@ -167,29 +165,10 @@ class TuneStage(_Stage):
         if run.work.tuned is not None:
             return
         with matmul_precision(fast=run.job.run.matmul != "exact-gradients"):
-            tuned = run.job.method.tune(run.context, _Finished(run.work))
+            tuned = run.job.method.tune(run.context, run.work)
         run.context.release()
         if tuned is not None:
             run.work.keep_tuned(tuned, run.clock.total())
-
-
-@dataclass(frozen=True)
-class _Finished:
-    """The finished layers of a work folder, as a method sees them."""
-
-    work: RunDir
-
-    def shape(self, index: int) -> LayerShape:
-        """Return what a layer is now."""
-        return self.work.records[index].shape
-
-    def load(self, index: int) -> dict[str, torch.Tensor]:
-        """Return the tensors of a layer as they are stored, by name within it."""
-        return self.work.load_layer(index)
-
-    def replace(self, layers: Iterable[dict[str, torch.Tensor]]) -> None:
-        """Store other tensors in the place of those of all layers."""
-        self.work.replace_layers(layers)
 
 
 class FinishStage(_Stage):

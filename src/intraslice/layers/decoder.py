@@ -218,6 +218,10 @@ class DecoderLayer:
             return self.add_ffn(residual, torch.zeros_like(residual))
         return self.add_ffn(residual, self.ffn_output(hidden_BTD))
 
+    def output(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the output of the layer, which may lack a site, [B, T, D]."""
+        return self.ffn_step(self.attention_step(hidden_BTD))
+
     def run(
         self, hidden_BTD: Tensor, watch: Callable[[Tensor, Tensor], None] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:

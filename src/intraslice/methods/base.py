@@ -97,15 +97,15 @@ class LayerOutcome:
 class FinishedLayers(Protocol):
     """The layers of a run after the last one was changed."""
 
-    def shape(self, index: int) -> LayerShape:
+    def layer_shape(self, index: int) -> LayerShape:
         """Return what a layer is now."""
         ...
 
-    def load(self, index: int) -> dict[str, Tensor]:
+    def load_layer(self, index: int) -> dict[str, Tensor]:
         """Return the tensors of a layer as they are stored, by name within it."""
         ...
 
-    def replace(self, layers: Iterable[dict[str, Tensor]]) -> None:
+    def replace_layers(self, layers: Iterable[dict[str, Tensor]]) -> None:
         """Store other tensors of the same names and shapes in the place of those of all layers, first to last."""
         ...
 

@@ -20,6 +20,9 @@ from intraslice.streaming.model import StreamedModel
 BackwardStep = Callable[[int, DecoderLayer, Tensor, Tensor], Tensor]
 """(index, layer, its input [B, T, D], gradient at its output [B, T, D]) -> gradient at its input, [B, T, D]."""
 
+LossGradient = Callable[[Tensor, Tensor], Tensor]
+"""(token ids [B, T], output of the last layer [B, T, D]) -> gradient of a loss at that output, [B, T, D]."""
+
 
 def backward_pass(
     model: StreamedModel,
@@ -29,8 +32,9 @@ def backward_pass(
     boundary_bytes: int,
     advance: Callable[[int], None],
     load: Callable[[int], DecoderLayer] | None = None,
+    gradient: LossGradient | None = None,
 ) -> None:
-    """Take the gradient of the sum over the sequences of the mean loss of a token through all layers, batch by batch.
+    """Take the gradient of a loss, a sum over the sequences, through all layers, batch by batch.
 
     Args:
         model: the streamed model.
@@ -39,11 +43,13 @@ def backward_pass(
         boundary_bytes: memory for the states at the layer boundaries of one chunk.
         advance: is told the sequences that went through a layer, `passes` in all.
         load: returns the layers; those of the model, one in memory, unless it is given.
+        gradient: of the loss; that of the mean loss of a token of each sequence unless it is given.
 
     Raises:
         NumericalError: the loss is NaN or infinite.
     """
     load = load or model.load_layer
+    gradient = gradient or (lambda tokens, top: model.loss_gradient(tokens, top)[1])
     num_sequences, seqlen = tokens_ST.shape
     layers, batch = model.num_layers, model.batch_shape[0]
     itemsize = model.placement.compute_dtype.itemsize
@@ -57,10 +63,10 @@ def backward_pass(
             layer = load(index)
             for part, states in zip(parts, boundaries, strict=True):
                 with torch.no_grad():
-                    states.append(layer.run(states[-1])[0])
+                    states.append(layer.output(states[-1]))
                 advance(len(part))
         pairs = zip(parts, boundaries, strict=True)
-        gradients = [model.loss_gradient(part, states.pop())[1] for part, states in pairs]
+        gradients = [gradient(part, states.pop()) for part, states in pairs]
         for index in reversed(range(layers)):
             layer = load(index)
             for number, part in enumerate(parts):

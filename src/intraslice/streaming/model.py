@@ -233,7 +233,7 @@ class StreamedModel:
             NumericalError: the loss is NaN or infinite.
         """
         tokens = tokens_NT.to(self.placement.device)
-        head = self.language_head()
+        head = LanguageHead(self.model)
         with torch.enable_grad():
             top = top_NTD.detach().requires_grad_(True)
             output = self._after_layers(tokens, top)
@@ -254,15 +254,18 @@ class StreamedModel:
             (gradient,) = torch.autograd.grad(output, top, final.grad)
         return total, gradient
 
-    def divergence_gradient(self, tokens_BT: Tensor, top_BTD: Tensor, dense_BTD: Tensor) -> tuple[float, Tensor]:
-        """Return the sum over positions of KL(dense || these predictions), and its gradient at the last layer's output.
+    def divergence_gradient(self, tokens_BT: Tensor, top_BTD: Tensor, dense_BTD: Tensor) -> Tensor:
+        """Return the gradient of the sum over positions of KL(dense || these predictions) at the last layer's output.
 
         Args:
             tokens_BT: token ids.
             top_BTD: output of the last layer.
             dense_BTD: what the head reads in the dense model.
+
+        Raises:
+            NumericalError: the divergence is NaN or infinite.
         """
-        head = self.language_head()
+        head = LanguageHead(self.model)
         target = Target(
             head=head,
             hidden=dense_BTD.flatten(0, 1),
@@ -274,12 +277,10 @@ class StreamedModel:
             output = self._after_layers(tokens_BT.to(self.placement.device), top)
             # A mean would be lost in half precision.
             loss = logit_loss(head, output.flatten(0, 1), target) * tokens_BT.numel()
+            if not torch.isfinite(loss):
+                raise NumericalError("the divergence from the dense model is NaN or infinite.")
             (gradient,) = torch.autograd.grad(loss, top)
-        return float(loss.detach()), gradient
-
-    def language_head(self) -> LanguageHead:
-        """Return the head; it is there until `release`."""
-        return LanguageHead(self.model)
+        return gradient
 
     @torch.no_grad()
     def after_layers(self, tokens_BT: Tensor, top_BTD: Tensor) -> Tensor:

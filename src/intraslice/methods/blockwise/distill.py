@@ -27,7 +27,7 @@ from intraslice.streaming.model import StreamedModel
 
 _LOOKS = 4
 """How often the held-out sequences are looked at."""
-_BETAS = (0.9, 0.95)
+BETAS = (0.9, 0.95)
 """Of Adam: as few steps need a second moment that forgets sooner than usual."""
 
 
@@ -209,7 +209,7 @@ class _Trained:
             for master in self._masters
         ]
         self._rates = [group["lr"] for group in groups]
-        self._adam = torch.optim.Adam(groups, betas=_BETAS)
+        self._adam = torch.optim.Adam(groups, betas=BETAS)
         for parameter in self._parameters:
             parameter.requires_grad_(True)
 

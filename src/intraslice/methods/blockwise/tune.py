@@ -19,15 +19,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from intraslice.errors import NumericalError
 from intraslice.files import reserve
 from intraslice.layers.decoder import DecoderLayer
+from intraslice.layers.head import LanguageHead
 from intraslice.layers.logit_loss import divergence_sum
 from intraslice.layers.sites import Site
 from intraslice.methods.base import Context, FinishedLayers
-from intraslice.methods.blockwise.distill import num_held_out
+from intraslice.methods.blockwise.distill import BETAS, num_held_out
 from intraslice.methods.blockwise.options import TuneOptions
 from intraslice.results.result import Tuned
 from intraslice.runtime.families_intraslice import LayerShape
+from intraslice.streaming.backward import backward_pass
 from intraslice.streaming.hidden import HiddenStates
 from intraslice.streaming.model import StreamedModel
 from intraslice.streaming.propagate import propagate_layer
@@ -36,8 +39,6 @@ LOOKS = 4
 """How often the held-out sequences are looked at."""
 WARM_UP, LAST_RATE = 0.1, 0.1
 """Share of the steps in which the learning rate rises, and the share of it that is left at the end."""
-_BETAS = (0.9, 0.95)
-"""Of Adam: as few steps need a second moment that forgets sooner than usual."""
 
 
 def tune(context: Context, layers: FinishedLayers, kinds: Sequence[str], options: TuneOptions) -> Tuned:
@@ -69,15 +70,17 @@ def tune(context: Context, layers: FinishedLayers, kinds: Sequence[str], options
     generator = torch.Generator().manual_seed(0)
     task = _Task(model, dense, trained, context.tokens)
     look = math.ceil(steps / LOOKS)
-    passes = 2 * len(train) * options.epochs + len(judge) * (1 + LOOKS)
-    with context.progress.step("tuning", total=round(passes * dense.batch)) as advance:
+    runs = 2 * steps + len(judge) * (1 + LOOKS)
+    with context.progress.step("tuning", total=runs * dense.batch * model.num_layers) as advance:
         before = best = task.error(judge, advance)
         kept, step = 0, 0
         while step < steps:
             for number in torch.randperm(len(train), generator=generator).tolist():
                 if step == steps:
                     break
-                if not task.step(train[number], _rate(step, steps), advance):
+                try:
+                    task.step(train[number], _rate(step, steps), advance)
+                except NumericalError:
                     # All layers are finished, and what is kept is sound: no reason to lose them.
                     context.progress.note(
                         f"tuning stops after {step} of {steps} steps, because its loss is not finite; the weights of "
@@ -96,7 +99,7 @@ def tune(context: Context, layers: FinishedLayers, kinds: Sequence[str], options
                         for layer in trained:
                             layer.keep()
     if kept:
-        layers.replace(layer.tensors(context.placement.save_dtype) for layer in trained)
+        layers.replace_layers(layer.tensors(context.placement.save_dtype) for layer in trained)
     for layer in trained:
         layer.remove()
     folder.rmdir()
@@ -144,8 +147,8 @@ class _Layer:
         options: TuneOptions,
     ) -> None:
         self.index = index
-        self.shape: LayerShape = layers.shape(index)
-        stored = layers.load(index)
+        self.shape: LayerShape = layers.layer_shape(index)
+        stored = layers.load_layer(index)
         paths = dict.fromkeys(path for site in sites if site.kind in kinds for path in (*site.reads, site.writes))
         names = [f"{path}.{part}" for path in paths for part in ("weight", "bias")]
         # A site that is gone as a whole has none.
@@ -191,7 +194,7 @@ class _Layer:
         groups = [{"params": [weights[name]], "lr": self._rates[name] * factor} for name in gradients]
         if not groups:
             return
-        adam = torch.optim.Adam(groups, betas=_BETAS)
+        adam = torch.optim.Adam(groups, betas=BETAS)
         for name, gradient in gradients.items():
             weights[name].grad = gradient.to(weights[name])
             adam.state[weights[name]] = {
@@ -238,36 +241,37 @@ class _Task:
         states = [self._model.embed(self._tokens[part]) for part in parts]
         for layer in self._layers:
             loaded = layer.load(self._model)
-            states = [_forward(loaded, state) for state in states]
+            states = [loaded.output(state) for state in states]
+            advance(sum(map(len, states)))
         total = positions = 0
-        head = self._model.language_head()
+        head = LanguageHead(self._model.model)
         for part, state in zip(parts, states, strict=True):
             ours = self._model.after_layers(self._tokens[part], state).flatten(0, 1)
             total += divergence_sum(head, ours, head, self._wanted(part).flatten(0, 1))
             positions += len(ours)
-            advance(part.stop - part.start)
         return total / positions
 
-    def step(self, part: slice, factor: float, advance: Callable[[int], None]) -> bool:
-        """Take one step on some sequences; return whether the loss was finite, without which nothing changes."""
-        states = [self._model.embed(self._tokens[part])]
-        with torch.no_grad():
-            for layer in self._layers:
-                states.append(_forward(layer.load(self._model), states[-1]))
-        advance(part.stop - part.start)
-        loss, gradient = self._model.divergence_gradient(self._tokens[part], states.pop(), self._wanted(part))
-        if not math.isfinite(loss):
-            return False
-        for layer in reversed(self._layers):
-            gradient, gradients = _backward(layer.load(self._model), layer.trained, states.pop(), gradient)
-            layer.step(gradients, factor)
-        advance(part.stop - part.start)
-        return True
+    def step(self, part: slice, factor: float, advance: Callable[[int], None]) -> None:
+        """Take one step on the sequences of a batch.
 
+        Raises:
+            NumericalError: the loss is NaN or infinite; nothing has changed then.
+        """
 
-def _forward(layer: DecoderLayer, hidden_BTD: Tensor) -> Tensor:
-    # Not `run`, which needs both sites.
-    return layer.ffn_step(layer.attention_step(hidden_BTD))
+        def back(index: int, layer: DecoderLayer, hidden: Tensor, gradient: Tensor) -> Tensor:
+            at_input, at_weights = _backward(layer, self._layers[index].trained, hidden, gradient)
+            self._layers[index].step(at_weights, factor)
+            return at_input
+
+        backward_pass(
+            self._model,
+            self._tokens[part],
+            back,
+            boundary_bytes=0,  # one batch
+            advance=advance,
+            load=lambda index: self._layers[index].load(self._model),
+            gradient=lambda tokens, top: self._model.divergence_gradient(tokens, top, self._wanted(part)),
+        )
 
 
 def _backward(
@@ -277,6 +281,6 @@ def _backward(
     parameters = {name: layer.module.get_parameter(name).requires_grad_(True) for name in names}
     with torch.enable_grad():
         hidden = hidden_BTD.detach().requires_grad_(True)
-        output = _forward(layer, hidden)
+        output = layer.output(hidden)
         at_input, *at_weights = torch.autograd.grad(output, (hidden, *parameters.values()), gradient_BTD)
     return at_input, dict(zip(parameters, at_weights, strict=True))
