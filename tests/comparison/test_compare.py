@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from intraslice.cli.app import main
 from intraslice.comparison import run, store
@@ -408,3 +409,14 @@ def test_a_model_that_healing_does_not_help_fails_alone(small: Small, jobs: Jobs
     assert main(["compare", str(file), "-o", str(tmp_path / "out")]) == 1
     dense, pruned, healed = document_of(tmp_path / "out")["cells"]
     assert "healing has not helped" in healed["error"] and pruned["perplexity"] and "healed" not in pruned
+
+
+def test_healing_that_cannot_run_here_is_refused_before_the_first_prune(
+    small: Small, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    file = small(heal=HEAL, options={"run.device": "cuda:1"})
+    assert main(["compare", str(file), "-o", str(tmp_path / "out")]) == 2
+    assert "healing runs on the first accelerator" in capsys.readouterr().err
+    assert names(jobs) == ["identify"] and not (tmp_path / "out").exists()

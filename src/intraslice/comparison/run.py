@@ -91,6 +91,7 @@ class Comparison:
                 "calibrations": [asdict(calibration) for calibration in dict.fromkeys(calibrations)],
                 "evaluation": spec.evaluation.model_dump(),
                 "tasks": None if spec.tasks is None else spec.tasks.model_dump(),
+                "healings": [asdict(heal) for heal in dict.fromkeys(cell.heal for cell in cells) if heal is not None],
                 "device": self._device,
             },
             progress,

@@ -77,9 +77,11 @@ def _identify(
     calibrations: list[dict[str, Any]],
     evaluation: dict[str, Any],
     tasks: dict[str, Any] | None,
+    healings: list[dict[str, Any]],
     device: str,
 ) -> dict[str, Any]:
-    """Find everything that keys are made of; whatever is wrong with models and texts shows here."""
+    """Find everything that keys are made of; whatever is wrong with models, texts and healing shows here."""
+    _check_healings(healings)
     asked = Evaluation(**evaluation)
     choices = asked.choices()
     contents = [load_text(choice.source, split="test", text_field=asked.text_field) for choice in choices]
@@ -112,6 +114,17 @@ def _identify(
             **versions,
         },
     }
+
+
+def _check_healings(healings: list[dict[str, Any]]) -> None:
+    """Refuse a healing that cannot run here before anything is pruned for it."""
+    if healings:
+        # Here, because it imports the Trainer.
+        from intraslice.healing.run import check_device, check_extras
+
+        for options in healings:
+            check_extras(HealOptions(**options))
+            check_device(HealOptions(**options))
 
 
 def _model_facts(
