@@ -253,6 +253,11 @@ def test_sampling_goes_on_after_the_last_whole_batch(
     asked = []
     more = calibrate("self", tokenizer, sampled_folder=kept, **{**options, "num_samples": 10}).tokens
     assert asked == [3, 1] and torch.equal(more[:6], whole[:6])
+    # Both requests have all they need now: neither has replaced what the other one ends with.
+    asked = []
+    for num_samples, rows in ((8, whole), (10, more)):
+        again = calibrate("self", tokenizer, sampled_folder=kept, **{**options, "num_samples": num_samples})
+        assert torch.equal(again.tokens, rows) and not asked
     # A batch of another size, as another release may have left, is not used.
     asked = []
     monkeypatch.setattr(sampling, "_batch_size", lambda *_: 4)

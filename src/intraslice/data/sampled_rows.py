@@ -36,8 +36,12 @@ class SampledRows:
         """Return the batch that begins with row `start`, int64 [B, T]; None where it must be sampled."""
         if self._folder is None:
             return None
+        found = [self._read(self._file(start, last=last), start) for last in (True, False)]
+        return next((rows for rows in found if rows is not None), None)
+
+    def _read(self, path: Path, start: int) -> torch.Tensor | None:
         try:
-            kept = json.loads(self._file(start).read_text(encoding="utf-8"))
+            kept = json.loads(path.read_text(encoding="utf-8"))
             rows = torch.tensor(kept["tokens"], dtype=torch.int64)
             wanted = self._sources[start : start + kept["batch"]]
             usable = kept["fingerprint"] == fingerprint(rows) and kept["sources"] == wanted
@@ -59,14 +63,16 @@ class SampledRows:
         sources = self._sources[start : start + len(rows)]
         content = {"batch": batch, "sources": sources, "tokens": rows.tolist(), "fingerprint": fingerprint(rows)}
         try:
-            write_text(self._file(start), json.dumps(content), shared=True)
+            write_text(self._file(start, last=len(rows) < batch), json.dumps(content), shared=True)
         except OutputError:
             # A cache that cannot be written costs the next run some minutes, and this one nothing.
             return
 
-    def _file(self, start: int) -> Path:
+    def _file(self, start: int, *, last: bool) -> Path:
+        """Return where a batch lies; a last one that is not full does not replace the full one of a larger request."""
         assert self._folder is not None
-        decides = json.dumps([*self._decides, start, self._sources[start]])
+        rest = [len(self._sources) - start] if last else []
+        decides = json.dumps([*self._decides, start, self._sources[start], *rest])
         return self._folder / f"{hashlib.sha256(decides.encode()).hexdigest()[:32]}.json"
 
 
