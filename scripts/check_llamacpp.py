@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
+import llama_cpp  # type: ignore[import-not-found]
 import numpy as np
 import torch
 from gguf import GGUFReader

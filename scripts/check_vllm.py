@@ -58,7 +58,7 @@ def run_transformers(job: dict[str, Any]) -> Answer:
     from transformers import AutoModelForCausalLM
 
     # Eager: transformers before 5.24 leaves the cap of the scores of Gemma 2 out with its default.
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         job["model"],
         dtype=torch.float32,
         attn_implementation="eager",
@@ -93,7 +93,7 @@ def run_transformers(job: dict[str, Any]) -> Answer:
 
 def run_vllm(job: dict[str, Any]) -> Answer:
     """Generate with vLLM, and feed what transformers generated."""
-    from vllm import LLM, SamplingParams, __version__
+    from vllm import LLM, SamplingParams, __version__  # type: ignore[import-not-found]
 
     llm = LLM(
         job["model"],
@@ -268,7 +268,7 @@ def reason(said: str) -> str:
 
 def main() -> None:
     """Run the routes and the guards."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or " ").splitlines()[0])
     parser.add_argument("--native", type=Path, help="checkpoint of `intraslice prune --target vllm`")
     parser.add_argument("--stock", type=Path, help="checkpoint of `intraslice export --to stock`")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a prompt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from intraslice.loading import load_model
 
@@ -11,6 +12,8 @@ def main() -> None:
     """Print the greedy continuation of each model."""
     prompt, *names = sys.argv[1:]
     for name in names:
+        # The stubs of transformers know no `generate` of a class that is found at run time.
+        model: Any
         model, tokenizer = load_model(name)
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)

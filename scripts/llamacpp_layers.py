@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import gguf
-import llama_cpp
+import llama_cpp  # type: ignore[import-not-found]
 import numpy as np
 
 HIDDEN, WIDTH, VOCABULARY = 64, 32, 32
