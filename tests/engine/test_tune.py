@@ -74,8 +74,7 @@ def test_steps_are_those_of_adam_on_the_whole_model(tmp_path, untuned):
     generator = torch.Generator().manual_seed(0)
     order = torch.cat([torch.randperm(3, generator=generator) for _ in range(4)]).tolist()
     for step, number in enumerate(order):
-        # One step up, eleven along the cosine.
-        factor = 1.0 if step == 0 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 1) / 11))
+        factor = (1 - 0.9 ** (step + 1)) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 12)))
         for group, rate in zip(adam.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         adam.zero_grad()

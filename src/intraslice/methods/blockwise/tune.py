@@ -37,8 +37,8 @@ from intraslice.streaming.propagate import propagate_layer
 
 LOOKS = 4
 """How often the held-out sequences are looked at."""
-WARM_UP, LAST_RATE = 0.1, 0.1
-"""Share of the steps in which the learning rate rises, and the share of it that is left at the end."""
+LAST_RATE = 0.1
+"""Share of the learning rate that is left at the end."""
 
 
 def tune(context: Context, layers: FinishedLayers, kinds: Sequence[str], options: TuneOptions) -> Tuned:
@@ -107,12 +107,14 @@ def tune(context: Context, layers: FinishedLayers, kinds: Sequence[str], options
 
 
 def _rate(step: int, steps: int) -> float:
-    """Return the part of the learning rate that a step takes: up in a line, then down along a cosine."""
-    rising = max(1, round(WARM_UP * steps))
-    if step < rising:
-        return (step + 1) / rising
-    falling = 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-    return LAST_RATE + (1.0 - LAST_RATE) * falling
+    """Return the part of the learning rate that a step takes: 1 - beta^(step + 1), times a cosine down to LAST_RATE.
+
+    Adam divides by how large gradients are, and its first steps are as long as all others, although the mean of the
+    first few gradients is mostly noise. With the first factor a gradient never counts for more than in a mean of many.
+    """
+    averaged = 1.0 - BETAS[0] ** (step + 1)
+    falling = 0.5 * (1.0 + math.cos(math.pi * step / steps))
+    return averaged * (LAST_RATE + (1.0 - LAST_RATE) * falling)
 
 
 def dense_outputs(model: StreamedModel, context: Context) -> HiddenStates:
