@@ -26,7 +26,8 @@ from intraslice.results.healing import CurvePoint
 MAX_RISE = 2.0
 """A held-out divergence of this many times that of the start means that the training has diverged."""
 
-WARM_UP = 0.05
+WARM_UP, WARM_UP_STEPS = 0.05, 20
+"""Share of the steps in which the learning rate rises; at least so many steps, but not more than a third of them."""
 LAST_LR = 0.1
 
 
@@ -199,6 +200,14 @@ def train(
     return watch.stopped
 
 
+def warm_up_steps(steps: int) -> int:
+    """Return in how many of the steps the learning rate rises.
+
+    Adam's first steps are as long as all others, although the mean of the first few gradients is mostly noise.
+    """
+    return max(math.ceil(WARM_UP * steps), min(WARM_UP_STEPS, math.ceil(steps / 3)))
+
+
 def training_arguments(options: HealOptions, steps: int, folder: Path, placement: Placement) -> TrainingArguments:
     """Return the settings of the Trainer."""
     on_cpu = placement.device.type == "cpu"
@@ -210,7 +219,7 @@ def training_arguments(options: HealOptions, steps: int, folder: Path, placement
         learning_rate=options.peak_lr,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": LAST_LR},
-        warmup_steps=math.ceil(WARM_UP * steps),
+        warmup_steps=warm_up_steps(steps),
         optim="adamw_torch",
         weight_decay=0.0,
         max_grad_norm=1.0,
