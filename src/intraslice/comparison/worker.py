@@ -120,11 +120,10 @@ def _check_healings(healings: list[dict[str, Any]]) -> None:
     """Refuse a healing that cannot run here before anything is pruned for it."""
     if healings:
         # Here, because it imports the Trainer.
-        from intraslice.healing.run import check_device, check_extras
+        from intraslice.healing.run import check_here
 
         for options in healings:
-            check_extras(HealOptions(**options))
-            check_device(HealOptions(**options))
+            check_here(HealOptions(**options))
 
 
 def _model_facts(

@@ -36,7 +36,7 @@ class SampledRows:
         """Return the batch that begins with row `start`, int64 [B, T]; None where it must be sampled."""
         if self._folder is None:
             return None
-        found = [self._read(self._file(start, last=last), start) for last in (True, False)]
+        found = (self._read(self._file(start, last=last), start) for last in (True, False))
         return next((rows for rows in found if rows is not None), None)
 
     def _read(self, path: Path, start: int) -> torch.Tensor | None:

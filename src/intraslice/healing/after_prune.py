@@ -12,7 +12,7 @@ from intraslice.checkpoint.workfolder import LOCK, MANIFEST, Nothing, WorkFolder
 from intraslice.checkpoint.writer import check_apart, check_output
 from intraslice.errors import IntraSliceError, NumericalError, RecipeError
 from intraslice.healing.options import HealOptions
-from intraslice.healing.run import check_device, check_extras, heal_checkpoint
+from intraslice.healing.run import check_here, heal_checkpoint
 from intraslice.names import expanded
 from intraslice.progress import Progress, SilentProgress
 from intraslice.pruning import inputs_of, prune_recipe
@@ -47,8 +47,7 @@ def prune_and_heal(
     progress = progress or SilentProgress()
     if recipe.output is None:
         raise RecipeError("no output is given; name the folder to write with -o.")
-    check_extras(options)
-    check_device(options)
+    check_here(options)
     output = expanded(recipe.output)
     check_apart(output, inputs_of(recipe))
     settle(output)

@@ -97,8 +97,7 @@ def heal_checkpoint(
         IntraSliceError: whatever a user can mend; nothing appears under the output then.
     """
     progress = progress or SilentProgress()
-    check_extras(options)
-    check_device(options)
+    check_here(options)
     inputs = {"input model": checkpoint, "teacher": teacher or "", "calibration text": options.calibration or ""}
     check_apart(output, {what: given for what, given in inputs.items() if given})
     settle(output)
@@ -195,25 +194,18 @@ def _refuse(work: HealDir, stopped: str | None) -> None:
     raise NumericalError(f"healing has not helped, {reason}; try a lower --lr. Nothing was written.")
 
 
-def check_extras(options: HealOptions) -> None:
-    """Refuse to begin without the packages that healing needs.
+def check_here(options: HealOptions) -> None:
+    """Refuse to begin what cannot run on this machine: packages are missing, or the Trainer does not take the device.
 
     Raises:
-        MissingExtraError: one is not installed.
+        MissingExtraError: a package that healing needs is not installed.
+        RecipeError: the device is not there, or an accelerator but not the first one.
     """
     for package in ["accelerate", *(["peft"] if options.weights == "lora" else [])]:
         try:
             importlib.import_module(package)
         except ImportError as error:
             raise MissingExtraError(f"healing needs the package {package}: pip install 'intraslice[heal]'") from error
-
-
-def check_device(options: HealOptions) -> None:
-    """Refuse to begin on an accelerator that the Trainer does not take.
-
-    Raises:
-        RecipeError: it is not there, or not the first one.
-    """
     index = accelerator_index(choose_device(options.device))
     # The Trainer moves the student to the first one, whichever is current.
     if index:
