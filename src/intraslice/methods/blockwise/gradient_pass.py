@@ -9,7 +9,7 @@ Shapes: S sequences, B sequences of a batch, T tokens, D hidden_size, C channels
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from intraslice.layers.sites import ATTENTION, FFN
 from intraslice.methods.blockwise.allocators.mask_gradient import MaskGradients, SiteGradients
 from intraslice.placement import Placement
 from intraslice.progress import Progress
-from intraslice.streaming.boundaries import boundary_states_bytes, chunk_size
+from intraslice.streaming.backward import backward_chunk, sequences_of_chunk
 from intraslice.streaming.model import StreamedModel
 
 PASS_VERSION = 5
@@ -176,15 +176,14 @@ def measure_gradients(
         NumericalError: a loss or gradient is NaN or infinite.
     """
     num_sequences, seqlen = tokens_ST.shape
-    layers, batch = model.num_layers, model.batch_shape[0]
+    layers = model.num_layers
     sums = _Sums(model, num_sequences, num_channel_groups, rotated)
     if save_path.exists():
         try:
             sums.load(save_path, measured)
         except CheckpointError as error:
             progress.note(f"{error}; the gradients are measured again")
-    states = boundary_states_bytes(layers, seqlen, model.config.hidden_size, model.placement.compute_dtype.itemsize)
-    chunk = chunk_size(boundary_bytes, states, batch)
+    chunk = sequences_of_chunk(model, seqlen, boundary_bytes)
     with progress.step("mask gradients", total=num_sequences * layers * 2) as advance:
         advance(sums.done * layers * 2)
         if rotated and sums.bases is None:
@@ -234,29 +233,26 @@ def _measure_chunk(
     sums: _Sums,
     advance: Callable[[int], None],
 ) -> None:
-    batch = model.batch_shape[0]
-    parts = [slice(start, min(start + batch, chunk.stop)) for start in range(chunk.start, chunk.stop, batch)]
-    # boundaries[b][l]: input of layer l for batch b; the last entry is the output of the last layer.
-    boundaries = [[model.embed(tokens_ST[part])] for part in parts]
-    for index in range(model.num_layers):
-        layer = model.load_layer(index)
-        statistics = _statistics(model, index, num_groups, model.placement)
-        for part, states in zip(parts, boundaries, strict=True):
-            states.append(_forward(layer, states[-1], statistics))
-            advance(part.stop - part.start)
+    placement = model.placement
+    # Rows of the next batch in each layer: batches come down in the order in which they went up.
+    rows = [chunk.start] * model.num_layers
+
+    def forward(index: int, layer: DecoderLayer, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
+        statistics = _statistics(model, index, num_groups, placement)
+        for hidden in inputs:
+            yield _forward(layer, hidden, statistics)
         sums.layers[index].merge(statistics)
-    gradients = []
-    for part, states in zip(parts, boundaries, strict=True):
-        gradients.append(model.loss_gradient(tokens_ST[part], states.pop())[1])
-    for index in reversed(range(model.num_layers)):
-        layer = model.load_layer(index)
-        placement, bases = model.placement, {} if sums.bases is None else sums.bases[index]
+
+    def step(index: int, layer: DecoderLayer, hidden: Tensor, gradient: Tensor) -> Tensor:
+        bases = {} if sums.bases is None else sums.bases[index]
         placed = {site: basis.to(placement.device, placement.compute_dtype) for site, basis in bases.items()}
-        for number, part in enumerate(parts):
-            gradients[number], masks = _backward(layer, boundaries[number].pop(), gradients[number], placed)
-            for name, gradient in masks.items():
-                sums.layers[index].of(name).write(part, gradient)
-            advance(part.stop - part.start)
+        at_input, masks = _backward(layer, hidden, gradient, placed)
+        start, rows[index] = rows[index], rows[index] + len(hidden)
+        for name, masked in masks.items():
+            sums.layers[index].of(name).write(slice(start, rows[index]), masked)
+        return at_input
+
+    backward_chunk(model, tokens_ST[chunk], step, advance=advance, forward=forward)
 
 
 @torch.no_grad()
