@@ -50,10 +50,7 @@ BETTER: dict[str, str] = {
 """Why a method may be better than its authors' code by more than 5 %."""
 
 NOT_MEASURED: tuple[tuple[str, float], ...] = (
-    ("slicegpt", 0.4),
-    ("flap", 0.2),
     ("flap", 0.4),
-    ("wanda-sp", 0.2),
     ("svd-llm", 0.2),
     ("svd-llm", 0.4),
     ("slimllm", 0.2),
