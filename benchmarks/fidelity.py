@@ -51,7 +51,6 @@ BETTER: dict[str, str] = {
 
 NOT_MEASURED: tuple[tuple[str, float], ...] = (
     ("flap", 0.4),
-    ("svd-llm", 0.2),
     ("svd-llm", 0.4),
     ("slimllm", 0.2),
     ("slimllm", 0.3),
