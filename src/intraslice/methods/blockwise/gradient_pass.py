@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -243,10 +244,14 @@ def _measure_chunk(
             yield _forward(layer, hidden, statistics)
         sums.layers[index].merge(statistics)
 
-    def step(index: int, layer: DecoderLayer, hidden: Tensor, gradient: Tensor) -> Tensor:
+    # All batches of a layer come one after the other.
+    @lru_cache(maxsize=1)
+    def placed_bases(index: int) -> dict[str, Tensor]:
         bases = {} if sums.bases is None else sums.bases[index]
-        placed = {site: basis.to(placement.device, placement.compute_dtype) for site, basis in bases.items()}
-        at_input, masks = _backward(layer, hidden, gradient, placed)
+        return {site: basis.to(placement.device, placement.compute_dtype) for site, basis in bases.items()}
+
+    def step(index: int, layer: DecoderLayer, hidden: Tensor, gradient: Tensor) -> Tensor:
+        at_input, masks = _backward(layer, hidden, gradient, placed_bases(index))
         start, rows[index] = rows[index], rows[index] + len(hidden)
         for name, masked in masks.items():
             sums.layers[index].of(name).write(slice(start, rows[index]), masked)
